@@ -1,0 +1,76 @@
+# `make help` says what there is. Nothing has to be activated: every target uses .venv, and makes it first.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help repro test lab clean check-platform
+
+# A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
+# PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
+OS := $(shell uname -s)
+ARCH := $(shell uname -m)
+PYTHON = $(shell for name in python3.11 python3 python; do \
+	"$$name" -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit(1); print(sys._base_executable)' 2>/dev/null && exit; \
+	done; echo python3)
+LAB_ARGS =
+
+export OMP_NUM_THREADS := 2
+export MKL_NUM_THREADS := 2
+export PYTHONHASHSEED := 0
+export PYTHONNOUSERSITE := 1
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+export DVC_NO_ANALYTICS := 1
+# The only kernel in reach is the one in .venv: neither the user's kernels nor a search path shadow it.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
+
+# Before a command: what it starts by name (papermill, python, a kernel) is that of .venv.
+IN_VENV = PATH="$$(pwd)/.venv/bin:$$PATH"
+PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input
+PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
+
+help:
+	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
+	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
+	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
+	@echo "make clean   remove .venv, the caches of the tools and the build leftovers; results stay"
+	@echo "Each of the first three makes .venv from requirements.lock first, where it is missing or out of date."
+
+repro: .venv/.stamp
+	$(IN_VENV) .venv/bin/dvc repro
+
+test: .venv/.stamp
+	$(IN_VENV) .venv/bin/ruff check .
+	$(IN_VENV) .venv/bin/ruff format --check .
+	$(IN_VENV) $(PYTEST)
+	$(IN_VENV) $(PYTEST) --nbval --nbval-current-env notebooks/executed
+
+lab: .venv/.stamp
+	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . \( -name .git -o -name .dvc -o -name artifacts \) -prune -o \
+		\( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+check-platform:
+	@version=$$("$(PYTHON)" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null) || version="(none)"; \
+	case "$$version $(OS) $(ARCH)" in \
+		3.11.*" Linux x86_64" | 3.11.*" Linux aarch64") ;; \
+		*) echo "thermo_lib needs Python 3.11 on Linux x86_64 or aarch64, but found Python $$version on $(OS) $(ARCH)." >&2; \
+			exit 1 ;; \
+	esac
+
+# Each stamp is written last, so that an interrupted set-up is done again from the start.
+.venv/.packages: requirements.lock | check-platform
+	@echo "Setting up .venv from requirements.lock: this takes some minutes and some GB of disk."
+	@rm -f .venv/.packages .venv/.stamp
+	"$(PYTHON)" -m venv --clear .venv
+	$(PIP) install -qq --progress-bar off --use-pep517 -r requirements.lock
+	@touch $@
+
+.venv/.stamp: requirements.lock pyproject.toml .venv/.packages | check-platform
+	@rm -f $@
+	$(PIP) install -qq --progress-bar off --no-deps --no-build-isolation -e .
+	$(PIP) check
+	@touch $@

@@ -1,0 +1,34 @@
+"""Low-bit quantization of diffusion language models, with time-aware parameters and boundary smoothing."""
+
+from thermo_lib.calibration import Calibration, calibrate
+from thermo_lib.config import ThermoConfig
+from thermo_lib.data import load_corpus
+from thermo_lib.diffusion import generate
+from thermo_lib.evaluation import build_suite, evaluate, evaluate_jsonl, validate
+from thermo_lib.models import load_model
+from thermo_lib.notebooks import reproducible
+from thermo_lib.quantized_model import load_quantized, quantize, save_quantized
+from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups, markov_report
+from thermo_lib.transition import path_kl
+
+__all__ = [
+    "BoundarySmoother",
+    "Calibration",
+    "ThermoConfig",
+    "TimeGroupParams",
+    "TimeGroups",
+    "build_suite",
+    "calibrate",
+    "evaluate",
+    "evaluate_jsonl",
+    "generate",
+    "load_corpus",
+    "load_model",
+    "load_quantized",
+    "markov_report",
+    "path_kl",
+    "quantize",
+    "reproducible",
+    "save_quantized",
+    "validate",
+]

@@ -1,0 +1,114 @@
+"""The command line: ``python -m thermo_lib benchmark`` and ``python -m thermo_lib tidy``.
+
+``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+from tqdm import tqdm
+
+from thermo_lib import report
+from thermo_lib.calibration import calibrate
+from thermo_lib.config import ThermoConfig
+from thermo_lib.evaluation import (
+    build_suite,
+    compare_smoothing,
+    evaluate,
+    overhead_targets,
+    smoothing_overhead,
+    summarize,
+)
+from thermo_lib.models import load_model
+from thermo_lib.notebooks import reproducible, tidy
+from thermo_lib.params import default
+from thermo_lib.quantized_model import quantize
+from thermo_lib.time_aware import METHODS
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
+    which = benchmark.add_mutually_exclusive_group()
+    which.add_argument("--all-methods", action="store_true", help="every smoothing method (default)")
+    which.add_argument("--smoothing-method", choices=list(METHODS), help="only this smoothing method")
+    benchmark.add_argument("--model", default="reference", help="'reference', a folder or a hub id (%(default)s)")
+    benchmark.add_argument("--bits", type=int, default=default("quant.bit_width"), help="weight bits (%(default)s)")
+    benchmark.add_argument(
+        "--activation-bits", type=int, default=default("quant.activation_bits"), help="16 for none (%(default)s)"
+    )
+    for flag, key in (
+        ("--quantizer", "quantizer"),
+        ("--group-size", "group_size"),
+        ("--timesteps", "timesteps"),
+        ("--num-time-groups", "num_time_groups"),
+        ("--smoothing-window", "smoothing_window"),
+    ):
+        value = default(f"quant.{key}")
+        benchmark.add_argument(flag, type=type(value), default=value, help=f"{key} (%(default)s)")
+    benchmark.add_argument("--output", type=Path, default=Path("artifacts/benchmark"), help="folder (%(default)s)")
+
+    cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
+    cleaner.add_argument("notebook", type=Path)
+    return parser
+
+
+def run_benchmark(arguments: argparse.Namespace) -> None:
+    """Quantize, smooth, evaluate and write ``report.json``, ``report.txt`` and ``timings.json``."""
+    config = ThermoConfig(
+        bit_width=arguments.bits,
+        activation_bits=arguments.activation_bits,
+        quantizer=arguments.quantizer,
+        group_size=arguments.group_size,
+        timesteps=arguments.timesteps,
+        num_time_groups=arguments.num_time_groups,
+        smoothing_window=arguments.smoothing_window,
+        enable_boundary_smoothing=False,
+    )
+    methods = [arguments.smoothing_method] if arguments.smoothing_method else list(METHODS)
+    reproducible()
+    with tqdm(total=5, desc="benchmark", unit="stage") as bar:
+        lm = load_model(arguments.model)
+        calibration = calibrate(lm, timesteps=config.timesteps)
+        bar.update()
+        suite = build_suite(lm, timesteps=config.timesteps, progress=True)
+        full_precision = summarize("full precision", lm, evaluate(lm, suite, progress=True))
+        bar.update()
+        unsmoothed = quantize(lm, config, calibration, progress=True)
+        bar.update()
+        rows, targets, _ = compare_smoothing(unsmoothed, suite, methods, progress=True)
+        bar.update()
+        timings = {}
+        if config.activation_bits < 16:
+            timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
+            targets += overhead_targets(timings, config, methods[0])
+        bar.update()
+    content = report.build_report(arguments.model, full_precision, rows, targets)
+    report.write_json(arguments.output / "report.json", content)
+    report.write_json(arguments.output / "timings.json", timings)
+    report.write_text(arguments.output / "report.txt", report.report_text(content))
+    print(report.report_text(content))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
+    arguments = _parser().parse_args(argv)
+    transformers.logging.set_verbosity_error()
+    try:
+        if arguments.command == "benchmark":
+            run_benchmark(arguments)
+        else:
+            tidy(arguments.notebook)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Configuration of a quantized model; every default comes from ``params.yaml``."""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from thermo_lib.params import default
+
+Quantizer = Literal["rtn", "least_squares", "gptq"]
+SmoothingMethod = Literal["linear", "cubic", "sigmoid"]
+
+
+def _from_params(key: str, **limits: Any) -> Any:
+    return Field(default_factory=lambda: default(f"quant.{key}"), validate_default=True, **limits)
+
+
+class ThermoConfig(BaseModel):
+    """How to quantize a diffusion language model.
+
+    Attributes:
+        bit_width: bits of a weight code: 2, 4 or 8.
+        quantizer: ``rtn`` (round to nearest), ``least_squares`` (scale and zero point of each group fitted for least
+            squared weight error) or ``gptq`` (arXiv 2210.17323; needs calibration).
+        group_size: weights along the input dimension that share scale and zero point; a row's last group may be
+            shorter.
+        activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
+        activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
+            min-max).
+        timesteps: number of denoising steps ``T`` that the time groups divide.
+        num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
+            parameters where activations are quantized, otherwise the weights' scales and zero points.
+        enable_boundary_smoothing: interpolate the parameters across the edges of time groups.
+        smoothing_method: ``linear``, ``cubic`` or ``sigmoid``.
+        smoothing_window: timesteps smoothed on each side of a boundary, 1-20.
+
+    Raises:
+        ValueError: (pydantic's ``ValidationError``) names the field, what was found and what is allowed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    bit_width: Literal[2, 4, 8] = _from_params("bit_width")
+    quantizer: Quantizer = _from_params("quantizer")
+    group_size: int = _from_params("group_size", ge=1)
+    activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
+    activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
+    timesteps: int = _from_params("timesteps", ge=1)
+    num_time_groups: int = _from_params("num_time_groups", ge=1)
+    enable_boundary_smoothing: bool = _from_params("enable_boundary_smoothing")
+    smoothing_method: SmoothingMethod = _from_params("smoothing_method")
+    smoothing_window: int = _from_params("smoothing_window", ge=1, le=20)
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> Self:
+        if self.num_time_groups > self.timesteps:
+            raise ValueError(
+                f"num_time_groups: found {self.num_time_groups}, allowed is at most the number of timesteps, "
+                f"{self.timesteps}"
+            )
+        if self.activation_ranges == "dynamic" and self.num_time_groups > 1:
+            raise ValueError(
+                f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
+                "which has no parameters to group"
+            )
+        return self
+
+    @property
+    def method(self) -> SmoothingMethod | None:
+        """The smoothing method, None where smoothing is off."""
+        return self.smoothing_method if self.enable_boundary_smoothing else None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any part of this configuration is fitted on calibration states."""
+        static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
+        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations
+
+    @property
+    def precision(self) -> str:
+        """For example ``W2A16``."""
+        return f"W{self.bit_width}A{self.activation_bits}"

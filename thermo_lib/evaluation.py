@@ -1,0 +1,562 @@
+"""Evaluation of full-precision and quantized models on the same inputs, with paired statistics.
+
+Accuracy and NELBO come from held-out files masked by the forward process, path KL and the cosine similarity of
+the outputs from the full-precision model's own trajectories, and the share of solved puzzles from generation.
+Every model sees the same sequences, masks and puzzles, so differences are paired; intervals are bootstrap
+percentiles over sequences.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.stats import bootstrap
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib import data
+from thermo_lib.calibration import Calibration, States, forward_states, trajectory_states
+from thermo_lib.config import ThermoConfig
+from thermo_lib.diffusion import generate, unmask_probabilities
+from thermo_lib.models import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.quantized_model import QuantizedLM, requantize_activations, resmooth
+from thermo_lib.time_aware import MarkovReport, TimeGroups, markov_report
+from thermo_lib.transition import PathKL, path_kl, reference_logits
+
+Verdict = Literal["met", "not met", "inconclusive"]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The inputs of an evaluation, the same for every model.
+
+    Attributes:
+        reference: the full-precision model.
+        held_out: forward states of held-out code, every sequence at every timestep.
+        trajectories: the reference's ancestral trajectories, every sequence at every timestep.
+        reference_outputs: the reference's logits on ``trajectories``.
+        puzzles: Sudoku puzzles that training never saw.
+        timesteps: ``T``.
+    """
+
+    reference: DiffusionLM
+    held_out: States
+    trajectories: States
+    reference_outputs: list[Tensor]
+    puzzles: list[data.Puzzle]
+    timesteps: int
+
+
+@dataclass(frozen=True)
+class PuzzleResult:
+    """Answers to puzzles, in their order."""
+
+    answers: list[str]
+    solved: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of solved puzzles, 0-1."""
+        return sum(self.solved) / len(self.solved)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model did on a suite; rows are sequences, columns timesteps.
+
+    Attributes:
+        correct: float64 ``(sequences, timesteps)``, masked tokens whose likeliest token is right.
+        masked: float64, same shape, masked tokens.
+        nll: float64, same shape, summed negative log-likelihood of the masked tokens in nats.
+        length: tokens of a sequence.
+        path: path KL and output similarity to the full-precision model.
+        puzzles: the Sudoku puzzles.
+    """
+
+    correct: Tensor
+    masked: Tensor
+    nll: Tensor
+    length: int
+    path: PathKL
+    puzzles: PuzzleResult
+
+    @property
+    def accuracy_per_timestep(self) -> Tensor:
+        """Masked-token accuracy at each timestep, ``(timesteps,)``."""
+        return self.correct.sum(0) / self.masked.sum(0)
+
+    @property
+    def accuracy(self) -> float:
+        """Masked-token accuracy, mean over timesteps, 0-1."""
+        return float(self.accuracy_per_timestep.mean())
+
+    @property
+    def nelbo(self) -> float:
+        """Negative evidence lower bound of the T-step process in nats a token (arXiv 2406.07524, eq. 8)."""
+        rho = unmask_probabilities(self.nll.shape[1])
+        return float((self.nll.mean(0) * rho).sum() / self.length)
+
+
+def build_suite(reference: DiffusionLM, *, timesteps: int | None = None, progress: bool = False) -> Suite:
+    """The project's evaluation inputs for a reference model, sized by the ``evaluation`` section of ``params.yaml``.
+
+    Args:
+        reference: the full-precision model.
+        timesteps: ``T``; by default ``quant.timesteps``.
+        progress: show bars.
+    """
+    timesteps = default("quant.timesteps") if timesteps is None else timesteps
+    seed, length = default("seed"), default("data.sequence_length")
+    count, paths = default("evaluation.sequences"), default("evaluation.trajectories")
+    code = data.held_out_sequences(data.load_corpus("test"), reference.tokenizer, count, length, seed)
+    trajectories = trajectory_states(
+        reference,
+        torch.full((paths, length), reference.mask_token_id),
+        None,
+        timesteps,
+        seed + 1,
+        progress="trajectories" if progress else None,
+    )
+    return Suite(
+        reference=reference,
+        held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
+        trajectories=trajectories,
+        reference_outputs=reference_logits(reference, trajectories, timesteps),
+        puzzles=data.make_puzzles("sudoku", default("evaluation.sudoku"), seed, test=True),
+        timesteps=timesteps,
+    )
+
+
+def solve_puzzles(
+    lm: DiffusionLM, puzzles: list[data.Puzzle], timesteps: int | None = None, *, seed: int = 0, progress: bool = False
+) -> PuzzleResult:
+    """Generate an answer to every puzzle and check it; any valid solution is right.
+
+    Args:
+        lm: the model.
+        puzzles: of one or several tasks.
+        timesteps: denoising steps; by default ``quant.timesteps``.
+        seed: seeds the sampler.
+        progress: show a bar.
+    """
+    ids, is_answer = data.encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))
+    filled = generate(
+        lm,
+        torch.where(is_answer, lm.mask_token_id, ids),
+        timesteps=default("quant.timesteps") if timesteps is None else timesteps,
+        sampler=default("evaluation.sampler"),
+        temperature=default("evaluation.temperature"),
+        seed=seed,
+        batch_size=128,
+        progress="puzzles" if progress else None,
+    )
+    answers = data.decode_answers(filled, is_answer, lm.tokenizer)
+    return PuzzleResult(answers, [data.is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)])
+
+
+def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bool = False) -> PuzzleResult:
+    """Solve the puzzles of a JSONL file (one ``{"input": ..., "output": ...}`` a line).
+
+    Args:
+        lm: the model.
+        path: the file.
+        task: ``sudoku`` or ``countdown``.
+        progress: show a bar.
+
+    Raises:
+        ValueError: unknown task, malformed line, or a puzzle that doesn't fit the model's task length.
+    """
+    return solve_puzzles(lm, data.read_jsonl(path, task), progress=progress)
+
+
+@torch.no_grad()
+def masked_token_scores(
+    lm: DiffusionLM, states: States, timesteps: int, *, batch_size: int = 64, progress: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correct tokens, masked tokens and summed negative log-likelihood, each float64 ``(sequences, timesteps)``."""
+    sequences = len(states.ids) // timesteps
+    correct, masked, nll = (torch.zeros((sequences, timesteps), dtype=torch.float64) for _ in range(3))
+    batches = list(states.batches(batch_size))
+    seen = [0] * timesteps
+    for timestep, rows in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+        lm.set_timestep(timestep, timesteps)
+        is_masked, clean = states.is_masked[rows], states.clean[rows]
+        logits = lm.logits(states.ids[rows], is_masked)
+        truth = clean[is_masked]
+        index = slice(seen[timestep], seen[timestep] + len(rows))
+        seen[timestep] += len(rows)
+        for target, values in (
+            (correct, logits.argmax(-1) == truth),
+            (masked, torch.ones_like(truth)),
+            (nll, F.cross_entropy(logits, truth, reduction="none")),
+        ):
+            grid = torch.zeros(is_masked.shape, dtype=torch.float64)
+            target[index, timestep] = grid.masked_scatter(is_masked, values.double()).sum(1)
+    return correct, masked, nll
+
+
+def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
+    """Evaluate a model, full precision or quantized, on a suite."""
+
+    def label(text: str) -> str | None:
+        return f"{lm.name}: {text}" if progress else None
+
+    correct, masked, nll = masked_token_scores(lm, suite.held_out, suite.timesteps, progress=label("accuracy"))
+    return Evaluation(
+        correct=correct,
+        masked=masked,
+        nll=nll,
+        length=suite.held_out.ids.shape[1],
+        path=path_kl(
+            suite.reference,
+            lm,
+            suite.trajectories,
+            suite.timesteps,
+            reference_outputs=suite.reference_outputs,
+            progress=label("path KL"),
+        ),
+        puzzles=solve_puzzles(lm, suite.puzzles, suite.timesteps, progress=progress),
+    )
+
+
+def interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """A 95 % bootstrap percentile interval.
+
+    Args:
+        statistic: of an int array of row indices, drawn with replacement.
+        count: number of rows.
+
+    Returns:
+        ``(low, high)``; equal seeds and inputs give equal intervals.
+    """
+    result = bootstrap(
+        (np.arange(count),),
+        lambda index: statistic(index.astype(int)),
+        vectorized=False,
+        n_resamples=default("evaluation.resamples"),
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(default("seed")),
+    ).confidence_interval
+    return float(result.low), float(result.high)
+
+
+def _accuracy(evaluation: Evaluation) -> Callable[[np.ndarray], float]:
+    correct, masked = evaluation.correct.numpy(), evaluation.masked.numpy()
+    return lambda index: float((correct[index].sum(0) / masked[index].sum(0)).mean())
+
+
+def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
+    """The 95 % interval of the masked-token accuracy, over sequences."""
+    return interval(_accuracy(evaluation), len(evaluation.correct))
+
+
+def path_kl_interval(path: PathKL) -> tuple[float, float]:
+    """The 95 % interval of the path KL in nats, over trajectories."""
+    totals = path.per_sequence.sum(1).numpy()
+    return interval(lambda index: float(totals[index].mean()), len(totals))
+
+
+def relative_accuracy_gain(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
+    """``accuracy / baseline accuracy - 1`` with its paired 95 % interval over sequences."""
+    new, old = _accuracy(evaluation), _accuracy(baseline)
+    value = evaluation.accuracy / baseline.accuracy - 1
+    return value, interval(lambda index: new(index) / old(index) - 1, len(evaluation.correct))
+
+
+def path_kl_difference(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
+    """``path KL - baseline path KL`` in nats with its paired 95 % interval over trajectories."""
+    difference = (evaluation.path.per_sequence - baseline.path.per_sequence).sum(1).numpy()
+    return float(difference.mean()), interval(lambda index: float(difference[index].mean()), len(difference))
+
+
+def verdict(ci: tuple[float, float], target: float, *, at_least: bool) -> Verdict:
+    """Whether a target is met, from the interval of the measured value.
+
+    Args:
+        ci: ``(low, high)``; equal ends for a value without uncertainty.
+        target: the bound.
+        at_least: True where the value should be at or above the target, False where it should be below.
+
+    Returns:
+        ``met`` or ``not met`` where the whole interval is on one side, ``inconclusive`` where it straddles the target.
+
+    Raises:
+        ValueError: the interval's ends are not numbers in order.
+    """
+    low, high = ci
+    if not low <= high:
+        raise ValueError(f"ci: found {ci}, expected low <= high")
+    if at_least:
+        return "met" if low >= target else "not met" if high < target else "inconclusive"
+    return "met" if high < target else "not met" if low >= target else "inconclusive"
+
+
+def markov(lm: QuantizedLM) -> MarkovReport | None:
+    """Markov smoothness of a model's time-dependent parameters after smoothing; None where nothing depends on time."""
+    params = lm.smoothed_params()
+    if not params:
+        return None
+    bits = lm.config.activation_bits if lm.config.activation_bits < 16 else lm.config.bit_width
+    groups = TimeGroups(lm.config.timesteps, lm.config.num_time_groups)
+    return markov_report(params, groups.boundaries, bits)
+
+
+def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:
+    """One configuration's row of the report: settings, bits per weight and scores with intervals."""
+    quantized = isinstance(lm, QuantizedLM)
+    config = lm.config if quantized else None
+    smoothness = markov(lm) if quantized else None
+    return {
+        "name": name,
+        "bits": config.bit_width if config else 32,
+        "activation_bits": config.activation_bits if config else 32,
+        "activation_ranges": config.activation_ranges if config and config.activation_bits < 16 else None,
+        "quantizer": config.quantizer if config else None,
+        "group_size": config.group_size if config else None,
+        "num_time_groups": config.num_time_groups if config else None,
+        "smoothing_method": config.method if config else None,
+        "smoothing_window": config.smoothing_window if config and config.method else None,
+        "bits_per_weight": lm.bits_per_weight if quantized else 32.0,
+        "accuracy": evaluation.accuracy,
+        "accuracy_ci": list(accuracy_interval(evaluation)),
+        "accuracy_per_timestep": evaluation.accuracy_per_timestep.tolist(),
+        "nelbo": evaluation.nelbo,
+        "path_kl": evaluation.path.total,
+        "path_kl_ci": list(path_kl_interval(evaluation.path)),
+        "path_kl_per_timestep": evaluation.path.per_timestep.tolist(),
+        "markov_score": smoothness.score if smoothness else None,
+        "markov_score_all_steps": smoothness.score_all_steps if smoothness else None,
+        "max_jump": smoothness.max_jump if smoothness else None,
+        "mean_jump": smoothness.mean_jump if smoothness else None,
+        "violations": len(smoothness.violations) if smoothness else None,
+        "cosine_similarity": evaluation.path.mean_cosine,
+        "sudoku_solved": evaluation.puzzles.accuracy,
+    }
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """How close a quantized model is to the full-precision one, and how smooth its parameters are over time.
+
+    Attributes:
+        cosine_similarity: of the two models' outputs at masked positions, -1 to 1.
+        path_kl: nats per sequence.
+        markov_smoothness_score: 0-1; 1 where no parameter depends on the timestep.
+        markov: the details, None where no parameter depends on the timestep.
+    """
+
+    cosine_similarity: float
+    path_kl: float
+    markov_smoothness_score: float
+    markov: MarkovReport | None
+
+
+def validate(lm: QuantizedLM, suite: Suite, *, progress: bool = False) -> ValidationReport:
+    """Compare a quantized model with the suite's reference, without text or puzzles."""
+    path = path_kl(
+        suite.reference,
+        lm,
+        suite.trajectories,
+        suite.timesteps,
+        reference_outputs=suite.reference_outputs,
+        progress="path KL" if progress else None,
+    )
+    smoothness = markov(lm)
+    return ValidationReport(path.mean_cosine, path.total, smoothness.score if smoothness else 1.0, smoothness)
+
+
+def compare_smoothing(
+    unsmoothed: QuantizedLM, suite: Suite, methods: Sequence[str], *, progress: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, QuantizedLM]]:
+    """Evaluate one quantized model without smoothing and with each method.
+
+    Args:
+        unsmoothed: a model with time groups and smoothing off.
+        suite: the evaluation inputs.
+        methods: some of ``linear``, ``cubic``, ``sigmoid``.
+        progress: show bars.
+
+    Returns:
+        The configurations' rows, the targets with verdicts, and the models by method (``none`` for no smoothing).
+    """
+    config = unsmoothed.config
+    label = f"{config.precision} {config.quantizer}, {config.num_time_groups} groups"
+    models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
+    scores = {
+        method: evaluate(model, suite, progress=progress)
+        for method, model in tqdm(models.items(), desc=label, disable=not progress, leave=False)
+    }
+    rows = [summarize(f"{label}, {method}", models[method], scores[method]) for method in models]
+    targets = [
+        row
+        for method in methods
+        for row in smoothing_targets(models[method], scores[method], unsmoothed, scores["none"])
+    ]
+    return rows, targets, models
+
+
+def smoothing_overhead(
+    unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, method: str, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What smoothing costs: the time of quantizing activations and of a denoising run, each as a paired ratio.
+
+    Args:
+        unsmoothed: a model with static activation ranges, time groups and smoothing off.
+        calibration: states to fit on; a few are enough, smoothing's work doesn't grow with them.
+        suite: the denoised sequences are its first.
+        method: the smoothing method.
+        progress: show bars.
+
+    Returns:
+        ``quantization`` and ``inference``, each what ``paired_ratio`` returns, candidate with smoothing.
+    """
+    config = unsmoothed.config
+    smoothed = resmooth(unsmoothed, method)
+    ids = suite.trajectories.ids[: default("evaluation.overhead_sequences")]
+    rounds = default("evaluation.overhead_rounds")
+
+    def fit(smoothing: bool) -> None:
+        requantize_activations(
+            unsmoothed, calibration, activation_bits=config.activation_bits, enable_boundary_smoothing=smoothing
+        )
+
+    def run(lm: QuantizedLM) -> None:
+        denoise_once(lm, ids, range(suite.timesteps), suite.timesteps)
+
+    def label(text: str) -> str | None:
+        return text if progress else None
+
+    return {
+        "quantization": paired_ratio(lambda: fit(True), lambda: fit(False), rounds, progress=label("quantization")),
+        "inference": paired_ratio(lambda: run(smoothed), lambda: run(unsmoothed), rounds, progress=label("inference")),
+    }
+
+
+def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str) -> list[dict[str, Any]]:
+    """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
+    bound = default("targets.overhead")
+    return [
+        {
+            "name": f"overhead of {work}",
+            "activation_bits": config.activation_bits,
+            "smoothing_method": method,
+            "target": bound,
+            "value": measured["ratio"] - 1,
+            "ci": [end - 1 for end in measured["ci"]],
+            "verdict": verdict(tuple(end - 1 for end in measured["ci"]), bound, at_least=False),
+        }
+        for work, measured in overhead.items()
+    ]
+
+
+def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:
+    """Accuracy and NELBO of a model without context, what a trained model must be well above.
+
+    The unigram model predicts the training frequencies; the copying one mixes them half and half with the
+    frequencies of the visible tokens of the same sequence, and so guesses the most frequent one.
+
+    Args:
+        states: forward states, every sequence at every timestep.
+        timesteps: ``T``.
+        counts: training count of each token, ``(vocabulary,)``.
+        copy: the copying model instead of the unigram one.
+
+    Returns:
+        ``(masked-token accuracy 0-1, NELBO in nats a token)``.
+    """
+    unigram = (counts.double() + 1) / (counts.sum() + len(counts))
+    rho = unmask_probabilities(timesteps)
+    accuracy, nelbo = [], 0.0
+    for timestep, rows in states.batches(len(states.ids)):
+        correct = masked = 0
+        for row in rows.tolist():
+            is_masked, clean = states.is_masked[row], states.clean[row]
+            visible = clean[~is_masked]
+            probabilities = unigram
+            if copy and len(visible):
+                probabilities = 0.5 * unigram + 0.5 * torch.bincount(visible, minlength=len(unigram)) / len(visible)
+            truth = clean[is_masked]
+            correct += int((truth == probabilities.argmax()).sum())
+            masked += len(truth)
+            nelbo -= float(rho[timestep] * probabilities[truth].log().sum()) / (len(rows) * states.ids.shape[1])
+        accuracy.append(correct / masked)
+    return sum(accuracy) / len(accuracy), nelbo
+
+
+def smoothing_targets(
+    lm: QuantizedLM, evaluation: Evaluation, unsmoothed: QuantizedLM, baseline: Evaluation
+) -> list[dict[str, Any]]:
+    """The earlier project's claims about one smoothed model against the same groups unsmoothed, each with a verdict.
+
+    Args:
+        lm, evaluation: the smoothed model and its scores.
+        unsmoothed, baseline: the same quantized model without smoothing and its scores.
+    """
+    gain, gain_ci = relative_accuracy_gain(evaluation, baseline)
+    smooth, rough = markov(lm), markov(unsmoothed)
+    rows = [("relative accuracy gain", gain, gain_ci, default("targets.accuracy_gain"))]
+    rows.append(("Markov score", smooth.score, (smooth.score,) * 2, default("targets.markov_score")))
+    if rough.mean_jump > 0:
+        cut = 1 - smooth.mean_jump / rough.mean_jump
+        rows.append(("cut of the mean parameter jump", cut, (cut, cut), default("targets.jump_cut")))
+    return [
+        {
+            "name": name,
+            "activation_bits": lm.config.activation_bits,
+            "smoothing_method": lm.config.method,
+            "target": target,
+            "value": value,
+            "ci": list(ci),
+            "verdict": verdict(ci, target, at_least=True),
+        }
+        for name, value, ci, target in rows
+    ]
+
+
+def paired_ratio(
+    candidate: Callable[[], object], baseline: Callable[[], object], rounds: int, *, progress: str | None = None
+) -> dict[str, Any]:
+    """Time two functions in turns and compare them round by round.
+
+    Args:
+        candidate, baseline: called once a round each, the order swapped from round to round; one round warms up.
+        rounds: number of counted rounds, at least 2.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        ``ratio`` (median of candidate / baseline), ``ci`` (95 %, bootstrap over rounds) and median seconds of both.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds: found {rounds}, allowed is at least 2")
+    seconds: dict[str, list[float]] = {"candidate": [], "baseline": []}
+    calls = {"candidate": candidate, "baseline": baseline}
+    for turn in tqdm(range(rounds + 1), desc=progress, disable=progress is None, leave=False):
+        for name in sorted(calls, reverse=bool(turn % 2)):
+            start = time.perf_counter()
+            calls[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    ratios = np.array(seconds["candidate"]) / np.array(seconds["baseline"])
+    return {
+        "ratio": float(np.median(ratios)),
+        "ci": list(interval(lambda index: float(np.median(ratios[index])), rounds)),
+        "rounds": rounds,
+        "candidate_seconds": statistics.median(seconds["candidate"]),
+        "baseline_seconds": statistics.median(seconds["baseline"]),
+    }
+
+
+@torch.no_grad()
+def denoise_once(lm: DiffusionLM, ids: Tensor, timesteps: Iterable[int], total: int) -> None:
+    """One forward pass at each of some timesteps: the work whose time smoothing might change."""
+    for timestep in timesteps:
+        lm.set_timestep(timestep, total)
+        lm.model.hidden(ids)

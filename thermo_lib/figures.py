@@ -1,0 +1,90 @@
+"""Figures of the notebooks: colour-blind-safe colours (Okabe and Ito), axes with units, one idea each."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
+def _axes(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
+    for ax in axes[0]:
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, list(axes[0])
+
+
+def lines(
+    series: Mapping[str, Sequence[float]],
+    *,
+    x: Sequence[float] | None = None,
+    xlabel: str = "timestep",
+    ylabel: str,
+    title: str = "",
+    log: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """One line a series against timesteps (or ``x``)."""
+    if ax is None:
+        ax = _axes()[1][0]
+    for number, (name, values) in enumerate(series.items()):
+        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        ax.plot(range(len(values)) if x is None else x, values, label=name, **style)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+    if len(series) > 1:
+        ax.legend(frameon=False, fontsize="small")
+    return ax
+
+
+def loss_curve(steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+    """Training losses against optimizer steps."""
+    _, (ax,) = _axes(width=7.5)
+    for (name, values), color in zip(curves.items(), COLORS, strict=False):
+        ax.plot(steps, values, label=name, color=color)
+    ax.set(xlabel="optimizer step", ylabel="loss (nats per masked token)", yscale="log")
+    ax.legend(frameon=False)
+
+
+def panels(
+    figures: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, log: bool = False, xlabel: str = "timestep"
+) -> None:
+    """Line plots side by side, one panel a title."""
+    _, axes = _axes(columns=len(figures), width=5.2)
+    for ax, (title, series) in zip(axes, figures.items(), strict=True):
+        lines(series, ylabel=ylabel, title=title, log=log, xlabel=xlabel, ax=ax)
+
+
+def intervals(
+    rows: Mapping[str, tuple[float, tuple[float, float]]], *, xlabel: str, reference: float | None = None
+) -> None:
+    """Values with their 95 % intervals, one row each; ``reference`` is drawn as a vertical line."""
+    _, (ax,) = _axes(width=7.5, height=0.9 + 0.34 * len(rows))
+    for number, (value, (low, high)) in enumerate(rows.values()):
+        ax.errorbar(value, number, xerr=[[value - low], [high - value]], fmt="o", color=COLORS[0], capsize=3)
+    ax.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows))
+    ax.invert_yaxis()
+    if reference is not None:
+        ax.axvline(reference, color=COLORS[1], linestyle="--")
+
+
+def parameters_over_time(
+    before: Mapping[str, Sequence[float]], after: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str
+) -> None:
+    """A quantization parameter over the timesteps, unsmoothed (steps) and smoothed (markers), one panel a layer.
+
+    Args:
+        before: layer to values, one a timestep.
+        after: layer to method to values.
+        ylabel: the parameter with its unit.
+    """
+    _, axes = _axes(columns=len(before), width=4.6, height=3.8)
+    for ax, (layer, values) in zip(axes, before.items(), strict=True):
+        ax.step(range(len(values)), values, where="mid", color=COLORS[6], label="none", linewidth=1.5)
+        for number, (method, smoothed) in enumerate(after[layer].items()):
+            ax.plot(smoothed, marker=MARKERS[number], markersize=4, color=COLORS[number], label=method, linewidth=0.8)
+        ax.set(xlabel="timestep", ylabel=ylabel, title=layer)
+    axes[0].legend(frameon=False, fontsize="small")

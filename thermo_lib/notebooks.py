@@ -1,0 +1,58 @@
+"""What papermill leaves to do for notebooks that are committed and compared.
+
+An executed notebook keeps neither run times nor progress bars, so that two runs on one machine write the same
+file and nbval compares only results.
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import nbformat
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+THREADS = 2
+
+# The instruction set decides the last bits of a float32 sum. One that every x86-64 server has since 2015 keeps the
+# numbers of a notebook equal from CPU to CPU; each library reads its variable at its first use.
+_PORTABLE = {
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+}
+
+
+def reproducible() -> None:
+    """Make this process's results independent of the CPU model, as far as the libraries allow.
+
+    Call it before any other work of torch; the first cell of every notebook does.
+    """
+    os.environ.update(_PORTABLE)
+    torch.set_num_threads(THREADS)
+    torch.use_deterministic_algorithms(True)
+
+
+def tidy(path: str | Path) -> None:
+    """Remove run times and progress bars (stderr) from an executed notebook, in place.
+
+    Raises:
+        ValueError: the notebook holds the output of an error.
+    """
+    path = Path(path)
+    notebook = nbformat.read(path, as_version=4)
+    for key in set(notebook.metadata) - {"kernelspec", "language_info"}:
+        del notebook.metadata[key]
+    for number, cell in enumerate(notebook.cells):
+        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+        cell.id = f"cell-{number:02d}"
+        if cell.cell_type != "code":
+            continue
+        if any(output.output_type == "error" for output in cell.outputs):
+            raise ValueError(f"{path}: cell {number} holds the output of an error")
+        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        nbformat.write(notebook, file)
+    os.chmod(temporary, 0o644)
+    os.replace(temporary, path)

@@ -1,0 +1,394 @@
+"""Low-bit weight quantization: codes, packing, the weight quantizers and the quantized linear layer.
+
+A weight ``w`` has the code ``q = clamp(round(w / scale + zero_point), 0, 2^bits - 1)`` and the value
+``(q - zero_point) * scale``; ``scale`` and ``zero_point`` belong to a group of ``group_size`` neighbours along
+the input dimension and are stored as float16. A row's last group may be shorter than the others.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+BIT_WIDTHS = (2, 4, 8)
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+LARGEST = 65504.0  # the largest float16
+LARGEST_ZERO_POINT = 1024.0  # up to here float16 resolves a zero point to half a code or better
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes along the last dimension, the first code in the lowest bits.
+
+    Args:
+        codes: uint8 ``(..., n)`` with values below ``2**bits``.
+        bits: 2, 4 or 8: four, two or one code a byte.
+
+    Returns:
+        uint8 ``(..., ceil(n * bits / 8))``; unused bits of the last byte are zero.
+    """
+    _check_bits(bits)
+    per_byte = 8 // bits
+    padded = F.pad(codes, (0, -codes.shape[-1] % per_byte))
+    lanes = padded.reshape(*padded.shape[:-1], -1, per_byte)
+    shifts = torch.arange(per_byte, device=codes.device) * bits
+    return (lanes.int() << shifts).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of ``pack``: uint8 ``(..., count)``."""
+    _check_bits(bits)
+    shifts = torch.arange(8 // bits, device=packed.device, dtype=torch.uint8) * bits
+    lanes = (packed[..., None] >> shifts) & (2**bits - 1)
+    return lanes.flatten(-2)[..., :count]
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in BIT_WIDTHS:
+        raise ValueError(f"bits: found {bits}, allowed are {', '.join(map(str, BIT_WIDTHS))}")
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight matrix as codes and the parameters of its groups.
+
+    Attributes:
+        codes: uint8 ``(out_features, in_features)``.
+        scale: float16 ``(out_features, groups)``, positive.
+        zero_point: float16 ``(out_features, groups)``.
+        bits: bits of a code.
+        group_size: weights of a group; ``groups = ceil(in_features / group_size)``.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    bits: int
+    group_size: int
+
+    def dequantize(self) -> Tensor:
+        """The quantized weight, float32 ``(out_features, in_features)``."""
+        return dequantize(self.codes, self.scale, self.zero_point, self.group_size)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
+    """``(codes - zero_point) * scale`` in float32.
+
+    Args:
+        codes: ``(out_features, in_features)``.
+        scale, zero_point: ``(out_features, ceil(in_features / group_size))``.
+        group_size: weights that share a scale.
+    """
+    in_features = codes.shape[-1]
+    grouped = F.pad(codes, (0, -in_features % group_size)).unflatten(-1, (-1, group_size)).float()
+    weight = (grouped - zero_point.float()[..., None]) * scale.float()[..., None]
+    return weight.flatten(-2)[..., :in_features]
+
+
+def quantize_codes(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """``clamp(round(w / scale + zero_point), 0, 2^bits - 1)``; ``scale`` and ``zero_point`` broadcast to ``weight``."""
+    return (weight / scale + zero_point).round().clamp(0, 2**bits - 1)
+
+
+def check_weight(weight: Tensor, name: str = "weight") -> None:
+    """Raise ValueError unless the weight is a non-empty finite matrix that float16 parameters can describe."""
+    if weight.ndim != 2 or not weight.numel():
+        raise ValueError(f"{name}: found shape {tuple(weight.shape)}, expected (out_features, in_features)")
+    if not weight.isfinite().all():
+        raise ValueError(f"{name}: found NaN or infinity, expected finite numbers")
+    if weight.abs().max() > LARGEST:
+        raise ValueError(
+            f"{name}: found |w| = {weight.abs().max():.3g}, allowed is at most {LARGEST:.0f} (float16 scales)"
+        )
+
+
+def _storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    scale = scale.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16)
+    return scale, zero_point.clamp(-LARGEST_ZERO_POINT, LARGEST_ZERO_POINT).to(torch.float16)
+
+
+def minmax_parameters(weight: Tensor, bits: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Scale and rounded zero point of each row that span ``shrink`` times its range, zero included.
+
+    Zero is always inside, so a row of equal weights is represented exactly (up to the scale's float16).
+
+    Args:
+        weight: float32 ``(rows, group)``.
+        bits: bits of a code.
+        shrink: share of the range that is kept; what lies outside is clipped.
+
+    Returns:
+        ``(scale, zero_point)``, float16 ``(rows, 1)``.
+    """
+    low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
+    span = (high - low) * shrink
+    scale = torch.where(span > 0, span / (2**bits - 1), 1.0).clamp(min=SMALLEST_SCALE)
+    return _storable(scale, (-low * shrink / scale).round())
+
+
+def least_squares_parameters(weight: Tensor, bits: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
+    """Scale and (real) zero point of each row for least squared error of its weights.
+
+    From each of several clipped ranges, alternate between rounding to codes and the linear regression of the
+    weights on their codes, as in Lloyd's algorithm with equally spaced levels; keep the best seen.
+
+    Args:
+        weight: float32 ``(rows, group)``.
+        bits: bits of a code.
+        iterations: alternations from each start.
+
+    Returns:
+        ``(scale, zero_point)``, float16 ``(rows, 1)``.
+    """
+    best_scale, best_zero = minmax_parameters(weight, bits)
+    best_error = torch.full_like(best_scale, torch.inf, dtype=torch.float32)
+    mean = weight.mean(1, keepdim=True)
+    for shrink in (1.0, 0.85, 0.7, 0.55):
+        scale, zero = minmax_parameters(weight, bits, shrink)
+        for _ in range(iterations):
+            codes = quantize_codes(weight, scale.float(), zero.float(), bits)
+            error = ((codes - zero.float()) * scale.float() - weight).square().sum(1, keepdim=True)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale, best_zero = torch.where(better, scale, best_scale), torch.where(better, zero, best_zero)
+            centered = codes - codes.mean(1, keepdim=True)
+            variance = centered.square().sum(1, keepdim=True)
+            slope = (centered * weight).sum(1, keepdim=True) / variance.clamp(min=1e-12)
+            usable = (variance > 0) & (slope > SMALLEST_SCALE)
+            fitted = torch.where(usable, slope, scale.float())
+            offset = torch.where(usable, codes.mean(1, keepdim=True) - mean / fitted, zero.float())
+            scale, zero = _storable(fitted, offset)
+    return best_scale, best_zero
+
+
+def _by_groups(weight: Tensor, bits: int, group_size: int, parameters) -> QuantizedWeight:
+    codes, scales, zeros = [], [], []
+    for group in weight.float().split(group_size, dim=1):
+        scale, zero = parameters(group, bits)
+        codes.append(quantize_codes(group, scale.float(), zero.float(), bits).to(torch.uint8))
+        scales.append(scale)
+        zeros.append(zero)
+    return QuantizedWeight(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
+
+
+def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    """Round to nearest in each group's min-max range, the baseline that needs no data.
+
+    Args:
+        weight: ``(out_features, in_features)``.
+        bits: 2, 4 or 8.
+        group_size: weights that share scale and zero point.
+
+    Raises:
+        ValueError: NaN, infinity, wrong shape or bits.
+    """
+    _check_bits(bits)
+    check_weight(weight)
+    return _by_groups(weight, bits, group_size, minmax_parameters)
+
+
+def least_squares(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    """Scale and zero point of each group for least squared weight error; arguments as ``round_to_nearest``."""
+    _check_bits(bits)
+    check_weight(weight)
+    return _by_groups(weight, bits, group_size, least_squares_parameters)
+
+
+def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: float, ridge: float) -> QuantizedWeight:
+    """GPTQ (arXiv 2210.17323, algorithm 1): quantize column by column and push each column's error onto the rest.
+
+    Each group's scale and zero point are fitted by least squares when its first column is reached; at the end
+    they are refitted for the finished codes under the same Hessian (``refit``).
+
+    Args:
+        weight: ``(out_features, in_features)``.
+        hessian: ``sum x x^T`` over the calibration inputs, ``(in_features, in_features)``.
+        bits: 2, 4 or 8.
+        group_size: weights that share scale and zero point.
+        damping: share of the mean diagonal that is added to the diagonal.
+        ridge: see ``refit``.
+
+    Raises:
+        ValueError: NaN, infinity, or a Hessian of another size than the weight's rows.
+    """
+    _check_bits(bits)
+    check_weight(weight)
+    check_hessian(hessian, weight.shape[1])
+    H = hessian.double().clone()
+    diagonal = H.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weight doesn't matter
+    diagonal += damping * diagonal.mean()
+    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+
+    W = weight.double().clone()
+    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    scales, zeros = [], []
+    for start in range(0, W.shape[1], group_size):
+        stop = min(start + group_size, W.shape[1])
+        scale, zero = least_squares_parameters(W[:, start:stop].float(), bits)
+        scales.append(scale)
+        zeros.append(zero)
+        s, z = scale[:, 0].double(), zero[:, 0].double()
+        Err = torch.zeros((len(W), stop - start), dtype=torch.float64)
+        for column in range(start, stop):
+            q = quantize_codes(W[:, column], s, z, bits)
+            codes[:, column] = q.to(torch.uint8)
+            Err[:, column - start] = (W[:, column] - (q - z) * s) / Hinv[column, column]
+            W[:, column:stop] -= Err[:, column - start, None] * Hinv[column, column:stop]
+        W[:, stop:] -= Err @ Hinv[start:stop, stop:]
+    quantized = QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
+    return refit(weight, quantized, hessian, ridge)
+
+
+def check_hessian(hessian: Tensor, in_features: int) -> None:
+    """Raise ValueError unless the Hessian is finite and fits the weight."""
+    if hessian.shape != (in_features, in_features):
+        raise ValueError(f"hessian: found shape {tuple(hessian.shape)}, expected ({in_features}, {in_features})")
+    if not hessian.isfinite().all():
+        raise ValueError("hessian: found NaN or infinity in the calibration inputs, expected finite numbers")
+
+
+def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: float) -> QuantizedWeight:
+    """Scale and zero point of least output error for fixed codes, in closed form.
+
+    A row is linear in ``scale`` and ``offset = -scale * zero_point`` of its groups, so the squared output error
+    ``(w - D theta)^T H (w - D theta)`` has its minimum at the solution of one small linear system a row.
+
+    Args:
+        weight: the full-precision weight, ``(out_features, in_features)``.
+        quantized: its codes, with the parameters to start from.
+        hessian: ``sum x x^T``, ``(in_features, in_features)``.
+        ridge: pull towards the starting parameters, as a share of the system's mean diagonal.
+
+    Returns:
+        The same codes with new parameters; a group whose refitted scale isn't positive keeps its old ones.
+    """
+    check_hessian(hessian, weight.shape[1])
+    out_features, in_features = weight.shape
+    group_size = quantized.group_size
+    groups = quantized.scale.shape[1]
+    pad = groups * group_size - in_features
+    H = F.pad(hessian.double(), (0, pad, 0, pad))
+    codes = F.pad(quantized.codes.double(), (0, pad)).view(out_features, groups, group_size)
+    columns = H.view(-1, groups, group_size)
+
+    # D = [codes of each group | ones of each group]; HD and D^T H D without forming D.
+    H_codes = torch.einsum("igj,ogj->oig", columns, codes)  # (out, in, groups)
+    H_ones = columns.sum(-1)  # (in, groups)
+    codes_H_codes = torch.einsum("ohi,ohig->ohg", codes, H_codes.view(out_features, groups, group_size, groups))
+    codes_H_ones = torch.einsum("ohi,hig->ohg", codes, H_ones.view(groups, group_size, groups))
+    ones_H_ones = H_ones.view(groups, group_size, groups).sum(1).expand(out_features, -1, -1)
+    top = torch.cat([codes_H_codes, codes_H_ones], -1)
+    bottom = torch.cat([codes_H_ones.transpose(1, 2), ones_H_ones], -1)
+    A = torch.cat([top, bottom], 1)  # (out, 2 groups, 2 groups)
+    H_weight = (F.pad(weight.double(), (0, pad)) @ H).view(out_features, groups, group_size)
+    b = torch.cat([(codes * H_weight).sum(-1), H_weight.sum(-1)], -1)  # (out, 2 groups)
+
+    scale = quantized.scale.double()
+    start = torch.cat([scale, -scale * quantized.zero_point.double()], -1)
+    strength = ridge * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
+    A = A + torch.diag_embed(strength.expand(-1, 2 * groups))
+    theta = torch.linalg.solve(A, b + strength * start)
+    new_scale, offset = theta[:, :groups], theta[:, groups:]
+    usable = new_scale > SMALLEST_SCALE
+    new_zero = torch.where(usable, -offset / new_scale, quantized.zero_point.double())
+    usable &= new_zero.abs() < LARGEST_ZERO_POINT
+    stored_scale, stored_zero = _storable(new_scale.float(), new_zero.float())
+    return QuantizedWeight(
+        quantized.codes,
+        torch.where(usable, stored_scale, quantized.scale),
+        torch.where(usable, stored_zero, quantized.zero_point),
+        quantized.bits,
+        group_size,
+    )
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize activations; ``scale`` and ``zero_point`` broadcast to ``x``."""
+    return (quantize_codes(x, scale, zero_point, bits) - zero_point) * scale
+
+
+def fake_quantize_per_token(x: Tensor, bits: int) -> Tensor:
+    """Quantize and dequantize each token in its own min-max range (dynamic ranges, nothing stored)."""
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
+    return fake_quantize(x, scale, (-low / scale).round(), bits)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer that computes from packed weights, with parameters that may depend on the timestep.
+
+    Time-dependent parameters are tables of distinct rows with one row number a timestep, so neighbouring
+    timesteps that share parameters share a row.
+
+    Args:
+        in_features, out_features: size of the layer.
+        bits: bits of a weight code.
+        group_size: weights that share scale and zero point.
+        bias: whether there is a bias.
+        weight_rows: distinct sets of weight parameters (1: they don't depend on the timestep).
+        activation_bits: 16 leaves the input as it is.
+        activation_rows: distinct sets of activation parameters, 0 for dynamic per-token ranges.
+        timesteps: ``T`` of the tables.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        bias: bool,
+        weight_rows: int = 1,
+        activation_bits: int = 16,
+        activation_rows: int = 0,
+        timesteps: int = 1,
+    ):
+        super().__init__()
+        _check_bits(bits)
+        self.in_features, self.out_features = in_features, out_features
+        self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
+        self.timesteps, self.timestep = timesteps, 0
+        groups = -(-in_features // group_size)
+        packed_width = -(-in_features * bits // 8)
+        self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones((weight_rows, out_features, groups), dtype=torch.float16))
+        self.register_buffer("zero_point", torch.zeros((weight_rows, out_features, groups), dtype=torch.float16))
+        self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self.register_buffer("activation_scale", torch.ones(activation_rows))
+        self.register_buffer("activation_zero_point", torch.zeros(activation_rows))
+        self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Use the parameters of denoising step ``timestep`` of ``timesteps``.
+
+        Raises:
+            ValueError: the timestep is outside ``0..timesteps-1``.
+        """
+        if not 0 <= timestep < timesteps:
+            raise ValueError(f"timestep: found {timestep}, allowed are 0..{timesteps - 1}")
+        self.timestep = timestep * self.timesteps // timesteps
+
+    def weight(self) -> Tensor:
+        """The dequantized weight at the current timestep, float32 ``(out_features, in_features)``."""
+        row = self.weight_row[self.timestep]
+        codes = unpack(self.packed, self.bits, self.in_features)
+        return dequantize(codes, self.scale[row], self.zero_point[row], self.group_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in_features)`` to ``(..., out_features)``."""
+        if self.activation_bits < 16:
+            if len(self.activation_scale):
+                row = self.activation_row[self.timestep]
+                scale, zero_point = self.activation_scale[row], self.activation_zero_point[row]
+                x = fake_quantize(x, scale, zero_point, self.activation_bits)
+            else:
+                x = fake_quantize_per_token(x, self.activation_bits)
+        return F.linear(x, self.weight().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """The layer's size and precision, for ``print(model)``."""
+        size = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{size}, bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"

@@ -1,0 +1,491 @@
+"""Quantize a diffusion language model, save it and load it again.
+
+The linear layers of the blocks are quantized; embeddings, head and norms stay as they are. Where calibration
+is needed the blocks are quantized in order, each on the inputs that the blocks before it, already quantized,
+give it.
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from thermo_lib.calibration import Calibration, run_states, shared_inputs
+from thermo_lib.config import ThermoConfig
+from thermo_lib.models import (
+    WEIGHTS_NAME,
+    DiffusionLM,
+    DreamModel,
+    check_tensors,
+    config_json,
+    model_folder,
+    read_config,
+    read_tensors,
+    read_tokenizer,
+    write_folder,
+)
+from thermo_lib.params import default
+from thermo_lib.quant import (
+    QuantizedLinear,
+    QuantizedWeight,
+    check_weight,
+    gptq,
+    least_squares,
+    pack,
+    refit,
+    round_to_nearest,
+)
+from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups, fit_range
+
+_ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
+
+
+@dataclass
+class QuantizedLM(DiffusionLM):
+    """A quantized diffusion language model.
+
+    Attributes:
+        config: how it was quantized.
+        weight_params: layer name to the weight parameters of its time groups, before smoothing; one entry where
+            they don't depend on the timestep.
+        activation_params: the same for static activation ranges; empty where there are none.
+    """
+
+    config: ThermoConfig
+    weight_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
+    activation_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
+
+    @property
+    def time_params(self) -> dict[str, list[TimeGroupParams]]:
+        """The parameters that depend on the timestep, per layer and time group; empty with one time group."""
+        if self.config.num_time_groups == 1:
+            return {}
+        return self.activation_params if self.config.activation_bits < 16 else self.weight_params
+
+    def smoothed_params(self) -> dict[str, list[TimeGroupParams]]:
+        """The time-dependent parameters after smoothing: per layer one entry a timestep."""
+        whole = self.config.activation_bits < 16
+        return {name: _smooth(params, self.config, whole) for name, params in self.time_params.items()}
+
+    def quantized_layers(self) -> dict[str, QuantizedLinear]:
+        """The quantized linears by name."""
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for the quantized linears, codes and all their parameters, for each weight."""
+        bits, weights = 0, 0
+        for name, layer in self.quantized_layers().items():
+            weights += layer.in_features * layer.out_features
+            bits += layer.packed.numel() * 8
+            for params in self.weight_params[name]:
+                bits += (params.scale.numel() + params.zero_point.numel()) * 16
+            for params in self.activation_params.get(name, []):
+                bits += (params.scale.numel() + params.zero_point.numel()) * 32
+        return bits / weights
+
+
+def linear_names(model: DreamModel) -> list[str]:
+    """Names of the linears that are quantized: all inside the blocks, in order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+
+
+def _blocks(names: list[str]) -> list[list[str]]:
+    """Layer names by block, e.g. all of ``model.layers.0``."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return list(blocks.values())
+
+
+def _install(lm: DiffusionLM, name: str, codes: Tensor, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    """Put a quantized layer with weight parameters (one entry a time group) in the place of a linear."""
+    linear = lm.model.get_submodule(name)
+    rows, row_of_step = _table(params, config, whole_zero_points=False)
+    layer = QuantizedLinear(
+        codes.shape[1],
+        codes.shape[0],
+        bits=config.bit_width,
+        group_size=config.group_size,
+        bias=linear.bias is not None,
+        weight_rows=len(rows),
+        timesteps=config.timesteps,
+    )
+    layer.packed = pack(codes, config.bit_width)
+    layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
+    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
+    layer.weight_row = row_of_step
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach().clone()
+    parent, _, child = name.rpartition(".")
+    setattr(lm.model.get_submodule(parent), child, layer)
+
+
+def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    layer.activation_bits = config.activation_bits
+    if config.activation_ranges == "static":
+        rows, row_of_step = _table(params, config, whole_zero_points=True)
+        layer.activation_scale = torch.stack([row.scale for row in rows]).float()
+        layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).float()
+        layer.activation_row = row_of_step
+
+
+def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_points: bool) -> list[TimeGroupParams]:
+    """One entry a timestep, as the layer uses it.
+
+    Activations keep whole zero points after smoothing, so that an activation of zero stays exactly zero: with a
+    fraction, every one of the many near-zero activations is off by the same amount, which more than doubled path KL.
+    """
+    steps = BoundarySmoother(config.method, config.smoothing_window).smooth(params)
+    return [replace(step, zero_point=step.zero_point.round()) for step in steps] if whole_zero_points else steps
+
+
+def _table(
+    params: list[TimeGroupParams], config: ThermoConfig, *, whole_zero_points: bool
+) -> tuple[list[TimeGroupParams], Tensor]:
+    """Distinct parameters after smoothing, and the row of each timestep."""
+    if len(params) == 1:
+        return params, torch.zeros(config.timesteps, dtype=torch.int32)
+    rows: list[TimeGroupParams] = []
+    row_of_step = []
+    for step in _smooth(params, config, whole_zero_points):
+        same = rows and rows[-1].scale.equal(step.scale) and rows[-1].zero_point.equal(step.zero_point)
+        if not same:
+            rows.append(step)
+        row_of_step.append(len(rows) - 1)
+    return rows, torch.tensor(row_of_step, dtype=torch.int32)
+
+
+def _time_groups(config: ThermoConfig, weights: bool) -> TimeGroups:
+    """Time groups of the weights' or the activations' parameters: only one of the two depends on the timestep."""
+    grouped = (config.activation_bits == 16) == weights
+    return TimeGroups(config.timesteps, config.num_time_groups if grouped else 1)
+
+
+def _rounded_layer(weight: Tensor, name: str, config: ThermoConfig) -> QuantizedWeight:
+    check_weight(weight, name)
+    return _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
+
+
+def _calibrated_layer(
+    weight: Tensor, name: str, hessians: Tensor, config: ThermoConfig
+) -> tuple[Tensor, list[QuantizedWeight]]:
+    """Codes of one layer and its parameters for each time group, from the groups' Hessians ``(groups, in, in)``."""
+    ridge = default("quant.ridge")
+    total = hessians.sum(0)
+    if config.quantizer == "gptq":
+        check_weight(weight, name)
+        base = gptq(weight, total, config.bit_width, config.group_size, default("quant.damping"), ridge)
+    else:
+        base = _rounded_layer(weight, name, config)
+    if len(hessians) == 1:
+        return base.codes, [base]
+    return base.codes, [refit(weight, base, hessian, ridge) for hessian in hessians]
+
+
+def input_hessians(
+    lm: DiffusionLM, calibration: Calibration, names: list[str], groups: TimeGroups
+) -> dict[str, Tensor]:
+    """``sum x x^T`` of the inputs of some linears, by time group.
+
+    Args:
+        lm: the model, some of whose blocks may be quantized already.
+        calibration: the states.
+        names: the linears.
+        groups: the time groups.
+
+    Returns:
+        Name to float64 ``(groups, in_features, in_features)``.
+    """
+    hessians = {
+        name: torch.zeros((groups.num_groups, *[lm.model.get_submodule(name).in_features] * 2), dtype=torch.float64)
+        for name in names
+    }
+
+    def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
+        hessians[name][groups.group_of(timestep * groups.timesteps // calibration.timesteps)] += x.T @ x
+
+    run_states(lm, calibration, names, accumulate)
+    return hessians
+
+
+def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
+    config = lm.config
+    groups = _time_groups(config, weights=True)
+    names = linear_names(lm.model)
+    label = f"{config.quantizer} {config.precision}"
+    if config.quantizer != "gptq" and groups.num_groups == 1:
+        for name in tqdm(names, desc=label, disable=not progress, leave=False):
+            quantized = _rounded_layer(lm.model.get_submodule(name).weight, name, config)
+            params = TimeGroupParams((0, config.timesteps), quantized.scale, quantized.zero_point, quantized.group_size)
+            lm.weight_params[name] = [params]
+            _install(lm, name, quantized.codes, [params], config)
+        return
+
+    sites = shared_inputs(lm, names)
+    for block in tqdm(_blocks(names), desc=label, disable=not progress, leave=False):
+        site_of = {site[0]: site for site in sites if site[0] in block}
+        hessians = input_hessians(lm, calibration, list(site_of), groups)
+        for first, site in site_of.items():
+            for name in site:
+                weight = lm.model.get_submodule(name).weight
+                codes, fitted = _calibrated_layer(weight, name, hessians[first], config)
+                params = [
+                    TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
+                    for time_range, f in zip(groups.ranges, fitted, strict=True)
+                ]
+                lm.weight_params[name] = params
+                _install(lm, name, codes, params, config)
+
+
+def activation_samples(
+    lm: DiffusionLM, calibration: Calibration, sites: list[list[str]], groups: TimeGroups, limit: int, seed: int
+) -> dict[str, list[Tensor]]:
+    """A random sample of each layer input's values in every time group.
+
+    Args:
+        lm: the model whose activations are sampled.
+        calibration: the states.
+        sites: names of linears that share an input; the sample is kept under the first.
+        groups: the time groups.
+        limit: values kept of each input and batch of states.
+        seed: seeds the choice.
+
+    Returns:
+        First name of each site to one flat float32 tensor a time group.
+
+    Raises:
+        ValueError: a time group without a calibration state.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    samples: dict[str, list[list[Tensor]]] = {site[0]: [[] for _ in groups.ranges] for site in sites}
+
+    def keep(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
+        chosen = torch.randint(x.numel(), (limit,), generator=generator)
+        group = groups.group_of(timestep * groups.timesteps // calibration.timesteps)
+        samples[name][group].append(x.flatten()[chosen])
+
+    run_states(lm, calibration, list(samples), keep)
+    empty = [r for values in samples.values() for r, group in zip(groups.ranges, values, strict=True) if not group]
+    if empty:
+        raise ValueError(f"calibration: found no state in timesteps {empty[0][0]}..{empty[0][1] - 1}")
+    return {name: [torch.cat(group) for group in values] for name, values in samples.items()}
+
+
+def _quantize_activations(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
+    config = lm.config
+    layers = lm.quantized_layers()
+    if config.activation_ranges == "static":
+        groups = _time_groups(config, weights=False)
+        sites = shared_inputs(lm, list(layers))
+        samples = activation_samples(
+            lm, calibration, sites, groups, default("calibration.activation_samples"), default("seed")
+        )
+        for site in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
+            params = [
+                TimeGroupParams(time_range, *fit_range(values, config.activation_bits))
+                for time_range, values in zip(groups.ranges, samples[site[0]], strict=True)
+            ]
+            lm.activation_params |= dict.fromkeys(site, params)
+    for name, layer in layers.items():
+        _install_activations(layer, lm.activation_params.get(name, []), config)
+
+
+def quantize(
+    lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | None = None, *, progress: bool = False
+) -> QuantizedLM:
+    """Quantize a full-precision model into a new one; the given model stays as it is.
+
+    Args:
+        lm: the full-precision model.
+        config: how to quantize.
+        calibration: states to fit on; needed by ``gptq``, time groups and static activation ranges.
+        progress: show bars.
+
+    Raises:
+        ValueError: the configuration needs calibration and there is none, or a weight holds NaN or infinity.
+    """
+    if config.needs_calibration and calibration is None:
+        raise ValueError(
+            f"calibration: found None, required by quantizer={config.quantizer!r}, "
+            f"num_time_groups={config.num_time_groups}, activation_bits={config.activation_bits} "
+            f"({config.activation_ranges}); without it use rtn or least_squares at activation_bits=16"
+        )
+    quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, config)
+    with torch.no_grad():
+        _quantize_weights(quantized, calibration, progress)
+        if config.activation_bits < 16:
+            _quantize_activations(quantized, calibration, progress)
+    return quantized
+
+
+def requantize_activations(
+    lm: QuantizedLM, calibration: Calibration | None = None, *, progress: bool = False, **changes: object
+) -> QuantizedLM:
+    """The same quantized weights with other activation settings; the given model stays as it is.
+
+    Args:
+        lm: a quantized model whose weights don't depend on the timestep.
+        calibration: states to fit static ranges on.
+        progress: show a bar.
+        changes: new values of ``activation_bits``, ``activation_ranges``, ``num_time_groups`` and smoothing.
+
+    Raises:
+        ValueError: a field that belongs to the weights, time-dependent weights, or missing calibration.
+    """
+    _check_changes(changes, {"activation_bits", "activation_ranges", "num_time_groups", *_SMOOTHING})
+    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
+    if any(len(params) > 1 for params in lm.weight_params.values()) or (
+        config.activation_bits == 16 and config.num_time_groups > 1
+    ):
+        raise ValueError("num_time_groups: found time-dependent weights, expected weights of one time group")
+    if config.activation_bits < 16 and config.activation_ranges == "static" and calibration is None:
+        raise ValueError("calibration: found None, required by static activation ranges")
+    changed = _copy(lm, config, {})
+    for layer in changed.quantized_layers().values():
+        layer.activation_bits = 16
+    if config.activation_bits < 16:
+        with torch.no_grad():
+            _quantize_activations(changed, calibration, progress)
+    return changed
+
+
+_SMOOTHING = frozenset({"enable_boundary_smoothing", "smoothing_method", "smoothing_window"})
+
+
+def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
+    other = sorted(changes.keys() - set(allowed))
+    if other:
+        raise ValueError(f"{other[0]}: can't change without quantizing again, allowed are {', '.join(sorted(allowed))}")
+
+
+def _copy(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
+    model = copy.deepcopy(lm.model)
+    return QuantizedLM(
+        model, lm.tokenizer, lm.mask_token_id, lm.name, config, dict(lm.weight_params), dict(activation_params)
+    )
+
+
+def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> QuantizedLM:
+    """The same quantized model with other boundary smoothing, nothing fitted again.
+
+    Args:
+        lm: a quantized model.
+        method: ``linear``, ``cubic``, ``sigmoid`` or None.
+        window: timesteps on each side; by default as before.
+
+    Raises:
+        ValueError: unknown method or window out of range.
+    """
+    changes = {
+        "enable_boundary_smoothing": method is not None,
+        "smoothing_method": method or lm.config.smoothing_method,
+        "smoothing_window": lm.config.smoothing_window if window is None else window,
+    }
+    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
+    changed = _copy(lm, config, lm.activation_params)
+    for name, layer in changed.quantized_layers().items():
+        rows, layer.weight_row = _table(lm.weight_params[name], config, whole_zero_points=False)
+        layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
+        layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
+        if config.activation_bits < 16:
+            _install_activations(layer, lm.activation_params.get(name, []), config)
+    return changed
+
+
+def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{kind}_{key}": torch.stack([getattr(p, key) for p in params]).contiguous()
+        for name, params in layers.items()
+        for key in ("scale", "zero_point")
+    }
+
+
+def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
+    """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
+
+    An earlier folder of that name stays as it was until the new one is complete.
+    """
+
+    def write(target: Path) -> None:
+        layers = lm.quantized_layers()
+        inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
+        tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
+        for name, layer in layers.items():
+            tensors[f"{name}.packed"] = layer.packed
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias
+        tensors |= _group_tensors("weight", lm.weight_params) | _group_tensors("activation", lm.activation_params)
+        save_file({k: v.clone() for k, v in tensors.items()}, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        (target / WEIGHTS_NAME).chmod(0o644)
+        (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
+        lm.tokenizer.save(str(target / "tokenizer.json"))
+
+    write_folder(Path(folder), write)
+
+
+def load_quantized(path: str | Path) -> QuantizedLM:
+    """Load what ``save_quantized`` wrote; it computes bit for bit what the saved model computed.
+
+    Raises:
+        ValueError: not a folder of a quantized model, or damaged; the message says where and why.
+    """
+    folder = model_folder(str(path))
+    config = read_config(folder)
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "thermo_config" not in content:
+        raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
+    thermo = ThermoConfig(**content["thermo_config"])
+    tensors = read_tensors(folder)
+    model = DreamModel(config).eval().requires_grad_(False)
+    lm = QuantizedLM(model, read_tokenizer(folder), config.mask_token_id, str(path), thermo)
+
+    names = linear_names(model)
+    static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
+    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if static else {})
+    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in names}
+    for name in names:
+        expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
+    check_tensors(tensors, expected, folder)
+    for name in names:
+        linear = model.get_submodule(name)
+        for kind, layers in kinds.items():
+            ranges = _time_groups(thermo, weights=kind == "weight").ranges
+            values = (tensors.pop(f"{name}.{kind}_{key}") for key in ("scale", "zero_point"))
+            layers[name] = [
+                TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
+                for time_range, scale, zero in zip(ranges, *values, strict=True)
+            ]
+        packed = tensors.pop(f"{name}.packed")
+        if linear.bias is not None:
+            linear.bias.copy_(tensors.pop(f"{name}.bias"))
+        _install(lm, name, torch.zeros(linear.weight.shape, dtype=torch.uint8), lm.weight_params[name], thermo)
+        layer = model.get_submodule(name)
+        layer.packed = packed
+        if thermo.activation_bits < 16:
+            _install_activations(layer, lm.activation_params.get(name, []), thermo)
+    model.load_state_dict(tensors, strict=False)
+    return lm
+
+
+def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
+    rows, columns = linear.weight.shape
+    groups = _time_groups(config, weights=True).num_groups
+    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
+    expected = {
+        f"{name}.packed": torch.empty((rows, -(-columns * config.bit_width // 8)), device="meta"),
+        f"{name}.weight_scale": parameters,
+        f"{name}.weight_zero_point": parameters,
+    }
+    if linear.bias is not None:
+        expected[f"{name}.bias"] = linear.bias
+    if static:
+        per_group = torch.empty(_time_groups(config, weights=False).num_groups, device="meta")
+        expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
+    return expected
