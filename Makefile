@@ -42,8 +42,9 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(IN_VENV) $(PYTEST)
+	$(IN_VENV) $(PYTEST) --ignore=tests/test_notebooks.py
 	$(IN_VENV) $(PYTEST) --nbval --nbval-current-env notebooks/executed
+	$(IN_VENV) $(PYTEST) tests/test_notebooks.py
 
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks

@@ -18,14 +18,16 @@ from thermo_lib.evaluation import (
     build_suite,
     compare_smoothing,
     evaluate,
+    identity_target,
     overhead_targets,
+    same_outputs,
     smoothing_overhead,
     summarize,
 )
 from thermo_lib.models import load_model
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
-from thermo_lib.quantized_model import quantize
+from thermo_lib.quantized_model import quantize, resmooth
 from thermo_lib.time_aware import METHODS
 
 
@@ -81,12 +83,12 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         bar.update()
         unsmoothed = quantize(lm, config, calibration, progress=True)
         bar.update()
-        rows, targets, _ = compare_smoothing(unsmoothed, suite, methods, progress=True)
+        rows, targets, models = compare_smoothing(unsmoothed, suite, methods, progress=True)
+        same = same_outputs(resmooth(models[methods[-1]], None), unsmoothed, suite)
+        targets.append(identity_target(same, config.activation_bits))
         bar.update()
-        timings = {}
-        if config.activation_bits < 16:
-            timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
-            targets += overhead_targets(timings, config, methods[0])
+        timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
+        targets += overhead_targets(timings, config.activation_bits, methods[0])
         bar.update()
     content = report.build_report(arguments.model, full_precision, rows, targets)
     report.write_json(arguments.output / "report.json", content)

@@ -197,7 +197,7 @@ def trajectory_states(
 
 
 def calibration_batches(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor | None]]:
-    """The project's calibration text: training code, and training puzzles of each task.
+    """The project's calibration text: training code and, where the model knows them, training puzzles of each task.
 
     Returns:
         ``(ids, allowed)`` pairs as ``calibrate`` takes them.
@@ -209,6 +209,8 @@ def calibration_batches(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor
         default("data.sequence_length"),
         seed,
     )
+    if not data.knows_tasks(lm.tokenizer):
+        return [(code, None)]
     puzzles = [p for t in data.TASKS for p in data.make_puzzles(t, default("calibration.puzzles"), seed, test=False)]
     return [(code, None), data.encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))]
 

@@ -285,6 +285,11 @@ def _solves_countdown(puzzle_input: str, answer: str) -> bool:
     return available == [target] and result == target
 
 
+def knows_tasks(tokenizer: Tokenizer) -> bool:
+    """Whether a tokenizer has the reference model's markers of planning tasks; other models don't."""
+    return all(tokenizer.token_to_id(token) is not None for token in (*TASK_TOKENS.values(), ANSWER, EOS))
+
+
 def encode_puzzles(puzzles: list[Puzzle], tokenizer: Tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Puzzles as ``<task> input <answer> output <eos>...``, padded with end-of-text to ``length``.
 
@@ -293,8 +298,11 @@ def encode_puzzles(puzzles: list[Puzzle], tokenizer: Tokenizer, length: int) -> 
         diffusion masks and fills (everything after the answer marker).
 
     Raises:
-        ValueError: a puzzle doesn't fit into ``length`` tokens.
+        ValueError: a puzzle doesn't fit into ``length`` tokens, or the tokenizer lacks the task markers.
     """
+    if not knows_tasks(tokenizer):
+        markers = ", ".join((*TASK_TOKENS.values(), ANSWER, EOS))
+        raise ValueError(f"tokenizer: found no task markers, puzzles need {markers}")
     eos, answer = tokenizer.token_to_id(EOS), tokenizer.token_to_id(ANSWER)
     ids = torch.full((len(puzzles), length), eos)
     is_answer = torch.zeros(ids.shape, dtype=torch.bool)

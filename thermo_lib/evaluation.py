@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from thermo_lib import data
 from thermo_lib.calibration import Calibration, States, forward_states, trajectory_states
-from thermo_lib.config import ThermoConfig
 from thermo_lib.diffusion import generate, unmask_probabilities
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
@@ -42,7 +41,7 @@ class Suite:
         held_out: forward states of held-out code, every sequence at every timestep.
         trajectories: the reference's ancestral trajectories, every sequence at every timestep.
         reference_outputs: the reference's logits on ``trajectories``.
-        puzzles: Sudoku puzzles that training never saw.
+        puzzles: Sudoku puzzles that training never saw; empty where the model's tokenizer doesn't know the task.
         timesteps: ``T``.
     """
 
@@ -77,7 +76,7 @@ class Evaluation:
         nll: float64, same shape, summed negative log-likelihood of the masked tokens in nats.
         length: tokens of a sequence.
         path: path KL and output similarity to the full-precision model.
-        puzzles: the Sudoku puzzles.
+        puzzles: the Sudoku puzzles; None where the suite has none.
     """
 
     correct: Tensor
@@ -85,7 +84,7 @@ class Evaluation:
     nll: Tensor
     length: int
     path: PathKL
-    puzzles: PuzzleResult
+    puzzles: PuzzleResult | None
 
     @property
     def accuracy_per_timestep(self) -> Tensor:
@@ -124,12 +123,13 @@ def build_suite(reference: DiffusionLM, *, timesteps: int | None = None, progres
         seed + 1,
         progress="trajectories" if progress else None,
     )
+    puzzles = default("evaluation.sudoku") if data.knows_tasks(reference.tokenizer) else 0
     return Suite(
         reference=reference,
         held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
         trajectories=trajectories,
         reference_outputs=reference_logits(reference, trajectories, timesteps),
-        puzzles=data.make_puzzles("sudoku", default("evaluation.sudoku"), seed, test=True),
+        puzzles=data.make_puzzles("sudoku", puzzles, seed, test=True),
         timesteps=timesteps,
     )
 
@@ -222,7 +222,7 @@ def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evalua
             reference_outputs=suite.reference_outputs,
             progress=label("path KL"),
         ),
-        puzzles=solve_puzzles(lm, suite.puzzles, suite.timesteps, progress=progress),
+        puzzles=solve_puzzles(lm, suite.puzzles, suite.timesteps, progress=progress) if suite.puzzles else None,
     )
 
 
@@ -338,7 +338,7 @@ def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, A
         "mean_jump": smoothness.mean_jump if smoothness else None,
         "violations": len(smoothness.violations) if smoothness else None,
         "cosine_similarity": evaluation.path.mean_cosine,
-        "sudoku_solved": evaluation.puzzles.accuracy,
+        "sudoku_solved": evaluation.puzzles.accuracy if evaluation.puzzles else None,
     }
 
 
@@ -388,13 +388,14 @@ def compare_smoothing(
         The configurations' rows, the targets with verdicts, and the models by method (``none`` for no smoothing).
     """
     config = unsmoothed.config
-    label = f"{config.precision} {config.quantizer}, {config.num_time_groups} groups"
+    label = f"{config.precision} {config.quantizer}, time groups"
     models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
     scores = {
         method: evaluate(model, suite, progress=progress)
         for method, model in tqdm(models.items(), desc=label, disable=not progress, leave=False)
     }
-    rows = [summarize(f"{label}, {method}", models[method], scores[method]) for method in models]
+    names = {method: label if method == "none" else f"{label}, {method}" for method in models}
+    rows = [summarize(names[method], models[method], scores[method]) for method in models]
     targets = [
         row
         for method in methods
@@ -406,17 +407,18 @@ def compare_smoothing(
 def smoothing_overhead(
     unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, method: str, *, progress: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """What smoothing costs: the time of quantizing activations and of a denoising run, each as a paired ratio.
+    """What smoothing costs, as paired ratios of times with and without it.
 
     Args:
-        unsmoothed: a model with static activation ranges, time groups and smoothing off.
+        unsmoothed: a model with time groups and smoothing off.
         calibration: states to fit on; a few are enough, smoothing's work doesn't grow with them.
         suite: the denoised sequences are its first.
         method: the smoothing method.
         progress: show bars.
 
     Returns:
-        ``quantization`` and ``inference``, each what ``paired_ratio`` returns, candidate with smoothing.
+        ``inference`` (a forward pass at every timestep) and, where activation ranges are static, ``quantization``
+        (fitting them); each what ``paired_ratio`` returns, the candidate with smoothing.
     """
     config = unsmoothed.config
     smoothed = resmooth(unsmoothed, method)
@@ -431,22 +433,22 @@ def smoothing_overhead(
     def run(lm: QuantizedLM) -> None:
         denoise_once(lm, ids, range(suite.timesteps), suite.timesteps)
 
-    def label(text: str) -> str | None:
-        return text if progress else None
+    def measure(label: str, work: Callable[[bool], object]) -> dict[str, Any]:
+        return paired_ratio(lambda: work(True), lambda: work(False), rounds, progress=label if progress else None)
 
-    return {
-        "quantization": paired_ratio(lambda: fit(True), lambda: fit(False), rounds, progress=label("quantization")),
-        "inference": paired_ratio(lambda: run(smoothed), lambda: run(unsmoothed), rounds, progress=label("inference")),
-    }
+    measured = {"inference": measure("inference", lambda smoothing: run(smoothed if smoothing else unsmoothed))}
+    if config.activation_bits < 16 and config.activation_ranges == "static":
+        measured["quantization"] = measure("quantization", fit)
+    return measured
 
 
-def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str) -> list[dict[str, Any]]:
+def overhead_targets(overhead: dict[str, dict[str, Any]], activation_bits: int, method: str) -> list[dict[str, Any]]:
     """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
     bound = default("targets.overhead")
     return [
         {
             "name": f"overhead of {work}",
-            "activation_bits": config.activation_bits,
+            "activation_bits": activation_bits,
             "smoothing_method": method,
             "target": bound,
             "value": measured["ratio"] - 1,
@@ -455,6 +457,31 @@ def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, 
         }
         for work, measured in overhead.items()
     ]
+
+
+@torch.no_grad()
+def same_outputs(a: DiffusionLM, b: DiffusionLM, suite: Suite, sequences: int = 2) -> bool:
+    """Whether two models give bit-identical logits on the suite's first sequences at every timestep."""
+    equal = True
+    for timestep in range(suite.timesteps):
+        ids = suite.trajectories.ids[suite.trajectories.timestep == timestep][:sequences]
+        for lm in (a, b):
+            lm.set_timestep(timestep, suite.timesteps)
+        equal = equal and torch.equal(a.model(ids), b.model(ids))
+    return equal
+
+
+def identity_target(same: bool, activation_bits: int) -> dict[str, Any]:
+    """The target that smoothing, switched off, leaves every bit as it was."""
+    return {
+        "name": "bit-identical with smoothing off",
+        "activation_bits": activation_bits,
+        "smoothing_method": None,
+        "target": 1.0,
+        "value": float(same),
+        "ci": [float(same), float(same)],
+        "verdict": verdict((float(same), float(same)), 1.0, at_least=True),
+    }
 
 
 def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:

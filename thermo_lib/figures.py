@@ -10,12 +10,16 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _axes(columns: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    figure, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
-    for ax in axes[0]:
+def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """``count`` axes, at most three in a row."""
+    rows = -(-count // 3)
+    columns = -(-count // rows)
+    size = (width * columns, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes[0])
+    return figure, list(axes.flat)
 
 
 def lines(
@@ -53,7 +57,7 @@ def panels(
     figures: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, log: bool = False, xlabel: str = "timestep"
 ) -> None:
     """Line plots side by side, one panel a title."""
-    _, axes = _axes(columns=len(figures), width=5.2)
+    _, axes = _axes(len(figures), width=5.2)
     for ax, (title, series) in zip(axes, figures.items(), strict=True):
         lines(series, ylabel=ylabel, title=title, log=log, xlabel=xlabel, ax=ax)
 
@@ -66,7 +70,7 @@ def intervals(
     for number, (value, (low, high)) in enumerate(rows.values()):
         ax.errorbar(value, number, xerr=[[value - low], [high - value]], fmt="o", color=COLORS[0], capsize=3)
     ax.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows))
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.5, -0.5)
     if reference is not None:
         ax.axvline(reference, color=COLORS[1], linestyle="--")
 
@@ -81,7 +85,7 @@ def parameters_over_time(
         after: layer to method to values.
         ylabel: the parameter with its unit.
     """
-    _, axes = _axes(columns=len(before), width=4.6, height=3.8)
+    _, axes = _axes(len(before), width=4.6, height=3.8)
     for ax, (layer, values) in zip(axes, before.items(), strict=True):
         ax.step(range(len(values)), values, where="mid", color=COLORS[6], label="none", linewidth=1.5)
         for number, (method, smoothed) in enumerate(after[layer].items()):

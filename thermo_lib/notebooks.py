@@ -18,7 +18,7 @@ THREADS = 2
 # numbers of a notebook equal from CPU to CPU; each library reads its variable at its first use.
 _PORTABLE = {
     "ATEN_CPU_CAPABILITY": "avx2",
-    "MKL_CBWR": "COMPATIBLE",
+    "MKL_CBWR": "AVX2",
     "ONEDNN_MAX_CPU_ISA": "AVX2",
 }
 

@@ -143,3 +143,81 @@ def report_text(report: Mapping[str, Any]) -> str:
         f"{machine['processor']} ({machine['machine']}), {machine['threads']} threads.",
     ]
     return "\n".join(parts) + "\n"
+
+
+def metrics(
+    full_precision: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """The content of ``metrics.json``, for ``dvc metrics``: scores by configuration, verdicts by target; no times."""
+    keys = ("bits_per_weight", "accuracy", "nelbo", "path_kl", "cosine_similarity", "sudoku_solved", "markov_score")
+    scores = {
+        row["name"]: {key: row[key] for key in keys if row[key] is not None}
+        for row in (full_precision, *configurations)
+    }
+    verdicts: dict[str, dict[str, str]] = {}
+    for row in targets:
+        where = f"W2A{row['activation_bits']} {row['smoothing_method'] or 'none'}"
+        verdicts.setdefault(row["name"], {})[where] = row["verdict"]
+    return {"configurations": scores, "verdicts": verdicts}
+
+
+def write_per_timestep(path: str | Path, configurations: Sequence[Mapping[str, Any]], key: str) -> None:
+    """A CSV for ``dvc plots``: one line a timestep, one column a configuration."""
+    header = ["timestep", *(f'"{row["name"]}"' for row in configurations)]
+    columns = [row[key] for row in configurations]
+    lines = [",".join(map(str, (timestep, *values))) for timestep, values in enumerate(zip(*columns, strict=True))]
+    write_text(path, "\n".join([",".join(header), *lines]) + "\n")
+
+
+def model_card(record: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
+    """The README of the reference model: what it is, what it learned from, what it can do.
+
+    Args:
+        record: ``training.json``.
+        scores: what the notebook ``01_reference_model`` measured.
+    """
+    settings, row = record["settings"], scores["full_precision"]
+    packages = ", ".join(f"{name} {version}" for name, version in settings["packages"].items())
+    curve = "\n".join(
+        f"| {(i + 1) * record['loss_every']:,} | {record['code_loss'][i]:.3f} | {record['planning_loss'][i]:.3f} |"
+        for i in _spread(len(record["code_loss"]), 8)
+    )
+    return f"""# Reference model
+
+A masked diffusion language model with Dream's architecture (Qwen2 blocks, bidirectional attention, logits shifted
+by one) and {record["parameters"]:,} parameters: {settings["num_hidden_layers"]} blocks of width \
+{settings["hidden_size"]}, {settings["num_attention_heads"]} heads, MLP \
+{settings["intermediate_size"]}, a byte-level BPE of {settings["vocab_size"]:,} tokens with every digit alone.
+It is made for measuring quantization; it is no use as a writer of programs. Weights: bfloat16 safetensors.
+Licence: as the project; the training packages are BSD-licensed.
+
+## Data
+- Source code without tests of {packages}; 90 % of the files train, 5 % validate, 5 % test, by a hash of the path.
+- Generated 4x4 Sudoku (4-12 clues, one solution) and Countdown with three numbers, 5 % of the inputs kept for testing.
+
+## Training
+{record["steps"]:,} steps of Muon and AdamW from scratch, {record["code_tokens"]:,} tokens of code, \
+{record["puzzles"]:,} puzzles, seed {settings["seed"]}; `notebooks/00_training.ipynb` is the recipe.
+Loss in nats per masked token:
+
+| step | code | planning |
+|---|---|---|
+{curve}
+
+## Scores
+Held-out files, {len(row["accuracy_per_timestep"])} timesteps; puzzles by denoising in as many steps.
+
+| | accuracy | NELBO (nats a token) |
+|---|---|---|
+| unigram | {scores["unigram"][0]:.3f} | {scores["unigram"][1]:.2f} |
+| most frequent visible token | {scores["copying"][0]:.3f} | {scores["copying"][1]:.2f} |
+| this model | {row["accuracy"]:.3f} | {row["nelbo"]:.2f} |
+
+Solved of fresh puzzles: Sudoku {scores["solved"]["sudoku"]:.3f}, Countdown {scores["solved"]["countdown"]:.3f}. \
+Round-to-nearest INT2 at group size 128 changes the accuracy by {100 * scores["rounded_loss"]:+.1f} % (relative).
+"""
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most ``most`` indices of ``count``, evenly spread, the last among them."""
+    return sorted({round((count - 1) * i / max(most - 1, 1)) for i in range(most)})

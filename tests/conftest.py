@@ -1,0 +1,102 @@
+"""Tiny models and settings that the tests share; nothing here is read from the trained reference model."""
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, settings
+from tokenizers import Tokenizer
+
+from thermo_lib import data, params
+from thermo_lib.calibration import Calibration, calibrate
+from thermo_lib.models import DiffusionLM, build_reference
+
+settings.register_profile(
+    "tests", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("tests")
+
+TEXTS = ["def f(x):\n    return x + 1\n", "for i in range(10):\n    print(i, 2 * i)\n", "class A:\n    pass\n"] * 3
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+TIMESTEPS = 6
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny matrices are faster on one thread."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """About 290 tokens: the special ones, the bytes and a few merges."""
+    return data.train_tokenizer(iter(TEXTS), 300)
+
+
+@pytest.fixture(scope="session")
+def build_tiny(tokenizer: Tokenizer) -> Callable[[int], DiffusionLM]:
+    """Builds a model with two layers of width 32 from a seed; its weights are large, so that its logits differ."""
+
+    def build(seed: int = 0) -> DiffusionLM:
+        mask_token_id = tokenizer.token_to_id(data.MASK)
+        model = build_reference(tokenizer.get_vocab_size(), mask_token_id, SIZES, seed).eval().requires_grad_(False)
+        for name, weight in model.named_parameters():
+            if weight.ndim == 2:
+                weight.mul_(8)
+            elif name.endswith("bias"):
+                weight.normal_(std=0.1)
+        model.lm_head.weight.mul_(3)
+        return DiffusionLM(model, tokenizer, mask_token_id, "tiny")
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny(build_tiny: Callable[[int], DiffusionLM]) -> DiffusionLM:
+    """The tiny model that most tests use; they don't change it."""
+    return build_tiny(0)
+
+
+@pytest.fixture(scope="session")
+def random_ids(tokenizer: Tokenizer) -> Callable[..., torch.Tensor]:
+    """Makes token ids without special tokens, from a shape and a seed."""
+
+    def make(*shape: int, seed: int = 0) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(len(data.SPECIAL_TOKENS), tokenizer.get_vocab_size(), shape, generator=generator)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def calibration(tiny: DiffusionLM, random_ids: Callable[..., torch.Tensor]) -> Calibration:
+    """Six sequences of 16 tokens on their trajectories of 6 timesteps."""
+    batches = [(random_ids(6, 16), None)]
+    return calibrate(tiny, batches, timesteps=TIMESTEPS, source="trajectory", seed=0, progress=False)
+
+
+@pytest.fixture
+def override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Any]], None]:
+    """Gives keys of ``params.yaml``, dotted, other values for the length of a test."""
+    content = yaml.safe_load(params.PARAMS_FILE.read_text(encoding="utf-8"))
+
+    def apply(changes: dict[str, Any]) -> None:
+        changed = copy.deepcopy(content)
+        for key, value in changes.items():
+            section, _, name = key.rpartition(".")
+            target = changed[section] if section else changed
+            assert name in target, f"params.yaml has no {key}"
+            target[name] = value
+        path = tmp_path / "params.yaml"
+        path.write_text(yaml.safe_dump(changed), encoding="utf-8")
+        params._read.cache_clear()
+        monkeypatch.setattr(params, "PARAMS_FILE", path)
+
+    return apply

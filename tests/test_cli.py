@@ -1,0 +1,222 @@
+"""The command line: the benchmark on a tiny saved model, and exit status 2 with a reason for a wrong value."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nbformat import v4, write
+from tokenizers import Tokenizer
+
+from thermo_lib import __main__ as command_line
+from thermo_lib import data, params
+from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
+from thermo_lib.models import DiffusionLM, save_model
+from thermo_lib.transition import PathKL
+
+TINY_PARAMS = {
+    "data.sequence_length": 24,
+    "quant.timesteps": 4,
+    "quant.group_size": 16,
+    "calibration.code_sequences": 4,
+    "calibration.puzzles": 2,
+    "calibration.activation_samples": 64,
+    "evaluation.sequences": 12,
+    "evaluation.trajectories": 4,
+    "evaluation.sudoku": 2,
+    "evaluation.resamples": 20,
+    "evaluation.overhead_rounds": 2,
+    "evaluation.overhead_sequences": 2,
+}
+
+CODE = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(60))
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(
+    build_tiny: Callable[[int], DiffusionLM], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A saved model that often guesses a space, so that some of its guesses are right."""
+    lm = build_tiny(0)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    lm.model.model.embed_tokens.weight += 0.5 * direction
+    lm.model.lm_head.weight[tokenizer.token_to_id("Ġ")] += direction
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(lm, path)
+    return path
+
+
+@pytest.fixture
+def run(
+    override: Callable[[dict[str, Any]], None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Run:
+    """Runs a command in an empty folder with tiny settings; gives exit status, stdout and stderr."""
+    override(TINY_PARAMS)
+    monkeypatch.setattr(data, "load_corpus", lambda split: {f"{split}.py": CODE})
+    monkeypatch.setattr(command_line, "reproducible", lambda: None)  # it has tests of its own
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        status = command_line.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command
+
+
+def row_keys(lm: DiffusionLM) -> set[str]:
+    """The keys of a configuration's row."""
+    counts = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
+    path = PathKL(counts, counts)
+    return set(summarize("any", lm, Evaluation(counts, counts, counts, 1, path, PuzzleResult(["x"], [True]))))
+
+
+class TestBenchmark:
+    """The whole comparison, on a model of 20 000 parameters."""
+
+    def test_it_reports_every_configuration_with_all_keys(self, run: Run, folder: Path, tiny: DiffusionLM) -> None:
+        status, out, err = run("benchmark", "--model", folder, "--all-methods", "--output", "results/here")
+        assert status == 0
+        assert sorted(p.name for p in Path("results/here").iterdir()) == ["report.json", "report.txt", "timings.json"]
+        content = json.loads(Path("results/here/report.json").read_text(encoding="utf-8"))
+        assert content["model"] == str(folder)
+        rows = content["configurations"]
+        assert [row["smoothing_method"] for row in rows] == [None, "linear", "cubic", "sigmoid"]
+        for row in (content["full_precision"], *rows):
+            assert row.keys() == row_keys(tiny)
+            assert len(row["accuracy_per_timestep"]) == 4
+        assert {(row["bits"], row["activation_bits"], row["quantizer"], row["group_size"]) for row in rows} == {
+            (2, 16, "gptq", 16)
+        }
+        assert content["full_precision"]["path_kl"] == 0 < min(row["path_kl"] for row in rows)
+        verdicts = {target["verdict"] for target in content["targets"]}
+        assert verdicts <= {"met", "not met", "inconclusive"}
+        identity = [t for t in content["targets"] if t["name"] == "bit-identical with smoothing off"]
+        assert [t["verdict"] for t in identity] == ["met"]
+        # The report goes to stdout, progress to stderr.
+        text = Path("results/here/report.txt").read_text(encoding="utf-8")
+        assert out == text + "\n"
+        assert "stage" in err
+        assert "stage" not in out
+
+    def test_one_method_with_quantized_activations(self, run: Run, folder: Path) -> None:
+        status, out, _ = run(
+            *("benchmark", "--model", folder, "--smoothing-method", "cubic", "--activation-bits", 4, "--bits", 8),
+            *("--quantizer", "rtn", "--group-size", 8, "--timesteps", 5, "--num-time-groups", 2),
+            *("--smoothing-window", 2),
+        )
+        assert status == 0
+        output = Path("artifacts/benchmark")  # the default
+        rows = json.loads((output / "report.json").read_text(encoding="utf-8"))["configurations"]
+        assert [row["smoothing_method"] for row in rows] == [None, "cubic"]
+        expected = {"bits": 8, "activation_bits": 4, "quantizer": "rtn", "group_size": 8, "num_time_groups": 2}
+        for row in rows:
+            assert {key: row[key] for key in expected} == expected
+            assert len(row["accuracy_per_timestep"]) == 5
+        assert rows[1]["smoothing_window"] == 2
+        timings = json.loads((output / "timings.json").read_text(encoding="utf-8"))
+        assert timings.keys() == {"inference", "quantization"}
+        assert "W8A4" in out
+        assert "W2A" not in out  # neither the rows nor the targets claim another precision
+
+    def test_one_time_group_leaves_nothing_to_smooth_and_is_no_crash(self, run: Run, folder: Path) -> None:
+        status, _, err = run("benchmark", "--model", folder, "--quantizer", "rtn", "--num-time-groups", 1)
+        assert status == 0 or (status == 2 and "num_time_groups" in err)
+
+    def test_the_same_command_writes_the_same_numbers(self, run: Run, folder: Path) -> None:
+        reports = []
+        for output in ("first", "second"):
+            assert run("benchmark", "--model", folder, "--smoothing-method", "linear", "--output", output)[0] == 0
+            content = json.loads((Path(output) / "report.json").read_text(encoding="utf-8"))
+            content["targets"] = [t for t in content["targets"] if not t["name"].startswith("overhead")]
+            reports.append(content)
+        assert reports[0] == reports[1]
+
+
+class TestErrors:
+    """A wrong value ends the command with status 2 and the reason on stderr, before any work."""
+
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            (["--model", "/no/such/folder"], "'/no/such/folder'"),
+            (["--bits", 3], "bit_width"),
+            (["--activation-bits", 1], "activation_bits"),
+            (["--num-time-groups", 99], "num_time_groups: found 99"),
+            (["--num-time-groups", 0], "num_time_groups"),
+            (["--smoothing-window", 21], "smoothing_window"),
+            (["--smoothing-window", 0], "smoothing_window"),
+            (["--group-size", 0], "group_size"),
+            (["--timesteps", 0], "timesteps"),
+            (["--quantizer", "best"], "quantizer"),
+        ],
+    )
+    def test_a_wrong_value_is_named(self, run: Run, arguments: list[object], named: str) -> None:
+        status, out, err = run("benchmark", "--model", "/no/such/folder", *arguments)
+        assert status == 2
+        assert out == ""
+        assert "error: " in err
+        assert named in err
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            [],
+            ["train"],
+            ["benchmark", "--smoothing-method", "quadratic"],
+            ["benchmark", "--all-methods", "--smoothing-method", "linear"],
+            ["benchmark", "--bits", "two"],
+            ["tidy"],
+        ],
+    )
+    def test_arguments_that_cannot_be_read_end_with_the_usage(
+        self, arguments: list[str], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with pytest.raises(SystemExit) as error:
+            command_line.main(arguments)
+        assert error.value.code == 2
+        assert "usage: python -m thermo_lib" in capsys.readouterr().err
+
+    def test_missing_defaults_are_an_error_and_no_traceback(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(params, "PARAMS_FILE", tmp_path / "params.yaml")
+        assert command_line.main(["benchmark"]) == 2
+        assert "params.yaml" in capsys.readouterr().err
+
+    def test_the_exit_status_of_the_process_is_that_of_the_command(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setattr(sys, "argv", ["thermo_lib", "benchmark", "--bits", "3"])
+        monkeypatch.delitem(sys.modules, "thermo_lib.__main__")
+        with pytest.raises(SystemExit) as error:
+            runpy.run_module("thermo_lib", run_name="__main__")
+        assert error.value.code == 2
+        assert "bit_width" in capsys.readouterr().err
+
+
+class TestTidy:
+    """``python -m thermo_lib tidy``."""
+
+    def test_it_cleans_a_notebook(self, run: Run) -> None:
+        output = v4.new_output("stream", name="stderr", text="100%|")
+        with Path("n.ipynb").open("w", encoding="utf-8") as file:
+            write(v4.new_notebook(cells=[v4.new_code_cell("1", outputs=[output])]), file)
+        assert run("tidy", "n.ipynb") == (0, "", "")
+        assert "stderr" not in Path("n.ipynb").read_text(encoding="utf-8")
+
+    def test_a_missing_notebook_is_named(self, run: Run) -> None:
+        status, _, err = run("tidy", "absent.ipynb")
+        assert status == 2
+        assert "absent.ipynb" in err

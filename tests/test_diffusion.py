@@ -1,0 +1,351 @@
+"""Masked diffusion: the schedule, the forward process, and samplers that fill what is masked and nothing else."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from thermo_lib.diffusion import (
+    SAMPLERS,
+    confidence,
+    filter_logits,
+    generate,
+    mask_ratios,
+    mask_tokens,
+    sample_tokens,
+    unmask_probabilities,
+)
+from thermo_lib.models import DiffusionLM
+
+CONFIDENCE_SAMPLERS = SAMPLERS[1:]
+MASK = 0
+
+RandomIds = Callable[..., Tensor]
+
+
+@dataclass
+class TableLM:
+    """A model whose logits at a position are a row of a table, whatever the other tokens are."""
+
+    table: Tensor
+    mask_token_id: int = MASK
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Nothing depends on the timestep."""
+
+    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+        """The rows of the chosen positions; the mask token gets no probability."""
+        rows = self.table.expand(len(ids), -1, -1)[at].clone()
+        rows[:, self.mask_token_id] = -1e30
+        return rows
+
+
+@pytest.fixture(scope="module")
+def prompts(random_ids: RandomIds) -> Tensor:
+    """Five sequences of 14 tokens, each with 5 visible tokens at other places."""
+    ids = random_ids(5, 14)
+    order = torch.rand(5, 14, generator=torch.Generator().manual_seed(1)).argsort(1)
+    return torch.where(order < 5, ids, MASK)
+
+
+def distinct_logits(size: int) -> st.SearchStrategy[Tensor]:
+    """One row of logits, no two closer than 0.05."""
+    levels = st.lists(st.integers(-80, 80), min_size=size, max_size=size, unique=True)
+    return levels.map(lambda values: torch.tensor([values]) * 0.05)
+
+
+class TestSchedule:
+    """The linear schedule: all masked at the start, nothing at the end."""
+
+    def test_four_steps(self) -> None:
+        # t_i = 1 - i/4; rho_i = 1 - t_{i+1}/t_i: 1 - 3/4, 1 - 2/3, 1 - 1/2, 1 - 0.
+        assert mask_ratios(4).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
+        torch.testing.assert_close(
+            unmask_probabilities(4), torch.tensor([1 / 4, 1 / 3, 1 / 2, 1.0], dtype=torch.float64)
+        )
+
+    @given(timesteps=st.integers(1, 300))
+    def test_unmasking_undoes_the_masking_exactly(self, timesteps: int) -> None:
+        ratios, rho = mask_ratios(timesteps), unmask_probabilities(timesteps)
+        assert ratios[0] == 1
+        assert ratios[-1] == 0
+        assert rho[-1] == 1
+        assert ((rho > 0) & (rho <= 1)).all()
+        # The share filled at step i is (1 - rho_0) .. (1 - rho_{i-1}) rho_i = t_i rho_i; all shares sum to 1.
+        still_masked = torch.cat([torch.ones(1, dtype=torch.float64), (1 - rho).cumprod(0)])
+        torch.testing.assert_close(still_masked, ratios)
+        torch.testing.assert_close((still_masked[:-1] * rho).sum(), torch.tensor(1.0, dtype=torch.float64))
+        # Equal shares: with the linear schedule every step fills 1/T of the tokens.
+        torch.testing.assert_close(ratios[:-1] * rho, torch.full((timesteps,), 1 / timesteps, dtype=torch.float64))
+
+    def test_no_timestep_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="timesteps: found 0, allowed is at least 1"):
+            mask_ratios(0)
+
+
+class TestForwardProcess:
+    """Each allowed position is masked independently with the given probability; other tokens stay."""
+
+    @given(ratio=st.floats(0, 1), seed=st.integers(0, 2**31))
+    def test_the_share_of_masked_tokens_is_the_ratio(self, ratio: float, seed: int) -> None:
+        ids = torch.full((4, 2500), 7)
+        masked, is_masked = mask_tokens(ids, torch.full((4,), ratio), MASK, torch.Generator().manual_seed(seed))
+        assert torch.equal(masked == MASK, is_masked)
+        assert torch.equal(masked[~is_masked], ids[~is_masked])
+        bound = 6 * (ids.numel() * ratio * (1 - ratio)) ** 0.5  # six standard deviations of a binomial count
+        assert abs(int(is_masked.sum()) - ids.numel() * ratio) <= bound + 1e-6
+
+    def test_every_row_has_a_ratio_of_its_own(self) -> None:
+        ids = torch.full((2, 50), 7)
+        _, is_masked = mask_tokens(ids, torch.tensor([0.0, 1.0]), MASK, torch.Generator().manual_seed(0))
+        assert is_masked.sum(1).tolist() == [0, 50]
+
+    @given(seed=st.integers(0, 2**31))
+    def test_only_allowed_positions_are_masked(self, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        allowed = torch.rand(3, 40, generator=generator) < 0.5
+        ids = torch.full((3, 40), 7)
+        _, is_masked = mask_tokens(ids, torch.ones(3), MASK, generator, allowed)
+        assert torch.equal(is_masked, allowed)
+
+
+class TestSampleTokens:
+    """A token is drawn from the softmax, after temperature and filters, by inverting its distribution."""
+
+    @given(logits=distinct_logits(7), uniform=st.floats(0, 1, exclude_max=True, width=32))
+    def test_temperature_zero_takes_the_likeliest(self, logits: Tensor, uniform: float) -> None:
+        token, probabilities = sample_tokens(logits, 0.0, torch.tensor([uniform]))
+        assert token.item() == logits.argmax().item()
+        torch.testing.assert_close(probabilities, logits.softmax(-1))
+
+    @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+    def test_tokens_follow_the_softmax(self, temperature: float) -> None:
+        logits = torch.tensor([[0.3, -1.0, 2.0, 0.0, 1.2]])
+        uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+        tokens, _ = sample_tokens(logits.expand(20_000, -1), temperature, uniform)
+        expected = (logits[0].double() / temperature).softmax(-1) * 20_000
+        assert chisquare(tokens.bincount(minlength=5), expected).pvalue > 1e-3
+
+    @given(logits=distinct_logits(6), temperature=st.floats(0.3, 3))
+    def test_evenly_spread_random_numbers_give_each_token_its_share(self, logits: Tensor, temperature: float) -> None:
+        # Of n midpoints (i + 1/2) / n, an interval of length p holds n p of them up to less than one at its two ends.
+        count = 1000
+        uniform = (torch.arange(count) + 0.5) / count
+        tokens, probabilities = sample_tokens(logits.expand(count, -1), temperature, uniform)
+        assert (tokens.bincount(minlength=6) - count * probabilities[0]).abs().max() < 1.01
+
+    @given(logits=distinct_logits(8), k=st.integers(1, 10))
+    def test_top_k_keeps_the_k_likeliest(self, logits: Tensor, k: int) -> None:
+        kept = set((filter_logits(logits, None, k)[0] > -torch.inf).nonzero().flatten().tolist())
+        assert kept == set(logits[0].argsort(descending=True)[:k].tolist())
+
+    @given(logits=distinct_logits(8), p=st.floats(0.01, 1))
+    def test_top_p_keeps_the_shortest_prefix_that_reaches_p(self, logits: Tensor, p: float) -> None:
+        order = logits[0].argsort(descending=True).tolist()
+        mass = logits[0].double().softmax(-1)
+        kept = (filter_logits(logits, p, None)[0] > -torch.inf).nonzero().flatten().tolist()
+        assert set(kept) == set(order[: len(kept)])
+        assert mass[order[: len(kept)]].sum() >= p - 1e-6
+        assert mass[order[: len(kept) - 1]].sum() <= p + 1e-6
+
+    @given(
+        logits=distinct_logits(8),
+        temperature=st.floats(0.1, 5),
+        p=st.none() | st.floats(0.01, 1),
+        k=st.none() | st.integers(1, 8),
+        seed=st.integers(0, 2**31),
+    )
+    def test_only_what_the_filters_keep_is_drawn(
+        self, logits: Tensor, temperature: float, p: float | None, k: int | None, seed: int
+    ) -> None:
+        uniform = torch.rand(50, generator=torch.Generator().manual_seed(seed))
+        tokens, probabilities = sample_tokens(logits.expand(50, -1), temperature, uniform, p, k)
+        kept = filter_logits(logits / temperature, p, k)[0] > -torch.inf
+        assert kept[tokens].all()
+        assert (probabilities[:, ~kept] == 0).all()
+        torch.testing.assert_close(probabilities.sum(-1), torch.ones(50))
+
+    @pytest.mark.parametrize("uniform", [0.0, 0.5, 1 - 2**-24])
+    def test_a_token_without_probability_is_never_drawn(self, uniform: float) -> None:
+        # Both ends of the cumulative distribution belong to tokens of probability zero.
+        tokens, _ = sample_tokens(torch.tensor([[-1e30, 0.0, -1e30]]), 1.0, torch.tensor([uniform]))
+        assert tokens.tolist() == [1]
+
+
+class TestConfidence:
+    """The samplers' scores, worked out by hand for one distribution."""
+
+    PROBABILITIES = torch.tensor([[0.5, 0.3, 0.2]])
+
+    @pytest.mark.parametrize(
+        ("sampler", "expected"),
+        [
+            ("maskgit_plus", 0.3),  # the probability of the token that was drawn, here the second
+            ("topk_margin", 0.2),  # 0.5 - 0.3
+            ("entropy", -1.0296530),  # 0.5 ln 0.5 + 0.3 ln 0.3 + 0.2 ln 0.2
+        ],
+    )
+    def test_scores(self, sampler: str, expected: float) -> None:
+        assert confidence(sampler, torch.tensor([1]), self.PROBABILITIES).item() == pytest.approx(expected, abs=1e-6)
+
+    def test_a_certain_row_is_surest(self) -> None:
+        certain_and_even = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+        for sampler in CONFIDENCE_SAMPLERS:
+            certain, even = confidence(sampler, torch.tensor([1, 1]), certain_and_even)
+            assert certain > even
+
+
+class TestGenerate:
+    """Every sampler fills all masked positions, keeps the rest, and depends on nothing but seed and input."""
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_all_masks_are_filled_and_visible_tokens_stay(
+        self, tiny: DiffusionLM, prompts: Tensor, sampler: str, temperature: float
+    ) -> None:
+        text = generate(tiny, prompts, timesteps=4, sampler=sampler, temperature=temperature)
+        visible = prompts != MASK
+        assert not (text == MASK).any()
+        assert torch.equal(text[visible], prompts[visible])
+
+    @pytest.mark.parametrize("alg_temp", [0.0, 0.5])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_the_text_depends_on_the_seed_and_not_on_the_batch_size(
+        self, tiny: DiffusionLM, prompts: Tensor, sampler: str, temperature: float, alg_temp: float
+    ) -> None:
+        def run(batch_size: int, seed: int = 7) -> Tensor:
+            return generate(
+                tiny,
+                prompts,
+                timesteps=4,
+                sampler=sampler,
+                temperature=temperature,
+                alg_temp=alg_temp,
+                seed=seed,
+                batch_size=batch_size,
+            )
+
+        together = run(64)
+        for batch_size in (1, 2, 3, 64):
+            assert torch.equal(run(batch_size), together)
+        is_random = sampler == "origin" or temperature > 0 or alg_temp > 0
+        assert torch.equal(run(64, seed=8), together) is not is_random
+
+    def test_the_input_is_left_as_it_was(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        before = prompts.clone()
+        generate(tiny, prompts, timesteps=2)
+        assert torch.equal(prompts, before)
+
+    @given(masked=st.integers(1, 20), timesteps=st.integers(1, 12), sampler=st.sampled_from(CONFIDENCE_SAMPLERS))
+    def test_confidence_samplers_fill_the_scheduled_number(self, masked: int, timesteps: int, sampler: str) -> None:
+        # rho_i = 1/(T - i), so that of n masked tokens step i fills floor(n / (T - i)), and the last step all.
+        lm = TableLM(torch.randn(masked, 9, generator=torch.Generator().manual_seed(masked)))
+        counts: list[int] = []
+        generate(
+            lm,
+            torch.full((1, masked), MASK),
+            timesteps=timesteps,
+            sampler=sampler,
+            on_state=lambda _, rows, x: counts.append(int((x == MASK).sum())),
+        )
+        expected = [masked]
+        for i in range(timesteps - 1):
+            expected.append(expected[-1] - expected[-1] // (timesteps - i))
+        assert counts == expected
+
+    @pytest.mark.parametrize(
+        ("sampler", "order"),
+        [
+            ("maskgit_plus", [0, 1, 2]),  # likeliest token: 0.60, 0.55, 0.50
+            ("topk_margin", [0, 2, 1]),  # 0.60 - 0.10, 0.55 - 0.45, 0.50 - 0.05
+            ("entropy", [1, 0, 2]),  # in nats 1.23, 0.69, 1.84; the least is surest
+        ],
+    )
+    def test_the_surest_position_is_filled_first(self, sampler: str, order: list[int]) -> None:
+        rows = [[0.0, 0.60, *[0.10] * 4], [0.0, 0.55, 0.45], [0.0, 0.50, *[0.05] * 10]]
+        table = torch.tensor([row + [0.0] * (12 - len(row)) for row in rows]).log().clamp(min=-1e30)
+        states: list[Tensor] = []
+        text = generate(
+            TableLM(table),
+            torch.full((1, 3), MASK),
+            timesteps=3,
+            sampler=sampler,
+            on_state=lambda _, rows, x: states.append(x[0].clone()),
+        )
+        states.append(text[0])
+        filled = [int(((a == MASK) & (b != MASK)).nonzero()) for a, b in zip(states, states[1:], strict=False)]
+        assert filled == order
+
+    def test_alg_temp_draws_the_position_by_the_softmax_of_its_confidence(self) -> None:
+        # maskgit_plus at temperature 0: the score is the largest probability of the row.
+        rows = torch.tensor([[0.0, 0.9, 0.1], [0.0, 0.7, 0.3], [0.0, 0.5, 0.5]])
+        count, alg_temp = 6000, 0.3
+        states: list[Tensor] = []
+        generate(
+            TableLM(rows.log().clamp(min=-1e30)),
+            torch.full((count, 3), MASK),
+            timesteps=3,
+            sampler="maskgit_plus",
+            alg_temp=alg_temp,
+            batch_size=count,
+            on_state=lambda _, rows, x: states.append(x.clone()),
+        )
+        first = (states[1] != MASK).nonzero()
+        assert first[:, 0].tolist() == list(range(count))
+        expected = (torch.tensor([0.9, 0.7, 0.5], dtype=torch.float64) / alg_temp).softmax(-1) * count
+        assert chisquare(first[:, 1].bincount(minlength=3), expected).pvalue > 1e-3
+
+    @given(timesteps=st.integers(2, 8), seed=st.integers(0, 1000))
+    @settings(max_examples=15)
+    def test_origin_fills_each_position_with_the_scheduled_probability(self, timesteps: int, seed: int) -> None:
+        rows, length = 200, 50
+        counts: list[int] = []
+        generate(
+            TableLM(torch.zeros(length, 4)),
+            torch.full((rows, length), MASK),
+            timesteps=timesteps,
+            sampler="origin",
+            temperature=1.0,
+            seed=seed,
+            batch_size=rows,
+            on_state=lambda _, rows, x: counts.append(int((x == MASK).sum())),
+        )
+        for timestep, count in enumerate(counts):
+            share = 1 - timestep / timesteps
+            assert abs(count - rows * length * share) <= 6 * (rows * length * share * (1 - share)) ** 0.5
+
+    def test_every_state_of_a_trajectory_is_reported_once_with_its_rows(
+        self, tiny: DiffusionLM, prompts: Tensor
+    ) -> None:
+        seen: list[tuple[int, int, int]] = []
+        generate(
+            tiny,
+            prompts,
+            timesteps=3,
+            batch_size=2,
+            on_state=lambda timestep, rows, x: seen.append((timestep, rows.start, len(x))),
+        )
+        assert seen == [(timestep, start, size) for timestep in range(3) for start, size in ((0, 2), (2, 2), (4, 1))]
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"sampler": "greedy"}, "sampler: found 'greedy', allowed are origin, maskgit_plus, topk_margin, entropy"),
+            ({"temperature": -0.1}, "temperature: found -0.1, allowed is at least 0"),
+            ({"top_p": 0.0}, "top_p: found 0.0, allowed is above 0 and at most 1"),
+            ({"top_p": 1.1}, "top_p: found 1.1"),
+            ({"top_k": 0}, "top_k: found 0, allowed is at least 1"),
+            ({"timesteps": 0}, "timesteps: found 0, allowed is at least 1"),
+        ],
+    )
+    def test_a_value_out_of_range_is_named(
+        self, tiny: DiffusionLM, prompts: Tensor, arguments: dict[str, object], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(tiny, prompts, **{"timesteps": 2, **arguments})

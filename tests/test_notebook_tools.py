@@ -1,0 +1,148 @@
+"""``tidy`` leaves in an executed notebook what two runs have in common."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+import torch
+from nbformat import v4
+
+from thermo_lib.notebooks import THREADS, reproducible, tidy
+
+TIMES = {"start_time": "2026-01-01T00:00:00", "duration": 1.5}
+
+
+def notebook(run: int, *more: Any) -> nbformat.NotebookNode:
+    """An executed notebook whose times and progress bars depend on the run."""
+    outputs = [
+        v4.new_output("stream", name="stderr", text=f"  0%| {run} s"),
+        v4.new_output("stream", name="stdout", text="a result\n"),
+        v4.new_output("stream", name="stderr", text="100%|"),
+        v4.new_output("execute_result", data={"text/plain": "42"}, execution_count=1),
+        v4.new_output("display_data", data={"image/png": "aGVsbG8="}),
+        *more,
+    ]
+    cells = [
+        v4.new_markdown_cell("# Title", metadata={"papermill": {**TIMES, "duration": run}}),
+        v4.new_code_cell(
+            "steps = 1",
+            metadata={
+                "tags": ["parameters"],
+                "papermill": TIMES,
+                "execution": {"iopub.status.busy": f"2026-01-0{run}"},
+            },
+        ),
+        v4.new_code_cell("print('a result')", outputs=outputs, execution_count=1),
+    ]
+    made = v4.new_notebook(cells=cells)
+    made.metadata.update(
+        {
+            "kernelspec": {"name": "python3", "display_name": "Python 3"},
+            "language_info": {"name": "python"},
+            "papermill": {**TIMES, "duration": run},
+        }
+    )
+    return made
+
+
+def write(path: Path, content: nbformat.NotebookNode) -> Path:
+    """Write a notebook."""
+    nbformat.write(content, path)
+    return path
+
+
+class TestTidy:
+    """Run times and progress bars go, results and tags stay."""
+
+    def test_two_runs_leave_the_same_file(self, tmp_path: Path) -> None:
+        paths = [write(tmp_path / f"{run}.ipynb", notebook(run)) for run in (1, 2)]
+        assert paths[0].read_bytes() != paths[1].read_bytes()
+        for path in paths:
+            tidy(path)
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert paths[0].stat().st_mode & 0o777 == 0o644
+
+    def test_results_sources_tags_and_kernel_stay(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "n.ipynb", notebook(1))
+        tidy(path)
+        text, parameters, code = nbformat.read(path, as_version=4).cells
+        assert (text.source, parameters.source, code.source) == ("# Title", "steps = 1", "print('a result')")
+        assert text.metadata == {}
+        assert parameters.metadata == {"tags": ["parameters"]}
+        assert [output.output_type for output in code.outputs] == ["stream", "execute_result", "display_data"]
+        assert code.outputs[0].text == "a result\n"
+        assert code.outputs[1].data == {"text/plain": "42"}
+        assert json.loads(path.read_text(encoding="utf-8"))["metadata"].keys() == {"kernelspec", "language_info"}
+
+    def test_no_trace_of_times_or_bars_is_left(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "n.ipynb", notebook(1))
+        tidy(path)
+        content = path.read_text(encoding="utf-8")
+        assert [word for word in ("papermill", "duration", "start_time", "stderr", "%|") if word in content] == []
+
+    def test_a_tidy_notebook_stays_as_it_is(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "n.ipynb", notebook(1))
+        tidy(path)
+        before = path.read_bytes()
+        tidy(path)
+        assert path.read_bytes() == before
+
+    def test_a_notebook_of_an_older_minor_version_stays_valid(self, tmp_path: Path) -> None:
+        old = notebook(1)
+        old.nbformat_minor = 4  # before cells had ids
+        for cell in old.cells:
+            del cell["id"]
+        path = write(tmp_path / "n.ipynb", old)
+        tidy(path)
+        nbformat.validate(json.loads(path.read_text(encoding="utf-8")))
+
+    def test_the_output_of_an_error_is_refused_and_the_file_stays(self, tmp_path: Path) -> None:
+        error = v4.new_output("error", ename="ValueError", evalue="wrong", traceback=[])
+        path = write(tmp_path / "n.ipynb", notebook(1, error))
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=r"n\.ipynb: cell 2 holds the output of an error"):
+            tidy(path)
+        assert path.read_bytes() == before
+
+    def test_a_failing_write_leaves_the_file_and_nothing_beside_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = write(tmp_path / "n.ipynb", notebook(1))
+        before = path.read_bytes()
+
+        def fail(*_: object) -> None:
+            raise OSError("disk full")
+
+        monkeypatch.setattr(nbformat, "write", fail)
+        with pytest.raises(OSError, match="disk full"):
+            tidy(path)
+        assert path.read_bytes() == before
+        assert [p.name for p in tmp_path.iterdir()] == ["n.ipynb"]
+
+    def test_what_is_no_notebook_is_an_error_that_the_command_line_catches(self, tmp_path: Path) -> None:
+        (tmp_path / "n.ipynb").write_text("text", encoding="utf-8")
+        for name, error in (("n.ipynb", ValueError), ("absent.ipynb", OSError)):
+            with pytest.raises(error):
+                tidy(tmp_path / name)
+
+
+def test_reproducible_sets_threads_deterministic_kernels_and_portable_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    try:
+        reproducible()
+        assert torch.get_num_threads() == THREADS == 2
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
+        assert {"MKL_CBWR", "ONEDNN_MAX_CPU_ISA"} <= os.environ.keys()
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(False)
+        for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
+            os.environ.pop(name, None)

@@ -1,0 +1,99 @@
+"""The notebooks: sources and executed copies belong together, and nbval notices a changed number.
+
+Run after nbval has passed on the executed notebooks: what one notebook reads, an earlier one has written.
+"""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = ROOT / "notebooks" / "executed"
+LONGEST_CELL = 18  # lines
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(cell: NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def text_of(cell: NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
+
+
+def test_there_is_an_executed_copy_of_every_notebook() -> None:
+    assert SOURCES
+    assert [path.name for path in SOURCES] == sorted(path.name for path in EXECUTED.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_source_has_no_outputs_and_one_parameters_cell(path: Path) -> None:
+    notebook = read(path)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+    assert [tagged(cell, "parameters") for cell in code(notebook)].count(True) == 1
+    assert notebook.cells[0].cell_type == "markdown"
+    assert "**Question.**" in notebook.cells[0].source
+    assert "**Answer.**" in notebook.cells[0].source
+    assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= LONGEST_CELL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_an_executed_copy_is_that_of_its_source(path: Path) -> None:
+    executed = read(EXECUTED / path.name)
+    kept = [cell.source for cell in executed.cells if not tagged(cell, "injected-parameters")]
+    assert kept == [cell.source for cell in read(path).cells]
+    outputs = [output for cell in code(executed) for output in cell.outputs]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def changed_copy(path: Path) -> tuple[NotebookNode, int]:
+    """A notebook up to its first printed number, with that number's last digit changed; and the cell's position."""
+    notebook = copy.deepcopy(read(path))
+    for number, cell in enumerate(code(notebook)):
+        match = re.search(r"\d+(?:\.\d+)?", text_of(cell))
+        if "NBVAL_SKIP" in cell.source or match is None:
+            continue
+        stream = next(output for output in cell.outputs if re.search(r"\d", output.get("text", "")))
+        end = re.search(r"\d+(?:\.\d+)?", stream.text).end()
+        digit = str((int(stream.text[end - 1]) + 1) % 10)
+        stream.text = stream.text[: end - 1] + digit + stream.text[end:]
+        notebook.cells = notebook.cells[: notebook.cells.index(cell) + 1]
+        return notebook, number
+    raise AssertionError(f"{path.name} prints no number")
+
+
+def test_nbval_fails_at_a_changed_number(tmp_path: Path) -> None:
+    """One digit of one stored output is changed in each notebook: just that cell fails, everything before passes."""
+    expected = {}
+    for path in sorted(EXECUTED.glob("*.ipynb")):
+        notebook, number = changed_copy(path)
+        nbformat.write(notebook, tmp_path / path.name)
+        expected[path.stem] = number
+    results = tmp_path / "results.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    options = ["--nbval", "--nbval-current-env", f"--junitxml={results}", str(tmp_path)]
+    run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True)
+    failed: dict[str, list[int]] = {name: [] for name in expected}
+    for case in ElementTree.parse(results).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            name = case.get("classname", "").split(".")[-2 if case.get("classname", "").endswith(".ipynb") else -1]
+            failed[name].append(int(re.search(r"\d+", case.get("name", "")).group()))
+    assert run.returncode == 1, run.stdout
+    assert failed == {name: [number] for name, number in expected.items()}, run.stdout

@@ -1,0 +1,533 @@
+"""Quantized models: what is quantized, what is stored, and that a saved model computes what it computed before."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from thermo_lib import Calibration, ThermoConfig, load_model, load_quantized, quantize, save_quantized
+from thermo_lib.calibration import States
+from thermo_lib.models import DiffusionLM, save_model
+from thermo_lib.quantized_model import QuantizedLM, linear_names, requantize_activations, resmooth
+from thermo_lib.transition import path_kl
+
+TIMESTEPS = 6
+# Neither 32 nor 48 input features are a multiple of 20, so that the last group of every row is shorter.
+BASE = {
+    "bit_width": 2,
+    "quantizer": "rtn",
+    "group_size": 20,
+    "activation_bits": 16,
+    "activation_ranges": "static",
+    "timesteps": TIMESTEPS,
+    "num_time_groups": 1,
+    "enable_boundary_smoothing": False,
+    "smoothing_method": "linear",
+    "smoothing_window": 1,
+}
+SMOOTH = {"num_time_groups": 3, "enable_boundary_smoothing": True}
+CONFIGURATIONS = {
+    "W2A16": {},
+    "W4A16 gptq": {"bit_width": 4, "quantizer": "gptq"},
+    "W8A16 least squares": {"bit_width": 8, "quantizer": "least_squares"},
+    "W2A16, 3 groups": {"num_time_groups": 3},
+    "W2A16, 3 groups, smoothed": SMOOTH,
+    "W2A8, 3 groups, smoothed": {"activation_bits": 8, **SMOOTH},
+    "W2A4, 3 groups, smoothed": {"activation_bits": 4, "smoothing_method": "sigmoid", **SMOOTH},
+    "W2A4, 1 group": {"activation_bits": 4},
+    "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
+}
+every_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
+
+RandomIds = Callable[..., Tensor]
+Quantize = Callable[..., QuantizedLM]
+
+
+def config_of(**changes: Any) -> ThermoConfig:
+    """The tests' configuration with changes."""
+    return ThermoConfig(**{**BASE, **changes})
+
+
+@pytest.fixture(scope="module")
+def quantized(tiny: DiffusionLM, calibration: Calibration) -> Quantize:
+    """Quantizes the tiny model; equal configurations share a model, which tests don't change."""
+    made: dict[ThermoConfig, QuantizedLM] = {}
+
+    def make(**changes: Any) -> QuantizedLM:
+        config = config_of(**changes)
+        if config not in made:
+            made[config] = quantize(tiny, config, calibration if config.needs_calibration else None)
+        return made[config]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def outputs(random_ids: RandomIds) -> Callable[[DiffusionLM], Tensor]:
+    """A model's logits at every timestep, ``(timesteps, batch, length, vocabulary)``."""
+    ids = random_ids(2, 10, seed=5)
+
+    def run(lm: DiffusionLM) -> Tensor:
+        found = []
+        for timestep in range(TIMESTEPS):
+            lm.set_timestep(timestep, TIMESTEPS)
+            with torch.no_grad():
+                found.append(lm.model(ids))
+        return torch.stack(found)
+
+    return run
+
+
+Outputs = Callable[[DiffusionLM], Tensor]
+
+
+class TestQuantize:
+    """All linears of the blocks are quantized, nothing else, and the given model stays as it was."""
+
+    @every_configuration
+    def test_linears_of_the_blocks_are_quantized_and_everything_else_is_kept(
+        self, tiny: DiffusionLM, quantized: Quantize, changes: dict[str, Any]
+    ) -> None:
+        lm = quantized(**changes)
+        names = linear_names(tiny.model)
+        assert len(names) == 2 * 7
+        assert list(lm.quantized_layers()) == names
+        assert not [name for name in linear_names(lm.model)]
+        state = lm.model.state_dict()
+        for name, tensor in tiny.model.state_dict().items():
+            if name.removesuffix(".weight") not in names:
+                assert torch.equal(state[name], tensor), name
+
+    @every_configuration
+    def test_the_given_model_stays_as_it_was(
+        self, build_tiny: Callable[[int], DiffusionLM], calibration: Calibration, changes: dict[str, Any]
+    ) -> None:
+        lm = build_tiny(0)
+        before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
+        quantize(lm, config_of(**changes), calibration)
+        after = lm.model.state_dict()
+        assert list(after) == list(before)
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert all(type(lm.model.get_submodule(name)) is nn.Linear for name in linear_names(lm.model))
+        assert not any(module._forward_pre_hooks for module in lm.model.modules())
+
+    @every_configuration
+    def test_equal_inputs_give_equal_models(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, changes: dict[str, Any]
+    ) -> None:
+        first, again = quantized(**changes), quantize(tiny, config_of(**changes), calibration)
+        a, b = first.model.state_dict(), again.model.state_dict()
+        assert list(a) == list(b)
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "least_squares", "gptq"])
+    def test_eight_bits_are_close_and_two_bits_are_not(
+        self, tiny: DiffusionLM, quantized: Quantize, outputs: Outputs, quantizer: str
+    ) -> None:
+        exact = outputs(tiny)
+        errors = [
+            float((outputs(quantized(quantizer=quantizer, bit_width=bits)) - exact).square().mean() / exact.var())
+            for bits in (8, 4, 2)
+        ]
+        assert errors[0] < 0.001 < errors[1] < errors[2]
+
+    def test_gptq_is_closer_to_the_model_on_its_states_than_rounding(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        (states,) = calibration.parts
+        kl = {q: path_kl(tiny, quantized(quantizer=q, bit_width=4), states, TIMESTEPS).total for q in ("gptq", "rtn")}
+        assert kl["gptq"] < 0.7 * kl["rtn"]
+
+    def test_weights_of_time_groups_share_their_codes_and_differ_in_their_parameters(self, quantized: Quantize) -> None:
+        one, three = quantized(quantizer="gptq"), quantized(quantizer="gptq", num_time_groups=3)
+        first = "model.layers.0.self_attn.q_proj"
+        assert torch.equal(one.quantized_layers()[first].packed, three.quantized_layers()[first].packed)
+        assert [p.time_range for p in three.weight_params[first]] == [(0, 2), (2, 4), (4, 6)]
+        scales = [p.scale for p in three.weight_params[first]]
+        assert not torch.equal(scales[0], scales[1])
+        assert not torch.equal(scales[1], scales[2])
+
+    @pytest.mark.parametrize("activation_bits", [16, 4])
+    def test_only_time_groups_make_the_output_depend_on_the_timestep(
+        self, quantized: Quantize, outputs: Outputs, activation_bits: int
+    ) -> None:
+        for groups, distinct in ((1, [0] * 6), (3, [0, 0, 2, 2, 4, 4])):
+            logits = outputs(quantized(num_time_groups=groups, activation_bits=activation_bits))
+            same_as = [next(j for j in range(6) if torch.equal(logits[i], logits[j])) for i in range(6)]
+            assert same_as == distinct
+
+    def test_a_calibration_of_another_number_of_steps_is_taken_at_the_same_mask_ratio(
+        self, tiny: DiffusionLM, calibration: Calibration
+    ) -> None:
+        coarse, fine = (
+            quantize(tiny, config_of(num_time_groups=3, timesteps=timesteps), calibration) for timesteps in (3, 6)
+        )
+        for name, params in fine.weight_params.items():
+            assert [p.time_range for p in coarse.weight_params[name]] == [(0, 1), (1, 2), (2, 3)]
+            assert all(torch.equal(a.scale, b.scale) for a, b in zip(params, coarse.weight_params[name], strict=True))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"quantizer": "gptq"}, {"num_time_groups": 2}, {"activation_bits": 8}],
+        ids=["gptq", "time groups", "static activations"],
+    )
+    def test_missing_calibration_is_an_error_that_says_what_needs_it(
+        self, tiny: DiffusionLM, changes: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ValueError, match="calibration: found None, required by quantizer="):
+            quantize(tiny, config_of(**changes))
+
+    def test_a_time_group_without_states_is_named(self, tiny: DiffusionLM, random_ids: RandomIds) -> None:
+        ids = random_ids(2, 8)
+        states = States(ids, torch.ones_like(ids, dtype=torch.bool), torch.tensor([0, 5]), ids)
+        with pytest.raises(ValueError, match=r"calibration: found no state in timesteps 2\.\.3"):
+            quantize(
+                tiny, config_of(activation_bits=8, num_time_groups=3), Calibration((states,), TIMESTEPS, "forward")
+            )
+
+    @pytest.mark.parametrize("quantizer", ["rtn", "least_squares", "gptq"])
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    def test_a_weight_that_is_not_finite_is_named(
+        self,
+        build_tiny: Callable[[int], DiffusionLM],
+        calibration: Calibration,
+        quantizer: str,
+        value: float,
+    ) -> None:
+        lm = build_tiny(0)
+        lm.model.model.layers[1].self_attn.v_proj.weight[3, 4] = value
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.v_proj: found NaN or infinity"):
+            quantize(lm, config_of(quantizer=quantizer), calibration)
+
+    def test_a_quantized_model_is_not_quantized_again(self, quantized: Quantize) -> None:
+        with pytest.raises(ValueError, match="quantized"):
+            quantize(quantized(), config_of(bit_width=4))
+
+
+class TestBitsPerWeight:
+    """Bits of codes and parameters for each weight, worked out by hand.
+
+    A block has q, k, v, o of 32 rows and columns, gate and up of 48 rows and 32 columns, down of 32 rows and 48
+    columns: 4 * 1024 + 3 * 1536 = 8704 weights. In groups of 20, 32 columns have 2 groups and 48 have 3:
+    4 * 32 * 2 + 2 * 48 * 2 + 32 * 3 = 544 groups of two float16: 544 * 32 = 17408 bits, 2 bits a weight.
+    """
+
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [
+            ({}, 2 + 2),
+            ({"bit_width": 4}, 4 + 2),
+            ({"bit_width": 8}, 8 + 2),
+            ({"num_time_groups": 3}, 2 + 3 * 2),
+            (SMOOTH, 2 + 3 * 2),  # smoothing stores nothing
+            # 7 linears, each with 3 groups of a float32 scale and zero point: 7 * 3 * 64 = 1344 bits a block
+            ({"activation_bits": 8, "num_time_groups": 3}, 2 + 2 + 1344 / 8704),
+            ({"activation_bits": 8, "activation_ranges": "dynamic"}, 2 + 2),
+            # One group a row: 4 * 32 + 2 * 48 + 32 = 256 groups, 256 * 32 / 8704 bits a weight
+            ({"group_size": 64}, 2 + 256 * 32 / 8704),
+        ],
+    )
+    def test_golden(self, quantized: Quantize, changes: dict[str, Any], expected: float) -> None:
+        assert quantized(**changes).bits_per_weight == pytest.approx(expected, rel=1e-12)
+
+    def test_the_last_byte_of_a_row_counts_whole(self, build_tiny: Callable[[int], DiffusionLM]) -> None:
+        # 3 input features at 2 bits take a byte a row; 4 rows: 32 bits of codes and 4 * 32 of parameters, 12 weights.
+        lm = build_tiny(0)
+        block = lm.model.model.layers[0]
+        lm.model.model.layers = nn.ModuleList([nn.ModuleDict({"only": nn.Linear(3, 4, bias=False)})])
+        assert quantize(lm, config_of()).bits_per_weight == (32 + 128) / 12
+        assert block.self_attn.q_proj.weight.shape == (32, 32)
+
+
+class TestSmoothing:
+    """Boundary smoothing of a quantized model, from the start or afterwards."""
+
+    GROUPS = pytest.mark.parametrize("activation_bits", [16, 4], ids=["weights", "activations"])
+
+    @GROUPS
+    def test_no_method_is_bit_identical_to_no_smoothing(
+        self, quantized: Quantize, outputs: Outputs, activation_bits: int
+    ) -> None:
+        rough = quantized(num_time_groups=3, activation_bits=activation_bits)
+        smooth = quantized(activation_bits=activation_bits, **SMOOTH)
+        assert torch.equal(outputs(resmooth(rough, None)), outputs(rough))
+        assert torch.equal(outputs(resmooth(smooth, None)), outputs(rough))
+        assert not torch.equal(outputs(smooth), outputs(rough))
+
+    @GROUPS
+    @pytest.mark.parametrize("method", ["linear", "cubic", "sigmoid"])
+    def test_smoothing_afterwards_is_smoothing_from_the_start(
+        self, quantized: Quantize, outputs: Outputs, activation_bits: int, method: str
+    ) -> None:
+        for window in (1, 4):
+            start = quantized(
+                activation_bits=activation_bits, **SMOOTH, smoothing_method=method, smoothing_window=window
+            )
+            afterwards = resmooth(quantized(num_time_groups=3, activation_bits=activation_bits), method, window)
+            assert afterwards.config == start.config
+            assert torch.equal(outputs(afterwards), outputs(start))
+
+    @GROUPS
+    def test_smoothing_changes_the_timesteps_at_the_boundaries_only(
+        self, quantized: Quantize, outputs: Outputs, activation_bits: int
+    ) -> None:
+        # Groups 0-1, 2-3, 4-5 and a window of 1: timesteps 1 to 4 are next to a boundary.
+        rough = outputs(quantized(num_time_groups=3, activation_bits=activation_bits))
+        smooth = outputs(quantized(activation_bits=activation_bits, **SMOOTH))
+        assert [torch.equal(a, b) for a, b in zip(rough, smooth, strict=True)] == [True, *[False] * 4, True]
+
+    def test_smoothing_leaves_the_given_model_as_it_was(self, quantized: Quantize, outputs: Outputs) -> None:
+        rough = quantized(num_time_groups=3)
+        before = outputs(rough)
+        resmooth(rough, "linear", 2)
+        assert torch.equal(outputs(rough), before)
+        assert rough.config.method is None
+
+    def test_smoothed_activations_keep_whole_zero_points(self, quantized: Quantize) -> None:
+        lm = quantized(activation_bits=4, **SMOOTH)
+        for name, steps in lm.smoothed_params().items():
+            assert all(torch.equal(step.zero_point, step.zero_point.round()) for step in steps)
+            layer = lm.quantized_layers()[name]
+            rows = layer.activation_row.long()
+            assert layer.activation_scale[rows].tolist() == [step.scale.item() for step in steps]
+            assert layer.activation_zero_point[rows].tolist() == [step.zero_point.item() for step in steps]
+
+    def test_a_model_without_time_groups_has_nothing_to_smooth(self, quantized: Quantize, outputs: Outputs) -> None:
+        lm = quantized()
+        assert lm.time_params == lm.smoothed_params() == {}
+        assert torch.equal(outputs(resmooth(lm, "linear")), outputs(lm))
+
+    @pytest.mark.parametrize(("method", "window"), [("step", 5), ("linear", 21), ("linear", 0)])
+    def test_an_impossible_smoothing_is_refused(self, quantized: Quantize, method: str, window: int) -> None:
+        with pytest.raises(ValueError, match="smoothing_"):
+            resmooth(quantized(num_time_groups=3), method, window)
+
+
+class TestRequantizeActivations:
+    """Other activation settings for the same weights give the model that quantizing from the start gives."""
+
+    @pytest.mark.parametrize(
+        "start",
+        [
+            {},
+            {"activation_bits": 8, "activation_ranges": "dynamic"},
+            {"activation_bits": 8},
+            {"activation_bits": 4, **SMOOTH},
+        ],
+        ids=["from W2A16", "from dynamic", "from static", "from 3 groups"],
+    )
+    @pytest.mark.parametrize(
+        "end",
+        [
+            {"activation_bits": 16, "num_time_groups": 1},
+            {"activation_bits": 8, "num_time_groups": 1, "activation_ranges": "dynamic"},
+            {"activation_bits": 4, "num_time_groups": 1, "activation_ranges": "static"},
+            {"activation_bits": 4, "activation_ranges": "static", **SMOOTH},
+        ],
+        ids=["to W2A16", "to dynamic", "to static", "to 3 groups"],
+    )
+    def test_it_is_quantizing_with_the_new_settings(
+        self,
+        quantized: Quantize,
+        outputs: Outputs,
+        calibration: Calibration,
+        start: dict[str, Any],
+        end: dict[str, Any],
+    ) -> None:
+        before = quantized(**start)
+        kept = outputs(before)
+        changed = requantize_activations(before, calibration, **end)
+        expected = quantized(**{**start, **end})
+        assert changed.config == expected.config
+        assert torch.equal(outputs(changed), outputs(expected))
+        assert torch.equal(outputs(before), kept)
+
+    @pytest.mark.parametrize(
+        ("start", "changes", "message"),
+        [
+            ({}, {"bit_width": 4}, "bit_width: can't change without quantizing again"),
+            ({}, {"activation_bits": 16, "num_time_groups": 3}, "found time-dependent weights"),
+            ({"num_time_groups": 3}, {"activation_bits": 8}, "found time-dependent weights"),
+            ({}, {"activation_bits": 9}, "activation_bits"),
+        ],
+    )
+    def test_what_belongs_to_the_weights_is_refused(
+        self,
+        quantized: Quantize,
+        calibration: Calibration,
+        start: dict[str, Any],
+        changes: dict[str, Any],
+        message: str,
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            requantize_activations(quantized(**start), calibration, **changes)
+
+    def test_static_ranges_need_calibration(self, quantized: Quantize) -> None:
+        with pytest.raises(ValueError, match="calibration: found None, required by static activation ranges"):
+            requantize_activations(quantized(), activation_bits=8)
+
+
+class TestSaveAndLoad:
+    """A saved model computes bit for bit what it computed before; a damaged folder is refused."""
+
+    @every_configuration
+    def test_logits_at_every_timestep_are_bit_identical(
+        self, quantized: Quantize, outputs: Outputs, tmp_path: Path, changes: dict[str, Any]
+    ) -> None:
+        lm = quantized(**changes)
+        save_quantized(lm, tmp_path / "q")
+        loaded = load_quantized(tmp_path / "q")
+        assert torch.equal(outputs(loaded), outputs(lm))
+        assert loaded.config == lm.config
+        assert loaded.bits_per_weight == lm.bits_per_weight
+        assert loaded.mask_token_id == lm.mask_token_id
+        assert loaded.tokenizer.to_str() == lm.tokenizer.to_str()
+        for method in ("cubic", None):  # the parameters before smoothing are there too
+            assert torch.equal(outputs(resmooth(loaded, method)), outputs(resmooth(lm, method)))
+
+    def test_codes_are_stored_packed(self, quantized: Quantize, tmp_path: Path) -> None:
+        save_quantized(quantized(), tmp_path / "q")
+        stored = load_file(tmp_path / "q" / "model.safetensors")
+        packed = {name: tensor for name, tensor in stored.items() if name.endswith(".packed")}
+        assert len(packed) == 14
+        # Four two-bit codes a byte: 8704 weights a block in 2176 bytes.
+        assert sum(tensor.numel() * tensor.element_size() for tensor in packed.values()) == 2 * 2176
+        assert not [name for name in stored if name.endswith("_proj.weight")]
+
+    def test_saving_a_loaded_model_writes_the_same_bytes(self, quantized: Quantize, tmp_path: Path) -> None:
+        save_quantized(quantized(activation_bits=4, **SMOOTH), tmp_path / "q")
+        save_quantized(load_quantized(tmp_path / "q"), tmp_path / "again")
+        for path in (tmp_path / "q").iterdir():
+            assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
+            assert path.stat().st_mode & 0o777 == 0o644
+
+    def test_a_failing_write_leaves_the_earlier_folder(
+        self, quantized: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_quantized(quantized(), tmp_path / "q")
+        before = {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()}
+        monkeypatch.setattr("thermo_lib.quantized_model.config_json", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            save_quantized(quantized(bit_width=4), tmp_path / "q")
+        assert {p.name: p.read_bytes() for p in (tmp_path / "q").iterdir()} == before
+        assert [p.name for p in tmp_path.iterdir()] == ["q"]
+
+    def test_a_folder_of_a_full_precision_model_is_refused(self, tiny: DiffusionLM, tmp_path: Path) -> None:
+        save_model(tiny, tmp_path / "m")
+        with pytest.raises(ValueError, match="found no thermo_config, expected a folder that save_quantized wrote"):
+            load_quantized(tmp_path / "m")
+
+    def test_a_folder_of_a_quantized_model_is_no_full_precision_model(
+        self, quantized: Quantize, tmp_path: Path
+    ) -> None:
+        save_quantized(quantized(), tmp_path / "q")
+        with pytest.raises(ValueError, match="missing tensors"):
+            load_model(str(tmp_path / "q"))
+
+    def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match="model: found .*absent"):
+            load_quantized(tmp_path / "absent")
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+class TestDamagedFolders:
+    """Each kind of damage is named."""
+
+    @pytest.fixture
+    def folder(self, quantized: Quantize, tmp_path: Path) -> Path:
+        """A saved model with time-dependent activation parameters."""
+        save_quantized(quantized(activation_bits=4, **SMOOTH), tmp_path / "q")
+        return tmp_path / "q"
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(lambda t: t.pop(f"{Q_PROJ}.packed"), f"missing tensors {Q_PROJ}.packed", id="codes missing"),
+            pytest.param(
+                lambda t: t.pop(f"{Q_PROJ}.weight_scale"), f"missing tensors {Q_PROJ}.weight_scale", id="scale missing"
+            ),
+            pytest.param(
+                lambda t: t.pop(f"{Q_PROJ}.activation_zero_point"),
+                f"missing tensors {Q_PROJ}.activation_zero_point",
+                id="activation zero point missing",
+            ),
+            pytest.param(lambda t: t.pop("model.norm.weight"), "missing tensors model.norm.weight", id="norm missing"),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.weight": torch.zeros(32, 32)}),
+                f"unexpected tensors {Q_PROJ}.weight",
+                id="extra tensor",
+            ),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.packed": t[f"{Q_PROJ}.packed"][:, :-1].contiguous()}),
+                f"tensor {Q_PROJ}.packed: found shape",
+                id="codes too short",
+            ),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.packed": t[f"{Q_PROJ}.packed"].float()}),
+                f"{Q_PROJ}.packed",
+                id="codes of another type",
+            ),
+            pytest.param(
+                lambda t: t[f"{Q_PROJ}.weight_scale"].fill_(torch.nan),
+                f"tensor {Q_PROJ}.weight_scale: found NaN",
+                id="scale NaN",
+            ),
+            pytest.param(lambda t: t[f"{Q_PROJ}.weight_scale"].fill_(0), f"{Q_PROJ}.*scale: found 0", id="scale zero"),
+            pytest.param(
+                lambda t: t[f"{Q_PROJ}.activation_scale"].fill_(-1), f"{Q_PROJ}.*scale: found -1", id="scale negative"
+            ),
+        ],
+    )
+    def test_a_damaged_tensor_is_named(
+        self, folder: Path, change: Callable[[dict[str, Tensor]], object], message: str
+    ) -> None:
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            load_quantized(folder)
+
+    def test_a_truncated_file_is_named(self, folder: Path) -> None:
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(ValueError, match=r"model\.safetensors: not a complete safetensors file"):
+            load_quantized(folder)
+
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "model.safetensors"])
+    def test_a_missing_file_is_named(self, folder: Path, file: str) -> None:
+        (folder / file).unlink()
+        with pytest.raises(ValueError, match=f"found no {file}"):
+            load_quantized(folder)
+
+    @pytest.mark.parametrize(
+        ("thermo_config", "message"),
+        [
+            ({**BASE, "bit_width": 3}, "bit_width"),
+            ({**BASE, "surplus": 1}, "surplus"),
+            ({**BASE, "num_time_groups": 7}, "num_time_groups: found 7"),
+            ({**BASE, "bit_width": 4}, "missing tensors|unexpected tensors|found shape"),
+            ([], "thermo_config"),
+            (None, "thermo_config"),
+        ],
+    )
+    def test_a_configuration_that_is_not_the_model_s_is_refused(
+        self, folder: Path, thermo_config: object, message: str
+    ) -> None:
+        path = folder / "config.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(json.dumps({**content, "thermo_config": thermo_config}), encoding="utf-8")
+        with pytest.raises(ValueError, match=message):
+            load_quantized(folder)
+
+    def test_a_copy_elsewhere_loads(self, folder: Path, tmp_path: Path, outputs: Outputs) -> None:
+        copy = shutil.copytree(folder, tmp_path / "elsewhere")
+        assert torch.equal(outputs(load_quantized(copy)), outputs(load_quantized(folder)))

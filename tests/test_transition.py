@@ -1,0 +1,234 @@
+"""Path KL is the KL divergence between two denoising processes: checked against every path of a small one.
+
+The small model has tokens a, b, c and the mask, two positions, and logits that are a random table by state, so that
+both processes can be enumerated: a path is the sequence of states from all masks to a text.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from torch import Tensor
+
+from thermo_lib import generate, path_kl
+from thermo_lib.calibration import States, trajectory_states
+from thermo_lib.models import DiffusionLM
+from thermo_lib.transition import reference_logits
+
+MASK, LENGTH, VOCABULARY = 0, 2, 4
+TEXTS = list(itertools.product(range(1, VOCABULARY), repeat=LENGTH))
+
+State = tuple[int, ...]
+
+
+@dataclass
+class ToyLM:
+    """A model whose logits depend on the whole state and are read from a table, ``(4, 4, positions, 4)``."""
+
+    table: Tensor
+    mask_token_id: int = MASK
+
+    @classmethod
+    def random(cls, seed: int) -> "ToyLM":
+        """A model with logits of standard deviation 1.5."""
+        generator = torch.Generator().manual_seed(seed)
+        return cls(1.5 * torch.randn((VOCABULARY,) * LENGTH + (LENGTH, VOCABULARY), generator=generator))
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Nothing depends on the timestep."""
+
+    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+        """As ``DiffusionLM.logits``: the mask token gets no probability."""
+        logits = self.table[ids[:, 0], ids[:, 1]][at].clone()
+        logits[:, MASK] = -1e30
+        return logits
+
+    def probability(self, state: State, position: int, token: int) -> float:
+        """Of a token at a masked position, computed without torch's softmax."""
+        exponentials = [math.exp(self.table[state][position, t].item()) for t in range(1, VOCABULARY)]
+        return exponentials[token - 1] / sum(exponentials)
+
+
+def transitions(lm: ToyLM, state: State, rho: float) -> Iterator[tuple[State, float]]:
+    """The states that one ancestral step can lead to: each masked position is filled with probability ``rho``."""
+    options = []
+    for position, token in enumerate(state):
+        if token != MASK:
+            options.append([(token, 1.0)])
+            continue
+        filled = [(t, rho * lm.probability(state, position, t)) for t in range(1, VOCABULARY)]
+        options.append(filled + ([(MASK, 1 - rho)] if rho < 1 else []))
+    for choice in itertools.product(*options):
+        yield tuple(token for token, _ in choice), math.prod(p for _, p in choice)
+
+
+def paths(lm: ToyLM, timesteps: int) -> dict[tuple[State, ...], float]:
+    """Every path of the ancestral process, with its probability."""
+    found = {((MASK,) * LENGTH,): 1.0}
+    for timestep in range(timesteps):
+        rho = 1 / (timesteps - timestep)  # 1 - t_{i+1} / t_i with t_i = 1 - i/T
+        found = {
+            (*path, state): probability * step
+            for path, probability in found.items()
+            for state, step in transitions(lm, path[-1], rho)
+        }
+    return found
+
+
+def text_probabilities(lm: ToyLM, timesteps: int) -> np.ndarray:
+    """The distribution of the texts at the end, in the order of ``TEXTS``."""
+    totals = dict.fromkeys(TEXTS, 0.0)
+    for path, probability in paths(lm, timesteps).items():
+        totals[path[-1]] += probability
+    return np.array(list(totals.values()))
+
+
+def states_of(all_paths: list[tuple[State, ...]]) -> States:
+    """The states that the steps of some paths start from, as ``trajectory_states`` orders them."""
+    timesteps = len(all_paths[0]) - 1
+    ids = torch.tensor([path[timestep] for timestep in range(timesteps) for path in all_paths])
+    clean = torch.tensor([path[-1] for path in all_paths]).repeat(timesteps, 1)
+    return States(ids, ids == MASK, torch.arange(timesteps).repeat_interleave(len(all_paths)), clean)
+
+
+def exact_kl(p: ToyLM, q: ToyLM, timesteps: int) -> float:
+    """``sum over paths of p log(p / q)``, straight from the definition."""
+    under_q = paths(q, timesteps)
+    return sum(probability * math.log(probability / under_q[path]) for path, probability in paths(p, timesteps).items())
+
+
+def expected_estimate(p: ToyLM, q: ToyLM, timesteps: int) -> float:
+    """The expectation of the estimate of ``path_kl`` over the paths of ``p``."""
+    under_p = paths(p, timesteps)
+    result = path_kl(p, q, states_of(list(under_p)), timesteps)
+    return float((result.per_sequence.sum(1) * torch.tensor(list(under_p.values()), dtype=torch.float64)).sum())
+
+
+class TestEnumeration:
+    """The estimate against the enumerated processes."""
+
+    def test_the_paths_are_a_distribution_and_end_in_texts(self) -> None:
+        # Each position is filled at one of the T steps with one of 3 tokens: (3 T)^2 paths.
+        for timesteps in (1, 2, 3):
+            found = paths(ToyLM.random(0), timesteps)
+            assert len(found) == (3 * timesteps) ** 2
+            assert sum(found.values()) == pytest.approx(1, abs=1e-12)
+            assert all(MASK not in path[-1] for path in found)
+
+    @pytest.mark.parametrize("timesteps", [1, 2, 3])
+    @given(seed=st.integers(0, 1000))
+    @settings(max_examples=10)
+    def test_the_estimate_is_unbiased(self, timesteps: int, seed: int) -> None:
+        p, q = ToyLM.random(seed), ToyLM.random(seed + 5000)
+        exact = exact_kl(p, q, timesteps)
+        assert exact > 0.1
+        assert expected_estimate(p, q, timesteps) == pytest.approx(exact, abs=1e-6)
+
+    @given(seed=st.integers(0, 1000))
+    @settings(max_examples=8)
+    def test_it_bounds_the_change_of_every_event_s_probability(self, seed: int) -> None:
+        # Pinsker's inequality, and the text is a function of the path: |p(A) - q(A)| <= sqrt(KL / 2).
+        p = ToyLM.random(seed)
+        noise = ToyLM.random(seed + 5000).table
+        for size in (0.05, 0.3, 1.0):
+            q = ToyLM(p.table + size * noise)
+            difference = text_probabilities(p, 2) - text_probabilities(q, 2)
+            events = np.array(list(itertools.product((0, 1), repeat=len(TEXTS))))
+            assert np.abs(events @ difference).max() <= math.sqrt(expected_estimate(p, q, 2) / 2)
+
+    def test_the_sampler_follows_the_enumerated_process(self) -> None:
+        lm, count = ToyLM.random(3), 20_000
+        texts = generate(
+            lm,
+            torch.full((count, LENGTH), MASK),
+            timesteps=2,
+            sampler="origin",
+            temperature=1.0,
+            batch_size=count,
+        )
+        number = texts[:, 0] * VOCABULARY + texts[:, 1]
+        counts = [int((number == a * VOCABULARY + b).sum()) for a, b in TEXTS]
+        assert chisquare(counts, text_probabilities(lm, 2) * count).pvalue > 1e-3
+
+    def test_a_step_counts_only_where_the_models_differ_on_its_states(self) -> None:
+        # q differs from p only where nothing is filled yet. At T = 2 that is every first state, and the second state
+        # of the paths whose first step fills nothing.
+        p = ToyLM.random(0)
+        q = ToyLM(p.table.clone())
+        q.table[MASK, MASK] = ToyLM.random(1).table[MASK, MASK]
+        all_paths = list(paths(p, 2))
+        result = path_kl(p, q, states_of(all_paths), 2).per_sequence
+        differs = torch.tensor([[path[i] == (MASK, MASK) for i in range(2)] for path in all_paths])
+        assert torch.equal(result > 0, differs)
+        # The first step fills with half the probability of the last: rho = 1/2 and 1.
+        assert torch.equal(result[differs.all(1), 1], 2 * result[differs.all(1), 0])
+
+
+class TestPathKL:
+    """Laws of the estimate on a model's own trajectories."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def states(cls, tiny: DiffusionLM) -> States:
+        """Five trajectories of four steps."""
+        return trajectory_states(tiny, torch.full((5, 8), tiny.mask_token_id), None, 4, seed=0)
+
+    def test_a_model_has_no_divergence_from_itself(self, tiny: DiffusionLM, states: States) -> None:
+        result = path_kl(tiny, tiny, states, 4)
+        assert torch.equal(result.per_sequence, torch.zeros(5, 4, dtype=torch.float64))
+        assert result.total == 0
+        assert result.mean_cosine == pytest.approx(1, abs=1e-6)
+
+    def test_another_model_diverges_at_every_step(
+        self, tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], states: States
+    ) -> None:
+        result = path_kl(tiny, build_tiny(1), states, 4)
+        has_masks = states.is_masked.view(4, 5, 8).any(-1).T
+        assert torch.equal(result.per_sequence > 0, has_masks)
+        assert torch.equal(result.cosine.isnan(), ~has_masks)
+        assert -1 < result.mean_cosine < 0.5
+        torch.testing.assert_close(result.per_timestep, result.per_sequence.mean(0))
+        assert result.total == pytest.approx(float(result.per_timestep.sum()), rel=1e-12)
+
+    def test_neither_the_batch_size_nor_given_logits_change_it(
+        self, tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], states: States
+    ) -> None:
+        other = build_tiny(1)
+        together = path_kl(tiny, other, states, 4)
+        for batch_size in (1, 2, 3):
+            found = path_kl(tiny, other, states, 4, batch_size=batch_size)
+            torch.testing.assert_close(found.per_sequence, together.per_sequence, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(found.cosine, together.cosine, rtol=1e-4, atol=1e-5, equal_nan=True)
+        given_logits = path_kl(tiny, other, states, 4, reference_outputs=reference_logits(tiny, states, 4))
+        assert torch.equal(given_logits.per_sequence, together.per_sequence)
+
+    def test_the_cosine_is_that_of_centred_logits_without_the_mask_token(self) -> None:
+        p = ToyLM.random(0)
+        all_paths = list(paths(p, 2))
+        states = states_of(all_paths)
+        for q, expected in ((ToyLM(3 * p.table + 7), 1.0), (ToyLM(-p.table), -1.0)):
+            assert path_kl(p, q, states, 2).mean_cosine == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(
+        ("timestep", "timesteps"),
+        [
+            ([0, 0, 1], 2),  # no whole number of sequences
+            ([0, 0, 0, 1], 2),  # a sequence without its second state
+            ([0, 0, 1, 1], 3),
+            ([0, 1, 2, 3], 2),  # steps of another schedule
+            ([0, 0], 2),
+        ],
+    )
+    def test_incomplete_states_are_refused(self, timestep: list[int], timesteps: int) -> None:
+        ids = torch.full((len(timestep), LENGTH), MASK)
+        states = States(ids, ids == MASK, torch.tensor(timestep), ids)
+        lm = ToyLM.random(0)
+        with pytest.raises(ValueError, match=rf"expected every sequence at each of {timesteps} timesteps"):
+            path_kl(lm, lm, states, timesteps)
