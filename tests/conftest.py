@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,3 +100,13 @@ def override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[
         monkeypatch.setattr(params, "PARAMS_FILE", path)
 
     return apply
+
+
+@pytest.fixture
+def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts one file of sixty functions, named after the split, in the place of each split of the training code."""
+
+    def load(split: str, packages: Mapping[str, str] | None = None) -> dict[str, str]:
+        return {f"{split}.py": "".join(f"def {split}_{i}(x):\n    return x + {i}\n" for i in range(60))}
+
+    monkeypatch.setattr(data, "load_corpus", load)

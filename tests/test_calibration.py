@@ -103,11 +103,10 @@ class TestCalibrate:
             assert not same(first, other)
 
     def test_the_default_is_training_code_and_training_puzzles_of_both_tasks(
-        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None]
+        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None], small_corpus: None
     ) -> None:
         override(
             {
-                "data.packages": {"mpmath": default("data.packages")["mpmath"]},
                 "data.sequence_length": 24,
                 "calibration.code_sequences": 2,
                 "calibration.puzzles": 3,
@@ -119,6 +118,7 @@ class TestCalibrate:
         assert code.ids.shape == (2 * 2, 24)
         assert puzzles.ids.shape == (2 * 6, default("data.task_length"))
         train = "".join(data.load_corpus("train").values())
+        assert "train_0" in train
         assert all(tiny.tokenizer.decode(row.tolist()) in train for row in code.clean)
         prompts = [tiny.tokenizer.decode(r.tolist(), skip_special_tokens=False) for r in puzzles.clean[:6]]
         inputs = [text.split(data.ANSWER)[0] for text in prompts]
@@ -126,10 +126,9 @@ class TestCalibrate:
         assert not any(data.held_out(text.split("|>")[1]) for text in inputs)
 
     def test_a_model_that_does_not_know_the_tasks_is_calibrated_on_code_only(
-        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None], monkeypatch: pytest.MonkeyPatch
+        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None], small_corpus: None
     ) -> None:
         override({"data.sequence_length": 12, "calibration.code_sequences": 2})
-        monkeypatch.setattr(data, "load_corpus", lambda split: {"f.py": "def f(x):\n    return x + 1\n" * 9})
         foreign = replace(tiny, tokenizer=Tokenizer.from_str(tiny.tokenizer.to_str().replace(data.SUDOKU, "<|other|>")))
         (code,) = calibrate(foreign, timesteps=2, source="forward", progress=False).parts
         assert code.ids.shape == (2 * 2, 12)

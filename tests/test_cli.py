@@ -13,7 +13,7 @@ from nbformat import v4, write
 from tokenizers import Tokenizer
 
 from thermo_lib import __main__ as command_line
-from thermo_lib import data, params
+from thermo_lib import params
 from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
 from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.transition import PathKL
@@ -32,8 +32,6 @@ TINY_PARAMS = {
     "evaluation.overhead_rounds": 2,
     "evaluation.overhead_sequences": 2,
 }
-
-CODE = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(60))
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -55,13 +53,13 @@ def folder(
 @pytest.fixture
 def run(
     override: Callable[[dict[str, Any]], None],
+    small_corpus: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Run:
     """Runs a command in an empty folder with tiny settings; gives exit status, stdout and stderr."""
     override(TINY_PARAMS)
-    monkeypatch.setattr(data, "load_corpus", lambda split: {f"{split}.py": CODE})
     monkeypatch.setattr(command_line, "reproducible", lambda: None)  # it has tests of its own
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

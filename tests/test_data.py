@@ -86,7 +86,7 @@ class TestSplits:
             data.load_corpus("dev", MPMATH)
 
     def test_a_split_without_files_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="no .py file of split 'test'"):
+        with pytest.raises(ValueError, match=r"no \.py file of split 'test'"):
             data.load_corpus("test", {})
 
 

@@ -1,5 +1,6 @@
 """Masked diffusion: the schedule, the forward process, and samplers that fill what is masked and nothing else."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -279,7 +280,7 @@ class TestGenerate:
             on_state=lambda _, rows, x: states.append(x[0].clone()),
         )
         states.append(text[0])
-        filled = [int(((a == MASK) & (b != MASK)).nonzero()) for a, b in zip(states, states[1:], strict=False)]
+        filled = [int(((a == MASK) & (b != MASK)).nonzero()) for a, b in itertools.pairwise(states)]
         assert filled == order
 
     def test_alg_temp_draws_the_position_by_the_softmax_of_its_confidence(self) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: scores against slow direct computations, paired statistics, and verdicts on targets."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -168,8 +169,8 @@ class TestContextFree:
     COUNTS = torch.tensor([0, 3, 1, 0])
 
     def test_unigram(self) -> None:
-        # Surprise in bits: 1 + 1 + 2 + 3 = 7, then 1 + 2 = 3: (7/2 + 3) / 4 bits a token. Always guesses token 1: 2 of 4
-        # and 1 of 2 right.
+        # Surprise in bits: 1 + 1 + 2 + 3 = 7, then 1 + 2 = 3: (7/2 + 3) / 4 bits a token. It always guesses token 1:
+        # 2 of 4 and 1 of 2 are right.
         accuracy, nelbo = ev.context_free_scores(self.STATES, 2, self.COUNTS, copy=False)
         assert accuracy == pytest.approx(0.5)
         assert nelbo == pytest.approx((7 / 2 + 3) / 4 * math.log(2))
@@ -329,7 +330,7 @@ class TestSuite:
         scores = evaluate(foreign, suite)
         assert scores.puzzles is None
         assert ev.summarize("foreign", foreign, scores)["sudoku_solved"] is None
-        with pytest.raises(ValueError, match="tokenizer: found no task markers, puzzles need .*sudoku"):
+        with pytest.raises(ValueError, match=r"tokenizer: found no task markers, puzzles need .*sudoku"):
             ev.solve_puzzles(foreign, data.make_puzzles("sudoku", 1, 0, test=True))
 
 
@@ -456,7 +457,7 @@ class TestOverhead:
         result = ev.paired_ratio(lambda: calls.append("candidate"), lambda: calls.append("baseline"), 4)
         pairs = [tuple(calls[i : i + 2]) for i in range(0, 10, 2)]
         assert len(calls) == 10  # the warm-up and four rounds
-        assert all(a == b[::-1] for a, b in zip(pairs, pairs[1:], strict=False))
+        assert all(a == b[::-1] for a, b in itertools.pairwise(pairs))
         assert set(pairs[0]) == {"candidate", "baseline"}
         assert result.keys() == {"ratio", "ci", "rounds", "candidate_seconds", "baseline_seconds"}
         assert result["rounds"] == 4

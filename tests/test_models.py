@@ -207,7 +207,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["no/such/model", "/no/such/folder", "a model", "no-such-model"])
     def test_an_unknown_name_is_an_error_that_lists_what_is_allowed(self, name: str) -> None:
-        with pytest.raises(ValueError, match="model: found .* allowed are 'reference', a folder") as error:
+        with pytest.raises(ValueError, match=r"model: found .* allowed are 'reference', a folder") as error:
             load_model(name)
         assert repr(name) in str(error.value)
 

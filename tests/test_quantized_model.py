@@ -431,7 +431,7 @@ class TestSaveAndLoad:
             load_model(str(tmp_path / "q"))
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match="model: found .*absent"):
+        with pytest.raises(ValueError, match=r"model: found .*absent"):
             load_quantized(tmp_path / "absent")
 
 

@@ -1,5 +1,6 @@
 """Time groups, boundary smoothing and Markov smoothness, with values worked out by hand."""
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -173,7 +174,7 @@ class TestBoundarySmoother:
     ) -> None:
         first = groups[0].time_range[0]
         smoothed = BoundarySmoother(method, window).smooth(groups)
-        for left, right in zip(groups, groups[1:], strict=False):
+        for left, right in itertools.pairwise(groups):
             boundary = right.time_range[0] - first
             before, after = min(window, len(left) // 2), min(window, len(right) // 2)
             near = smoothed[boundary - before : boundary + after]

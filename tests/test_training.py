@@ -18,7 +18,6 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from thermo_lib import data, load_model
-from thermo_lib.params import default
 from thermo_lib.training import Training, export, learning_rate_factor, prepare, stratified_ratios
 
 SETTINGS = {
@@ -39,7 +38,6 @@ SETTINGS = {
     "sequence_length": 12,
     "task_length": 42,
 }
-PACKAGES = {"mpmath": default("data.packages")["mpmath"]}
 TEXT = "".join(f"def f{i}(x):\n    return x + {i}\n" for i in range(40))
 
 
@@ -223,18 +221,20 @@ class TestRun:
 class TestPrepare:
     """The training stream and the tokenizer are made once."""
 
-    def test_the_second_call_reads_what_the_first_made(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        stream, tokenizer = prepare(tmp_path / "run", PACKAGES, 270)
-        files = data.load_corpus("train", PACKAGES)
+    def test_the_second_call_reads_what_the_first_made(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_corpus: None
+    ) -> None:
+        stream, tokenizer = prepare(tmp_path / "run", {}, 270)
+        files = data.load_corpus("train")
         assert stream.dtype == torch.int32
         assert torch.equal(stream, data.token_stream(files, tokenizer))
         monkeypatch.setattr(data, "load_corpus", lambda *_: pytest.fail("the corpus was read again"))
-        again, same_tokenizer = prepare(tmp_path / "run", PACKAGES, 270)
+        again, same_tokenizer = prepare(tmp_path / "run", {}, 270)
         assert torch.equal(again, stream)
         assert isinstance(same_tokenizer, Tokenizer)
         assert same_tokenizer.to_str() == tokenizer.to_str()
 
-    def test_what_was_made_with_other_settings_is_not_taken(self, tmp_path: Path) -> None:
-        prepare(tmp_path, PACKAGES, 270)
+    def test_what_was_made_with_other_settings_is_not_taken(self, tmp_path: Path, small_corpus: None) -> None:
+        prepare(tmp_path, {}, 270)
         with contextlib.suppress(ValueError):  # made again, or refused
-            assert prepare(tmp_path, PACKAGES, 280)[1].get_vocab_size() == 280
+            assert prepare(tmp_path, {}, 280)[1].get_vocab_size() == 280

@@ -44,13 +44,12 @@ def lines(
     return ax
 
 
-def loss_curve(steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
-    """Training losses against optimizer steps."""
-    _, (ax,) = _axes(width=7.5)
-    for (name, values), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot(steps, values, label=name, color=color)
-    ax.set(xlabel="optimizer step", ylabel="loss (nats per masked token)", yscale="log")
-    ax.legend(frameon=False)
+def loss_curves(steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
+    """Training losses against optimizer steps, one panel each."""
+    _, axes = _axes(len(curves), width=5.2)
+    for ax, (name, values) in zip(axes, curves.items(), strict=True):
+        ax.plot(steps, values, color=COLORS[0])
+        ax.set(xlabel="optimizer step", ylabel="loss (nats per masked token)", title=name, ylim=(0, None))
 
 
 def panels(

@@ -81,8 +81,8 @@ TARGET_COLUMNS = {
     "target": ("name", "{}"),
     "precision": ("activation_bits", "W2A{}"),
     "method": ("smoothing_method", "{}"),
-    "value": ("value", "{:.3f}"),
-    "95 %": ("ci", "{0[0]:.3f}..{0[1]:.3f}"),
+    "value": ("value", "{:z.3f}"),
+    "95 %": ("ci", "{0[0]:z.3f}..{0[1]:z.3f}"),
     "bound": ("target", "{}"),
     "verdict": ("verdict", "{}"),
 }
@@ -186,7 +186,7 @@ def model_card(record: Mapping[str, Any], scores: Mapping[str, Any]) -> str:
 
 A masked diffusion language model with Dream's architecture (Qwen2 blocks, bidirectional attention, logits shifted
 by one) and {record["parameters"]:,} parameters: {settings["num_hidden_layers"]} blocks of width \
-{settings["hidden_size"]}, {settings["num_attention_heads"]} heads, MLP \
+{settings["hidden_size"]}, {settings["num_attention_heads"]} heads, MLP
 {settings["intermediate_size"]}, a byte-level BPE of {settings["vocab_size"]:,} tokens with every digit alone.
 It is made for measuring quantization; it is no use as a writer of programs. Weights: bfloat16 safetensors.
 Licence: as the project; the training packages are BSD-licensed.
