@@ -6,6 +6,7 @@ Run after nbval has passed on the executed notebooks: what one notebook reads, a
 import copy
 import os
 import re
+import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
@@ -86,6 +87,7 @@ def test_nbval_fails_at_a_changed_number(tmp_path: Path) -> None:
         notebook, number = changed_copy(path)
         nbformat.write(notebook, tmp_path / path.name)
         expected[path.stem] = number
+    shutil.copy(ROOT / "notebooks" / "conftest.py", tmp_path)
     results = tmp_path / "results.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path)]
     options = ["--nbval", "--nbval-current-env", f"--junitxml={results}", str(tmp_path)]
@@ -93,7 +95,7 @@ def test_nbval_fails_at_a_changed_number(tmp_path: Path) -> None:
     failed: dict[str, list[int]] = {name: [] for name in expected}
     for case in ElementTree.parse(results).iter("testcase"):
         if case.find("failure") is not None or case.find("error") is not None:
-            name = case.get("classname", "").split(".")[-2 if case.get("classname", "").endswith(".ipynb") else -1]
+            name = case.get("classname", "").removesuffix(".ipynb")
             failed[name].append(int(re.search(r"\d+", case.get("name", "")).group()))
     assert run.returncode == 1, run.stdout
     assert failed == {name: [number] for name, number in expected.items()}, run.stdout

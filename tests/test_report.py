@@ -17,7 +17,8 @@ from thermo_lib import report
 from thermo_lib.params import default
 
 ROW = {
-    "name": "W2A16 gptq",
+    "name": "W4A16 gptq",
+    "bits": 4,
     "bits_per_weight": 2.25,
     "accuracy": 0.4567,
     "accuracy_ci": [0.44, 0.47],
@@ -113,7 +114,7 @@ class TestTable:
         assert heading.split() == [
             "configuration", "bpw", "accuracy", "95", "%", "NELBO", "path", "KL", "cosine", "Sudoku"
         ]  # fmt: skip
-        assert line.split() == ["W2A16", "gptq", "2.25", "0.457", "0.440..0.470", "1.23", "12.35", "0.900", "0.85"]
+        assert line.split() == ["W4A16", "gptq", "2.25", "0.457", "0.440..0.470", "1.23", "12.35", "0.900", "0.85"]
 
 
 class TestReport:
@@ -154,6 +155,7 @@ class TestReport:
             "not met",
             "inconclusive",
         ]
+        assert len([line for line in lines if line.startswith("Markov score") and "W4A8" in line]) == 3
         assert f"torch {importlib.metadata.version('torch')}" in text
         assert text.endswith(" threads.\n")
 
@@ -169,7 +171,7 @@ class TestPipelineFiles:
         assert "markov_score" not in found["configurations"]["full precision"]
         assert found["configurations"]["smoothed"]["markov_score"] == 0.9
         assert found["configurations"]["smoothed"]["accuracy"] == ROW["accuracy"]
-        assert found["verdicts"] == {"Markov score": {"W2A8 linear": "met", "W2A8 none": "not met"}}
+        assert found["verdicts"] == {"Markov score": {"W4A8 linear": "met", "W4A8 none": "not met"}}
 
     def test_the_plot_s_table_has_a_line_a_timestep_and_a_column_a_configuration(self, tmp_path: Path) -> None:
         rows = [{"name": "full precision", "x": [0.5, 0.25]}, {"name": "W2A16, time groups", "x": [0.125, 1.0]}]

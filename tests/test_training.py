@@ -178,6 +178,21 @@ class TestRun:
         losses = torch.tensor(training.losses)
         assert (losses[-5:].mean(0) < losses[:5].mean(0) - 0.5).all()
 
+    def test_no_two_steps_see_the_same_text(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        training = start_training(tmp_path / "c.safetensors")
+        loss = training._loss
+        seen: list[Tensor] = []
+
+        def record(ids: Tensor, allowed: Tensor | None, generator: torch.Generator) -> Tensor:
+            seen.append(ids)
+            return loss(ids, allowed, generator)
+
+        monkeypatch.setattr(training, "_loss", record)
+        training.run()
+        for batches in (seen[::2], seen[1::2]):  # code and planning
+            assert len(batches) == 6
+            assert len({tuple(batch.flatten().tolist()) for batch in batches}) == 6
+
     def test_only_answers_of_puzzles_are_masked(self, whole: Training, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[tuple[Tensor, Tensor | None]] = []
 

@@ -99,9 +99,9 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
-    arguments = _parser().parse_args(argv)
     transformers.logging.set_verbosity_error()
     try:
+        arguments = _parser().parse_args(argv)
         if arguments.command == "benchmark":
             run_benchmark(arguments)
         else:

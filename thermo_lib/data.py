@@ -143,6 +143,12 @@ class Puzzle:
             raise ValueError(f"task: found {self.task!r}, allowed are {', '.join(TASKS)}")
 
 
+_INPUTS = {  # a task's inputs: as a pattern, and in words
+    "sudoku": (r"[0-4]{4}(\n[0-4]{4}){3}", "four lines of four digits 0-4"),
+    "countdown": (r"\d+(,\d+){2,}", "at least two numbers and the target, separated by commas"),
+}
+
+
 def read_jsonl(path: str | Path, task: str) -> list[Puzzle]:
     """Puzzles from a JSONL file of ``{"input": ..., "output": ...}`` lines.
 
@@ -150,7 +156,7 @@ def read_jsonl(path: str | Path, task: str) -> list[Puzzle]:
         ValueError: unknown task, no puzzle, or a malformed line; the message names file and line.
     """
     puzzles = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -160,6 +166,8 @@ def read_jsonl(path: str | Path, task: str) -> list[Puzzle]:
             raise ValueError(
                 f'{path}, line {number}: found {line[:80]!r}, expected {{"input": ..., "output": ...}}'
             ) from error
+        if not re.fullmatch(_INPUTS[task][0], puzzle.input):
+            raise ValueError(f"{path}, line {number}: found input {puzzle.input!r}, expected {_INPUTS[task][1]}")
         puzzles.append(puzzle)
     if not puzzles:
         raise ValueError(f"{path}: found no puzzle, expected one JSON object a line")

@@ -193,6 +193,6 @@ def _denoise(
     score[is_masked] = confidence(sampler, tokens, probabilities)
     if alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
         score = score / alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()
-    count = (is_masked.sum(1) * rho + 1e-9).floor() if rho < 1 else is_masked.sum(1)
+    count = (is_masked.sum(1).double() * rho + 1e-9).floor() if rho < 1 else is_masked.sum(1)
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)
     return torch.where(is_masked & (rank < count[:, None]), filled, x)

@@ -386,8 +386,13 @@ def compare_smoothing(
 
     Returns:
         The configurations' rows, the targets with verdicts, and the models by method (``none`` for no smoothing).
+
+    Raises:
+        ValueError: the model has a single time group.
     """
     config = unsmoothed.config
+    if config.num_time_groups == 1:
+        raise ValueError("num_time_groups: found 1, allowed is at least 2; one group has no boundary to smooth")
     label = f"{config.precision} {config.quantizer}, time groups"
     models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
     scores = {

@@ -56,17 +56,25 @@ class DreamModel(Qwen2ForCausalLM):
             ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
         """
         position_ids = None
-        keys = None
+        bias = None
         if attention_mask is not None:
-            keys = attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
+            dtype = self.lm_head.weight.dtype
+            hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
+            bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
+            bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         states = self.model(
             input_ids=input_ids,
-            attention_mask={"full_attention": keys},
+            attention_mask={"full_attention": bias},
             position_ids=position_ids,
             use_cache=False,
         ).last_hidden_state
-        return torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        shifted = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+        if attention_mask is None:
+            return shifted
+        # A first token has no state before it and keeps its own, with or without padding on its left.
+        after_padding = ~torch.nn.functional.pad(attention_mask.bool()[:, :-1], (1, 0))
+        return torch.where(after_padding[..., None], states, shifted)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``(batch, length, vocabulary)`` of the token at each position."""
@@ -149,6 +157,16 @@ _REQUIRED = (
 _OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
 
 
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: found invalid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
+    return content
+
+
 def read_config(folder: Path) -> DreamConfig:
     """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
 
@@ -158,16 +176,16 @@ def read_config(folder: Path) -> DreamConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: found no config.json in {folder}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: found invalid JSON ({error})") from error
+    content = _read_object(path)
     model_type = content.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(MODEL_TYPES)}")
     missing = [key for key in _REQUIRED if content.get(key) is None]
     if missing:
         raise ValueError(f"{path}: missing {', '.join(missing)}")
+    wrong = [key for key in _REQUIRED if type(content[key]) is not int or content[key] < 0]
+    if wrong:
+        raise ValueError(f"{path}: {wrong[0]}: found {content[wrong[0]]!r}, allowed are whole numbers from 0")
     return DreamConfig(**{key: content[key] for key in (*_REQUIRED, *_OPTIONAL) if key in content})
 
 
@@ -179,13 +197,16 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     index = folder / INDEX_NAME
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{index}: weight_map: found {type(weight_map).__name__}, expected an object")
+        names = sorted(set(weight_map.values()))
     else:
         names = [WEIGHTS_NAME]
     tensors: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
-        if path.resolve().parent != folder.resolve():
+        if Path(name).name != name:
             raise ValueError(f"{index}: found shard {name!r} outside the folder, allowed are files in {folder}")
         if not path.is_file():
             pickled = sorted(p.name for p in folder.glob("*.bin"))
@@ -223,7 +244,10 @@ def read_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ValueError(f"model: found no tokenizer.json in {folder}")
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises no narrower type
+        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
 
 
 def model_folder(name: str) -> Path:
@@ -275,7 +299,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         temporary.chmod(0o755)
         write(temporary)
         if folder.exists():
-            retired = temporary.with_suffix(".old")
+            retired = temporary.with_name(f"{temporary.name}.old")
             os.replace(folder, retired)
             os.replace(temporary, folder)
             shutil.rmtree(retired)
@@ -320,6 +344,8 @@ def save_model(
 
     def write(target: Path) -> None:
         state = {name: tensor.to(dtype).contiguous() for name, tensor in lm.model.state_dict().items()}
+        if lm.model.config.tie_word_embeddings:
+            del state["lm_head.weight"]
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(lm.model.config, torch_dtype=str(dtype).split(".")[1]))

@@ -33,6 +33,20 @@ def reproducible() -> None:
     torch.use_deterministic_algorithms(True)
 
 
+def _without_stderr(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs without stderr, text that was printed in one go in one piece (a kernel sends it in chunks)."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        is_stream = output.output_type == "stream"
+        if is_stream and output.name == "stderr":
+            continue
+        if is_stream and kept and kept[-1].output_type == "stream":
+            kept[-1].text += output.text
+        else:
+            kept.append(output)
+    return kept
+
+
 def tidy(path: str | Path) -> None:
     """Remove run times and progress bars (stderr) from an executed notebook, in place.
 
@@ -45,14 +59,18 @@ def tidy(path: str | Path) -> None:
         del notebook.metadata[key]
     for number, cell in enumerate(notebook.cells):
         cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
-        cell.id = f"cell-{number:02d}"
+        if "id" in cell:
+            cell.id = f"cell-{number:02d}"
         if cell.cell_type != "code":
             continue
         if any(output.output_type == "error" for output in cell.outputs):
             raise ValueError(f"{path}: cell {number} holds the output of an error")
-        cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+        cell.outputs = _without_stderr(cell.outputs)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        nbformat.write(notebook, file)
-    os.chmod(temporary, 0o644)
-    os.replace(temporary, path)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            nbformat.write(notebook, file)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)

@@ -261,7 +261,8 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
         ridge: pull towards the starting parameters, as a share of the system's mean diagonal.
 
     Returns:
-        The same codes with new parameters; a group whose refitted scale isn't positive keeps its old ones.
+        The same codes with new parameters; a group whose refitted scale isn't positive keeps its old ones, and so
+        does a row whose error would grow.
     """
     check_hessian(hessian, weight.shape[1])
     out_features, in_features = weight.shape
@@ -286,18 +287,26 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
 
     scale = quantized.scale.double()
     start = torch.cat([scale, -scale * quantized.zero_point.double()], -1)
-    strength = ridge * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
-    A = A + torch.diag_embed(strength.expand(-1, 2 * groups))
-    theta = torch.linalg.solve(A, b + strength * start)
+    # A trace of ridge keeps the system solvable where the data leaves a parameter undecided.
+    strength = max(ridge, 1e-12) * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
+    theta = torch.linalg.solve(A + torch.diag_embed(strength.expand(-1, 2 * groups)), b + strength * start)
     new_scale, offset = theta[:, :groups], theta[:, groups:]
     usable = new_scale > SMALLEST_SCALE
     new_zero = torch.where(usable, -offset / new_scale, quantized.zero_point.double())
     usable &= new_zero.abs() < LARGEST_ZERO_POINT
     stored_scale, stored_zero = _storable(new_scale.float(), new_zero.float())
+    stored_scale = torch.where(usable, stored_scale, quantized.scale)
+    stored_zero = torch.where(usable, stored_zero, quantized.zero_point)
+
+    def error(scale: Tensor, zero_point: Tensor) -> Tensor:  # of each row, up to a constant
+        parameters = torch.cat([scale.double(), -scale.double() * zero_point.double()], -1)
+        return torch.einsum("og,ogh,oh->o", parameters, A, parameters) - 2 * (b * parameters).sum(-1)
+
+    better = error(stored_scale, stored_zero) <= error(quantized.scale, quantized.zero_point)
     return QuantizedWeight(
         quantized.codes,
-        torch.where(usable, stored_scale, quantized.scale),
-        torch.where(usable, stored_zero, quantized.zero_point),
+        torch.where(better[:, None], stored_scale, quantized.scale),
+        torch.where(better[:, None], stored_zero, quantized.zero_point),
         quantized.bits,
         group_size,
     )

@@ -309,7 +309,8 @@ def quantize(
         progress: show bars.
 
     Raises:
-        ValueError: the configuration needs calibration and there is none, or a weight holds NaN or infinity.
+        ValueError: the model is quantized already, the configuration needs calibration and there is none, or a
+            weight holds NaN or infinity.
     """
     if config.needs_calibration and calibration is None:
         raise ValueError(
@@ -317,12 +318,16 @@ def quantize(
             f"num_time_groups={config.num_time_groups}, activation_bits={config.activation_bits} "
             f"({config.activation_ranges}); without it use rtn or least_squares at activation_bits=16"
         )
-    quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, config)
+    if isinstance(lm, QuantizedLM):
+        raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
+    # Everything is fitted without smoothing, which then starts from the groups' original parameters.
+    rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})
+    quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
     with torch.no_grad():
         _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
             _quantize_activations(quantized, calibration, progress)
-    return quantized
+    return resmooth(quantized, config.method) if config.method else quantized
 
 
 def requantize_activations(
@@ -350,6 +355,7 @@ def requantize_activations(
     changed = _copy(lm, config, {})
     for layer in changed.quantized_layers().values():
         layer.activation_bits = 16
+        layer.activation_scale = layer.activation_zero_point = torch.empty(0)
     if config.activation_bits < 16:
         with torch.no_grad():
             _quantize_activations(changed, calibration, progress)
@@ -439,7 +445,7 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     folder = model_folder(str(path))
     config = read_config(folder)
     content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "thermo_config" not in content:
+    if not isinstance(content.get("thermo_config"), dict):
         raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
     thermo = ThermoConfig(**content["thermo_config"])
     tensors = read_tensors(folder)
@@ -457,12 +463,17 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         linear = model.get_submodule(name)
         for kind, layers in kinds.items():
             ranges = _time_groups(thermo, weights=kind == "weight").ranges
-            values = (tensors.pop(f"{name}.{kind}_{key}") for key in ("scale", "zero_point"))
+            values = [tensors.pop(f"{name}.{kind}_{key}") for key in ("scale", "zero_point")]
+            if (values[0] <= 0).any():
+                found = f"found {values[0].min().item():.3g}, allowed is above 0"
+                raise ValueError(f"{folder}: tensor {name}.{kind}_scale: {found}")
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
                 for time_range, scale, zero in zip(ranges, *values, strict=True)
             ]
         packed = tensors.pop(f"{name}.packed")
+        if packed.dtype != torch.uint8:
+            raise ValueError(f"{folder}: tensor {name}.packed: found {packed.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias.copy_(tensors.pop(f"{name}.bias"))
         _install(lm, name, torch.zeros(linear.weight.shape, dtype=torch.uint8), lm.weight_params[name], thermo)

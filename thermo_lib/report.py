@@ -77,15 +77,24 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, st
     return "\n".join(line.rstrip() for line in lines)
 
 
-TARGET_COLUMNS = {
-    "target": ("name", "{}"),
-    "precision": ("activation_bits", "W2A{}"),
-    "method": ("smoothing_method", "{}"),
-    "value": ("value", "{:z.3f}"),
-    "95 %": ("ci", "{0[0]:z.3f}..{0[1]:z.3f}"),
-    "bound": ("target", "{}"),
-    "verdict": ("verdict", "{}"),
-}
+def target_columns(bits: int) -> dict[str, tuple[str, str]]:
+    """Columns of a table of targets at a weight bit width."""
+    return {
+        "target": ("name", "{}"),
+        "precision": ("activation_bits", f"W{bits}A{{}}"),
+        "method": ("smoothing_method", "{}"),
+        "value": ("value", "{:z.3f}"),
+        "95 %": ("ci", "{0[0]:z.3f}..{0[1]:z.3f}"),
+        "bound": ("target", "{}"),
+        "verdict": ("verdict", "{}"),
+    }
+
+
+TARGET_COLUMNS = target_columns(2)
+
+
+def _weight_bits(configurations: Sequence[Mapping[str, Any]]) -> int:
+    return configurations[0].get("bits", default("quant.bit_width")) if configurations else default("quant.bit_width")
 
 
 def versions() -> dict[str, str]:
@@ -137,7 +146,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         "",
         "The earlier project's targets, each against the same quantizer and time groups without smoothing",
         "",
-        table(report["targets"], TARGET_COLUMNS),
+        table(report["targets"], target_columns(_weight_bits(report["configurations"]))),
         "",
         f"Measured with {packages}; seed {report['seeds']['all']};",
         f"{machine['processor']} ({machine['machine']}), {machine['threads']} threads.",
@@ -156,7 +165,7 @@ def metrics(
     }
     verdicts: dict[str, dict[str, str]] = {}
     for row in targets:
-        where = f"W2A{row['activation_bits']} {row['smoothing_method'] or 'none'}"
+        where = f"W{_weight_bits(configurations)}A{row['activation_bits']} {row['smoothing_method'] or 'none'}"
         verdicts.setdefault(row["name"], {})[where] = row["verdict"]
     return {"configurations": scores, "verdicts": verdicts}
 

@@ -47,7 +47,8 @@ class TimeGroups:
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """Half-open ``(start, stop)`` of each group."""
-        edges = [-(-self.timesteps * k // self.num_groups) for k in range(self.num_groups + 1)]
+        width, longer = divmod(self.timesteps, self.num_groups)
+        edges = [width * k + min(k, longer) for k in range(self.num_groups + 1)]
         return list(itertools.pairwise(edges))
 
     @property

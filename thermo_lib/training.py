@@ -165,13 +165,18 @@ def prepare(workdir: Path, packages: Mapping[str, str], vocab_size: int) -> tupl
         packages, vocab_size: see ``data``.
     """
     stream_file, tokenizer_file = workdir / "stream.safetensors", workdir / "tokenizer.json"
-    if not stream_file.is_file():
+    made_of = {"data": json.dumps([sorted(packages.items()), vocab_size])}
+    made = False
+    if stream_file.is_file():
+        with safe_open(stream_file, framework="pt") as file:
+            made = file.metadata() == made_of
+    if not made:
         workdir.mkdir(parents=True, exist_ok=True)
         files = data.load_corpus("train", packages)
         tokenizer = data.train_tokenizer(iter(files.values()), vocab_size)
         tokenizer.save(str(tokenizer_file))
         temporary = stream_file.with_suffix(".tmp")
-        save_file({"stream": data.token_stream(files, tokenizer)}, temporary)
+        save_file({"stream": data.token_stream(files, tokenizer)}, temporary, metadata=made_of)
         os.replace(temporary, stream_file)
     with safe_open(stream_file, framework="pt") as file:
         return file.get_tensor("stream"), Tokenizer.from_file(str(tokenizer_file))
