@@ -127,9 +127,10 @@ class TestBenchmark:
         assert "W8A4" in out
         assert "W2A" not in out  # neither the rows nor the targets claim another precision
 
-    def test_one_time_group_leaves_nothing_to_smooth_and_is_no_crash(self, run: Run, folder: Path) -> None:
-        status, _, err = run("benchmark", "--model", folder, "--quantizer", "rtn", "--num-time-groups", 1)
-        assert status == 0 or (status == 2 and "num_time_groups" in err)
+    def test_one_time_group_is_refused_before_any_work(self, run: Run) -> None:
+        status, _, err = run("benchmark", "--model", "no such folder", "--num-time-groups", 1)
+        assert status == 2
+        assert "num_time_groups: found 1, allowed is at least 2" in err
 
     def test_the_same_command_writes_the_same_numbers(self, run: Run, folder: Path) -> None:
         reports = []

@@ -218,6 +218,11 @@ class TestIntervals:
         assert ev.relative_accuracy_gain(first, again) == (0.0, (0.0, 0.0))
         assert ev.path_kl_difference(first, again) == (0.0, (0.0, 0.0))
 
+    def test_a_gain_over_nothing_is_refused(self) -> None:
+        nothing = evaluation_of([[0.0]], [[10.0]], [[1.0]])
+        with pytest.raises(ValueError, match="baseline: found an accuracy of 0"):
+            ev.relative_accuracy_gain(nothing, nothing)
+
     def test_a_gain_is_relative_and_paired(self, override: Override) -> None:
         # Every sequence has 6 of 10 right instead of 5 of 10: the gain is 20 % on any resample; its pairing removes
         # the spread between sequences.
@@ -444,8 +449,8 @@ class TestIdentity:
 
     @pytest.mark.parametrize(("same", "expected"), [(True, "met"), (False, "not met")])
     def test_the_target_is_met_by_identity_alone(self, same: bool, expected: str) -> None:
-        row = ev.identity_target(same, 8)
-        assert (row["verdict"], row["activation_bits"], row["value"]) == (expected, 8, float(same))
+        row = ev.identity_target(same, ThermoConfig(bit_width=4, activation_bits=8))
+        assert (row["verdict"], row["precision"], row["value"]) == (expected, "W4A8", float(same))
 
 
 class TestOverhead:
@@ -516,7 +521,7 @@ class TestOverhead:
             "quantization": {"ratio": 1.02, "ci": [1.01, 1.04]},
             "inference": {"ratio": 1.1, "ci": [1.05, 1.2]},
         }
-        rows = ev.overhead_targets(measured, 8, "cubic")
+        rows = ev.overhead_targets(measured, ThermoConfig(activation_bits=8), "cubic")
         assert [row["name"] for row in rows] == ["overhead of quantization", "overhead of inference"]
         assert [row["value"] for row in rows] == pytest.approx([0.02, 0.1])
         assert rows[1]["ci"] == pytest.approx([0.05, 0.2])

@@ -31,6 +31,7 @@ ROW = {
 }
 TARGET = {
     "name": "Markov score",
+    "precision": "W4A8",
     "activation_bits": 8,
     "smoothing_method": "linear",
     "value": 0.9,
@@ -174,11 +175,11 @@ class TestPipelineFiles:
         assert found["verdicts"] == {"Markov score": {"W4A8 linear": "met", "W4A8 none": "not met"}}
 
     def test_the_plot_s_table_has_a_line_a_timestep_and_a_column_a_configuration(self, tmp_path: Path) -> None:
-        rows = [{"name": "full precision", "x": [0.5, 0.25]}, {"name": "W2A16, time groups", "x": [0.125, 1.0]}]
+        rows = [{"name": "full precision", "x": [0.5, 0.25]}, {"name": 'W2A16, "time" groups', "x": [0.125, 1.0]}]
         report.write_per_timestep(tmp_path / "plot.csv", rows, "x")
         with (tmp_path / "plot.csv").open(encoding="utf-8", newline="") as file:
             assert list(csv.reader(file)) == [
-                ["timestep", "full precision", "W2A16, time groups"],
+                ["timestep", "full precision", 'W2A16, "time" groups'],
                 ["0", "0.5", "0.125"],
                 ["1", "0.25", "1.0"],
             ]

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ SETTINGS = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "steps": 6,
+    "cycles": 1,
     "decay_steps": 3,
     "warmup_steps": 2,
     "muon_lr": 0.02,
@@ -117,7 +119,7 @@ class TestResume:
         assert same(again, whole)
 
     @pytest.mark.parametrize(
-        "changes", [{"code_batch": 4}, {"muon_lr": 0.5}, {"warmup_steps": 1}, {"sequence_length": 13}]
+        "changes", [{"code_batch": 4}, {"muon_lr": 0.5}, {"weight_decay": 0.5}, {"sequence_length": 13}]
     )
     def test_other_settings_than_the_checkpoint_s_are_refused(self, whole: Training, changes: dict[str, Any]) -> None:
         (name, value) = next(iter(changes.items()))
@@ -134,6 +136,25 @@ class TestResume:
         shortened.run()
         assert same(shortened, whole)
 
+    def test_a_finished_run_may_be_followed_by_another_cycle(self, whole: Training, tmp_path: Path) -> None:
+        checkpoint = tmp_path / "c.safetensors"
+        shutil.copy(whole.checkpoint, checkpoint)
+        longer = start_training(checkpoint, steps=12, cycles=2)
+        assert longer.step == 6
+        longer.run()
+        uninterrupted = start_training(tmp_path / "d.safetensors", steps=12, cycles=2)
+        uninterrupted.run()
+        assert same(longer, uninterrupted)
+
+    @pytest.mark.parametrize("changes", [{"warmup_steps": 1}, {"decay_steps": 4}, {"steps": 12}])
+    def test_finished_steps_keep_their_learning_rates(self, whole: Training, changes: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="delete the checkpoint to start anew"):
+            start_training(whole.checkpoint, **changes)
+
+    def test_steps_that_cycles_do_not_divide_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"train\.steps: found 6, expected a multiple of train\.cycles \(4\)"):
+            start_training(tmp_path / "c.safetensors", cycles=4)
+
     def test_the_checkpoint_says_at_which_step_it_was_made(self, whole: Training) -> None:
         with safe_open(whole.checkpoint, framework="pt") as file:
             assert file.metadata()["step"] == "6"
@@ -145,6 +166,10 @@ class TestSchedules:
     def test_the_learning_rate_warms_up_stays_and_falls(self) -> None:
         factors = [learning_rate_factor(step, 10, 4, 5) for step in range(10)]
         assert factors == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1, 0.8, 0.6, 0.4, 0.2])
+
+    def test_the_learning_rate_repeats_every_cycle(self) -> None:
+        factors = [learning_rate_factor(step, 10, 4, 5) for step in range(30)]
+        assert factors == factors[:10] * 3
 
     @given(steps=st.integers(1, 500), warmup=st.integers(1, 100), decay=st.integers(1, 300))
     def test_the_learning_rate_is_above_zero_at_most_one_and_has_one_peak(
@@ -200,7 +225,7 @@ class TestRun:
             seen.append((ids, allowed))
             return sum(parameter.sum() for parameter in training.model.parameters())
 
-        training = start_training(whole.checkpoint, steps=7)
+        training = start_training(whole.checkpoint, steps=12, cycles=2)
         monkeypatch.setattr(training, "_loss", record)
         training.run_step()
         (code, everywhere), (planning, answers) = seen
@@ -224,6 +249,11 @@ class TestRun:
             pytest.approx((whole.losses[i][0] + whole.losses[i + 1][0]) / 2, abs=1e-4) for i in (0, 2, 4)
         ]
         assert len(record["planning_loss"]) == 3
+
+    def test_a_run_shorter_than_a_point_of_the_curve_has_one_point(self, whole: Training, tmp_path: Path) -> None:
+        record = export(whole, tmp_path / "reference", every=50)
+        assert record["loss_every"] == 6
+        assert record["code_loss"] == [pytest.approx(sum(code for code, _ in whole.losses) / 6, abs=1e-4)]
 
     def test_an_unfinished_run_is_not_exported(self, tmp_path: Path) -> None:
         training = start_training(tmp_path / "c.safetensors")

@@ -16,6 +16,7 @@ from thermo_lib.calibration import calibrate
 from thermo_lib.config import ThermoConfig
 from thermo_lib.evaluation import (
     build_suite,
+    check_comparable,
     compare_smoothing,
     evaluate,
     identity_target,
@@ -72,6 +73,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         smoothing_window=arguments.smoothing_window,
         enable_boundary_smoothing=False,
     )
+    check_comparable(config)
     methods = [arguments.smoothing_method] if arguments.smoothing_method else list(METHODS)
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
@@ -85,10 +87,10 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         bar.update()
         rows, targets, models = compare_smoothing(unsmoothed, suite, methods, progress=True)
         same = same_outputs(resmooth(models[methods[-1]], None), unsmoothed, suite)
-        targets.append(identity_target(same, config.activation_bits))
+        targets.append(identity_target(same, config))
         bar.update()
         timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
-        targets += overhead_targets(timings, config.activation_bits, methods[0])
+        targets += overhead_targets(timings, config, methods[0])
         bar.update()
     content = report.build_report(arguments.model, full_precision, rows, targets)
     report.write_json(arguments.output / "report.json", content)

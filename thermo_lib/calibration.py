@@ -199,16 +199,16 @@ def trajectory_states(
 def calibration_batches(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor | None]]:
     """The project's calibration text: training code and, where the model knows them, training puzzles of each task.
 
+    The code comes from a random choice of files, eight for each sequence, so that not all have to be tokenized.
+
     Returns:
         ``(ids, allowed)`` pairs as ``calibrate`` takes them.
     """
-    code = data.held_out_sequences(
-        data.load_corpus("train"),
-        lm.tokenizer,
-        default("calibration.code_sequences"),
-        default("data.sequence_length"),
-        seed,
-    )
+    files, count = data.load_corpus("train"), default("calibration.code_sequences")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: 8 * count].tolist()
+    names = list(files)
+    chosen = {names[index]: files[names[index]] for index in order}
+    code = data.held_out_sequences(chosen, lm.tokenizer, count, default("data.sequence_length"), seed)
     if not data.knows_tasks(lm.tokenizer):
         return [(code, None)]
     puzzles = [p for t in data.TASKS for p in data.make_puzzles(t, default("calibration.puzzles"), seed, test=False)]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from thermo_lib import data
 from thermo_lib.calibration import Calibration, States, forward_states, trajectory_states
+from thermo_lib.config import ThermoConfig
 from thermo_lib.diffusion import generate, unmask_probabilities
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
@@ -265,7 +266,13 @@ def path_kl_interval(path: PathKL) -> tuple[float, float]:
 
 
 def relative_accuracy_gain(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
-    """``accuracy / baseline accuracy - 1`` with its paired 95 % interval over sequences."""
+    """``accuracy / baseline accuracy - 1`` with its paired 95 % interval over sequences.
+
+    Raises:
+        ValueError: the baseline gets no token right, so that there is no ratio.
+    """
+    if baseline.accuracy == 0:
+        raise ValueError("baseline: found an accuracy of 0, a relative gain needs one above 0")
     new, old = _accuracy(evaluation), _accuracy(baseline)
     value = evaluation.accuracy / baseline.accuracy - 1
     return value, interval(lambda index: new(index) / old(index) - 1, len(evaluation.correct))
@@ -373,6 +380,16 @@ def validate(lm: QuantizedLM, suite: Suite, *, progress: bool = False) -> Valida
     return ValidationReport(path.mean_cosine, path.total, smoothness.score if smoothness else 1.0, smoothness)
 
 
+def check_comparable(config: ThermoConfig) -> None:
+    """Refuse a configuration that has nothing to smooth.
+
+    Raises:
+        ValueError: a single time group.
+    """
+    if config.num_time_groups == 1:
+        raise ValueError("num_time_groups: found 1, allowed is at least 2; one group has no boundary to smooth")
+
+
 def compare_smoothing(
     unsmoothed: QuantizedLM, suite: Suite, methods: Sequence[str], *, progress: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, QuantizedLM]]:
@@ -391,8 +408,7 @@ def compare_smoothing(
         ValueError: the model has a single time group.
     """
     config = unsmoothed.config
-    if config.num_time_groups == 1:
-        raise ValueError("num_time_groups: found 1, allowed is at least 2; one group has no boundary to smooth")
+    check_comparable(config)
     label = f"{config.precision} {config.quantizer}, time groups"
     models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
     scores = {
@@ -447,19 +463,43 @@ def smoothing_overhead(
     return measured
 
 
-def overhead_targets(overhead: dict[str, dict[str, Any]], activation_bits: int, method: str) -> list[dict[str, Any]]:
+def _target(
+    name: str,
+    config: ThermoConfig,
+    method: str | None,
+    target: float,
+    value: float,
+    ci: tuple[float, float] | None = None,
+    *,
+    at_least: bool = True,
+) -> dict[str, Any]:
+    """One target's row of the report; without ``ci`` the value has no uncertainty."""
+    ci = (value, value) if ci is None else ci
+    return {
+        "name": name,
+        "precision": config.precision,
+        "activation_bits": config.activation_bits,
+        "smoothing_method": method,
+        "target": target,
+        "value": value,
+        "ci": list(ci),
+        "verdict": verdict(ci, target, at_least=at_least),
+    }
+
+
+def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str) -> list[dict[str, Any]]:
     """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
     bound = default("targets.overhead")
     return [
-        {
-            "name": f"overhead of {work}",
-            "activation_bits": activation_bits,
-            "smoothing_method": method,
-            "target": bound,
-            "value": measured["ratio"] - 1,
-            "ci": [end - 1 for end in measured["ci"]],
-            "verdict": verdict(tuple(end - 1 for end in measured["ci"]), bound, at_least=False),
-        }
+        _target(
+            f"overhead of {work}",
+            config,
+            method,
+            bound,
+            measured["ratio"] - 1,
+            (measured["ci"][0] - 1, measured["ci"][1] - 1),
+            at_least=False,
+        )
         for work, measured in overhead.items()
     ]
 
@@ -476,17 +516,9 @@ def same_outputs(a: DiffusionLM, b: DiffusionLM, suite: Suite, sequences: int = 
     return equal
 
 
-def identity_target(same: bool, activation_bits: int) -> dict[str, Any]:
+def identity_target(same: bool, config: ThermoConfig) -> dict[str, Any]:
     """The target that smoothing, switched off, leaves every bit as it was."""
-    return {
-        "name": "bit-identical with smoothing off",
-        "activation_bits": activation_bits,
-        "smoothing_method": None,
-        "target": 1.0,
-        "value": float(same),
-        "ci": [float(same), float(same)],
-        "verdict": verdict((float(same), float(same)), 1.0, at_least=True),
-    }
+    return _target("bit-identical with smoothing off", config, None, 1.0, float(same))
 
 
 def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:
@@ -532,25 +564,17 @@ def smoothing_targets(
         lm, evaluation: the smoothed model and its scores.
         unsmoothed, baseline: the same quantized model without smoothing and its scores.
     """
-    gain, gain_ci = relative_accuracy_gain(evaluation, baseline)
+    config, method = lm.config, lm.config.method
+    gain = relative_accuracy_gain(evaluation, baseline)
     smooth, rough = markov(lm), markov(unsmoothed)
-    rows = [("relative accuracy gain", gain, gain_ci, default("targets.accuracy_gain"))]
-    rows.append(("Markov score", smooth.score, (smooth.score,) * 2, default("targets.markov_score")))
+    rows = [
+        _target("relative accuracy gain", config, method, default("targets.accuracy_gain"), *gain),
+        _target("Markov score", config, method, default("targets.markov_score"), smooth.score),
+    ]
     if rough.mean_jump > 0:
         cut = 1 - smooth.mean_jump / rough.mean_jump
-        rows.append(("cut of the mean parameter jump", cut, (cut, cut), default("targets.jump_cut")))
-    return [
-        {
-            "name": name,
-            "activation_bits": lm.config.activation_bits,
-            "smoothing_method": lm.config.method,
-            "target": target,
-            "value": value,
-            "ci": list(ci),
-            "verdict": verdict(ci, target, at_least=True),
-        }
-        for name, value, ci, target in rows
-    ]
+        rows.append(_target("cut of the mean parameter jump", config, method, default("targets.jump_cut"), cut))
+    return rows
 
 
 def paired_ratio(

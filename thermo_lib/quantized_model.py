@@ -104,27 +104,29 @@ def _blocks(names: list[str]) -> list[list[str]]:
     return list(blocks.values())
 
 
-def _install(lm: DiffusionLM, name: str, codes: Tensor, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    """Put a quantized layer with weight parameters (one entry a time group) in the place of a linear."""
+def _install(lm: QuantizedLM, name: str, packed: Tensor) -> None:
+    """Put a quantized layer with these codes in the place of a linear; its weight parameters are known."""
     linear = lm.model.get_submodule(name)
-    rows, row_of_step = _table(params, config, whole_zero_points=False)
     layer = QuantizedLinear(
-        codes.shape[1],
-        codes.shape[0],
-        bits=config.bit_width,
-        group_size=config.group_size,
+        linear.in_features,
+        linear.out_features,
+        bits=lm.config.bit_width,
+        group_size=lm.config.group_size,
         bias=linear.bias is not None,
-        weight_rows=len(rows),
-        timesteps=config.timesteps,
+        timesteps=lm.config.timesteps,
     )
-    layer.packed = pack(codes, config.bit_width)
-    layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
-    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
-    layer.weight_row = row_of_step
+    layer.packed = packed
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
+    _install_weights(layer, lm.weight_params[name], lm.config)
     parent, _, child = name.rpartition(".")
     setattr(lm.model.get_submodule(parent), child, layer)
+
+
+def _install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    rows, layer.weight_row = _table(params, config, whole_zero_points=False)
+    layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
+    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
 
 
 def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
@@ -225,7 +227,7 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
             quantized = _rounded_layer(lm.model.get_submodule(name).weight, name, config)
             params = TimeGroupParams((0, config.timesteps), quantized.scale, quantized.zero_point, quantized.group_size)
             lm.weight_params[name] = [params]
-            _install(lm, name, quantized.codes, [params], config)
+            _install(lm, name, pack(quantized.codes, config.bit_width))
         return
 
     sites = shared_inputs(lm, names)
@@ -236,12 +238,11 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
             for name in site:
                 weight = lm.model.get_submodule(name).weight
                 codes, fitted = _calibrated_layer(weight, name, hessians[first], config)
-                params = [
+                lm.weight_params[name] = [
                     TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
                     for time_range, f in zip(groups.ranges, fitted, strict=True)
                 ]
-                lm.weight_params[name] = params
-                _install(lm, name, codes, params, config)
+                _install(lm, name, pack(codes, config.bit_width))
 
 
 def activation_samples(
@@ -397,9 +398,7 @@ def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> 
     config = ThermoConfig(**{**lm.config.model_dump(), **changes})
     changed = _copy(lm, config, lm.activation_params)
     for name, layer in changed.quantized_layers().items():
-        rows, layer.weight_row = _table(lm.weight_params[name], config, whole_zero_points=False)
-        layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
-        layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
+        _install_weights(layer, lm.weight_params[name], config)
         if config.activation_bits < 16:
             _install_activations(layer, lm.activation_params.get(name, []), config)
     return changed
@@ -476,11 +475,9 @@ def load_quantized(path: str | Path) -> QuantizedLM:
             raise ValueError(f"{folder}: tensor {name}.packed: found {packed.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias.copy_(tensors.pop(f"{name}.bias"))
-        _install(lm, name, torch.zeros(linear.weight.shape, dtype=torch.uint8), lm.weight_params[name], thermo)
-        layer = model.get_submodule(name)
-        layer.packed = packed
+        _install(lm, name, packed)
         if thermo.activation_bits < 16:
-            _install_activations(layer, lm.activation_params.get(name, []), thermo)
+            _install_activations(model.get_submodule(name), lm.activation_params.get(name, []), thermo)
     model.load_state_dict(tensors, strict=False)
     return lm
 

@@ -1,6 +1,8 @@
 """Reports for machines (JSON) and people (text): rows of numbers with intervals, verdicts, versions, hardware."""
 
+import csv
 import importlib.metadata
+import io
 import json
 import os
 import platform
@@ -24,6 +26,15 @@ _COLUMNS = {  # column of the text tables: key of a row and how to print it
     "max jump": ("max_jump", "{:.2f}"),
     "cosine": ("cosine_similarity", "{:.3f}"),
     "Sudoku": ("sudoku_solved", "{:.2f}"),
+}
+TARGET_COLUMNS = {
+    "target": ("name", "{}"),
+    "precision": ("precision", "{}"),
+    "method": ("smoothing_method", "{}"),
+    "value": ("value", "{:z.3f}"),
+    "95 %": ("ci", "{0[0]:z.3f}..{0[1]:z.3f}"),
+    "bound": ("target", "{}"),
+    "verdict": ("verdict", "{}"),
 }
 
 
@@ -77,26 +88,6 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, st
     return "\n".join(line.rstrip() for line in lines)
 
 
-def target_columns(bits: int) -> dict[str, tuple[str, str]]:
-    """Columns of a table of targets at a weight bit width."""
-    return {
-        "target": ("name", "{}"),
-        "precision": ("activation_bits", f"W{bits}A{{}}"),
-        "method": ("smoothing_method", "{}"),
-        "value": ("value", "{:z.3f}"),
-        "95 %": ("ci", "{0[0]:z.3f}..{0[1]:z.3f}"),
-        "bound": ("target", "{}"),
-        "verdict": ("verdict", "{}"),
-    }
-
-
-TARGET_COLUMNS = target_columns(2)
-
-
-def _weight_bits(configurations: Sequence[Mapping[str, Any]]) -> int:
-    return configurations[0].get("bits", default("quant.bit_width")) if configurations else default("quant.bit_width")
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -146,7 +137,7 @@ def report_text(report: Mapping[str, Any]) -> str:
         "",
         "The earlier project's targets, each against the same quantizer and time groups without smoothing",
         "",
-        table(report["targets"], target_columns(_weight_bits(report["configurations"]))),
+        table(report["targets"], TARGET_COLUMNS),
         "",
         f"Measured with {packages}; seed {report['seeds']['all']};",
         f"{machine['processor']} ({machine['machine']}), {machine['threads']} threads.",
@@ -165,17 +156,19 @@ def metrics(
     }
     verdicts: dict[str, dict[str, str]] = {}
     for row in targets:
-        where = f"W{_weight_bits(configurations)}A{row['activation_bits']} {row['smoothing_method'] or 'none'}"
+        where = f"{row['precision']} {row['smoothing_method'] or 'none'}"
         verdicts.setdefault(row["name"], {})[where] = row["verdict"]
     return {"configurations": scores, "verdicts": verdicts}
 
 
 def write_per_timestep(path: str | Path, configurations: Sequence[Mapping[str, Any]], key: str) -> None:
     """A CSV for ``dvc plots``: one line a timestep, one column a configuration."""
-    header = ["timestep", *(f'"{row["name"]}"' for row in configurations)]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["timestep", *(row["name"] for row in configurations)])
     columns = [row[key] for row in configurations]
-    lines = [",".join(map(str, (timestep, *values))) for timestep, values in enumerate(zip(*columns, strict=True))]
-    write_text(path, "\n".join([",".join(header), *lines]) + "\n")
+    writer.writerows((timestep, *values) for timestep, values in enumerate(zip(*columns, strict=True)))
+    write_text(path, text.getvalue())
 
 
 def model_card(record: Mapping[str, Any], scores: Mapping[str, Any]) -> str:

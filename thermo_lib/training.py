@@ -2,11 +2,13 @@
 
 The randomness of a step depends only on ``(seed, step)``, and a checkpoint holds weights and optimizer
 state, so a run that was killed and goes on computes what an uninterrupted one would. Optimizer: Muon
-(Jordan et al., 2024) for the matrices of the blocks, AdamW for the rest; learning rates warm up, stay
-constant, and fall linearly to zero over the last ``decay_steps``. Loss: cross-entropy at the masked
-positions, mask ratios stratified over the batch.
+(Jordan et al., 2024) for the matrices of the blocks, AdamW for the rest. The learning rates run through equal
+cycles; in each they warm up, stay constant, and fall linearly to zero over the last ``decay_steps``, so that a
+longer run goes on from a finished shorter one (WSD-S; Wen et al., arXiv 2410.05192). Loss: cross-entropy at the
+masked positions, mask ratios stratified over the batch.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -32,9 +34,10 @@ def stratified_ratios(count: int, generator: torch.Generator) -> Tensor:
     return ratios[torch.randperm(count, generator=generator)]
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
-    """The warmup-stable-decay factor of one step, in (0, 1]."""
-    return min(1.0, (step + 1) / warmup_steps, (steps - step) / decay_steps)
+def learning_rate_factor(step: int, cycle_steps: int, warmup_steps: int, decay_steps: int) -> float:
+    """The warmup-stable-decay factor of one step, in (0, 1]; every ``cycle_steps`` it starts again."""
+    position = step % cycle_steps
+    return min(1.0, (position + 1) / warmup_steps, (cycle_steps - position) / decay_steps)
 
 
 class Training:
@@ -46,9 +49,17 @@ class Training:
         stream: int32 ``(tokens,)``, the training code.
         tokenizer: the reference model's tokenizer.
         checkpoint: file of the resumable state; read if it exists.
+
+    Raises:
+        ValueError: ``steps`` isn't a whole number of steps for each of ``cycles``, or the checkpoint is of
+            another run. A run may get another schedule as long as its finished steps have the same rates.
     """
 
     def __init__(self, params: Mapping[str, Any], seed: int, stream: Tensor, tokenizer: Tokenizer, checkpoint: Path):
+        if params["steps"] % params["cycles"]:
+            raise ValueError(
+                f"train.steps: found {params['steps']}, expected a multiple of train.cycles ({params['cycles']})"
+            )
         self.params, self.seed, self.stream = params, seed, stream
         self.tokenizer, self.checkpoint = tokenizer, checkpoint
         self.mask_token_id = tokenizer.token_to_id(data.MASK)
@@ -81,21 +92,28 @@ class Training:
         save_file(self._state(), temporary, metadata={"step": str(self.step), "params": self._fingerprint()})
         os.replace(temporary, self.checkpoint)
 
+    def _factor(self, step: int) -> float:
+        p = self.params
+        return learning_rate_factor(step, p["steps"] // p["cycles"], p["warmup_steps"], p["decay_steps"])
+
     def _fingerprint(self) -> str:
-        # The length of a run may be changed while the learning rate is still constant.
-        fixed = {k: v for k, v in self.params.items() if k not in ("steps", "decay_steps", "checkpoint_every")}
-        return json.dumps({"seed": self.seed, **fixed}, sort_keys=True)
+        """All that the finished steps depend on; of the schedule, their learning rates."""
+        schedule = ("steps", "cycles", "warmup_steps", "decay_steps", "checkpoint_every")
+        fixed = {k: v for k, v in self.params.items() if k not in schedule}
+        rates = json.dumps([self._factor(step) for step in range(self.step)])
+        digest = hashlib.sha256(rates.encode()).hexdigest()[:16]
+        return json.dumps({"seed": self.seed, "rates": digest, **fixed}, sort_keys=True)
 
     def _resume(self) -> None:
         with safe_open(self.checkpoint, framework="pt") as file:
             metadata = file.metadata()
+            self.step = int(metadata["step"])
             if metadata["params"] != self._fingerprint():
                 raise ValueError(
                     f"{self.checkpoint}: found a checkpoint of {metadata['params']}, "
                     f"this run is {self._fingerprint()}; delete the checkpoint to start anew"
                 )
             state = {k: file.get_tensor(k) for k in file.keys()}
-        self.step = int(metadata["step"])
         self.losses = state.pop("losses").tolist()
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         for name, optimizer in self.optimizers.items():
@@ -129,7 +147,7 @@ class Training:
         ]
         planning, is_answer = data.encode_puzzles(puzzles, self.tokenizer, p["task_length"])
 
-        factor = learning_rate_factor(self.step, p["steps"], p["warmup_steps"], p["decay_steps"])
+        factor = self._factor(self.step)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = p[f"{name}_lr"] * factor
@@ -188,7 +206,7 @@ def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:
     Args:
         training: a run that has reached its last step.
         folder: where ``load_model`` will find it.
-        every: steps that one point of the loss curves averages.
+        every: steps that one point of the loss curves averages; a shorter run has one point.
 
     Returns:
         The record: parameters, steps, tokens seen and loss curves.
@@ -200,6 +218,7 @@ def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:
     if training.step < p["steps"]:
         raise ValueError(f"training: found {training.step} finished steps, expected {p['steps']}")
     losses = torch.tensor(training.losses)
+    every = min(every, len(losses))
     points = losses[: len(losses) // every * every].view(-1, every, 2).mean(1)
     record = {
         "parameters": sum(parameter.numel() for parameter in training.model.parameters()),
