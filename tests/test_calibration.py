@@ -176,12 +176,19 @@ class TestCalibration:
         with pytest.raises(ValueError, match=r"calibration: found no file .*absent\.safetensors"):
             Calibration.load(tmp_path / "absent.safetensors")
 
-    @pytest.mark.parametrize("damage", ["truncated", "missing tensor", "missing metadata", "not safetensors"])
+    def test_equal_states_are_equal_files(self, calibration: Calibration, tmp_path: Path) -> None:
+        for name in ("a", "b", "c", "d"):
+            calibration.save(tmp_path / name)
+        assert len({(tmp_path / name).read_bytes() for name in ("a", "b", "c", "d")}) == 1
+
+    @pytest.mark.parametrize(
+        "damage", ["truncated", "missing tensor", "missing metadata", "not safetensors", "no JSON"]
+    )
     def test_a_damaged_file_is_named(self, calibration: Calibration, tmp_path: Path, damage: str) -> None:
         path = tmp_path / "states.safetensors"
         calibration.save(path)
         tensors = load_file(path)
-        metadata = {"timesteps": "6", "source": "forward"}
+        metadata = {"calibration": '{"timesteps": 6, "source": "forward"}'}
         if damage == "truncated":
             path.write_bytes(path.read_bytes()[:-8])
         elif damage == "missing tensor":
@@ -189,6 +196,8 @@ class TestCalibration:
             save_file(tensors, path, metadata)
         elif damage == "missing metadata":
             save_file(tensors, path)
+        elif damage == "no JSON":
+            save_file(tensors, path, {"calibration": "{"})
         else:
             path.write_text("text", encoding="utf-8")
         with pytest.raises(ValueError, match=r"states\.safetensors: not a complete calibration file"):

@@ -13,9 +13,10 @@ from nbformat import v4, write
 from tokenizers import Tokenizer
 
 from thermo_lib import __main__ as command_line
-from thermo_lib import params
+from thermo_lib import params, study
 from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
 from thermo_lib.models import DiffusionLM, save_model
+from thermo_lib.params import default
 from thermo_lib.transition import PathKL
 
 TINY_PARAMS = {
@@ -24,7 +25,7 @@ TINY_PARAMS = {
     "quant.group_size": 16,
     "calibration.code_sequences": 4,
     "calibration.puzzles": 2,
-    "calibration.activation_samples": 64,
+    "ranges.tokens": 16,
     "evaluation.sequences": 12,
     "evaluation.trajectories": 4,
     "evaluation.sudoku": 2,
@@ -219,3 +220,22 @@ class TestTidy:
         status, _, err = run("tidy", "absent.ipynb")
         assert status == 2
         assert "absent.ipynb" in err
+
+
+class TestStudy:
+    """The grid of the smoothing study."""
+
+    def test_it_measures_what_is_missing_and_keeps_the_rest(
+        self, run: Run, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        axes = {**default("study.reduced"), "activation_bits": [8], "num_time_groups": [1, 2], "few_groups": [1]}
+        base = {**default("study.base"), "quantizer": "rtn", "timesteps": 4, "group_size": 16}
+        override({**TINY_PARAMS, "study.reduced": axes, "study.base": base})
+        monkeypatch.setattr(command_line, "load_model", lambda name: tiny)
+        assert run("study", "--axes", "reduced", "--output", "grid.json")[0] == 0
+        first = Path("grid.json").read_bytes()
+        rows = json.loads(first)["rows"]
+        assert {row["point"]["activation_bits"] for row in rows} == {4, 8}
+        monkeypatch.setattr(study, "score", lambda *_: pytest.fail("a point was measured again"))
+        assert run("study", "--axes", "reduced", "--output", "grid.json")[0] == 0
+        assert Path("grid.json").read_bytes() == first

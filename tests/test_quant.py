@@ -488,14 +488,30 @@ class TestQuantizedLinear:
     def test_static_activation_parameters_follow_the_timestep(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
         layer = linear_of(quantized, activation_bits=4, activation_rows=2, timesteps=2)
-        layer.activation_scale = torch.tensor([0.1, 0.5])
-        layer.activation_zero_point = torch.tensor([8.0, 7.0])
+        layer.activation_scale = torch.tensor([0.1, 0.5]).view(2, 1, 1)
+        layer.activation_zero_point = torch.tensor([8.0, 7.0]).view(2, 1, 1)
         layer.activation_row = torch.tensor([0, 1], dtype=torch.int32)
         x = weights(5, 4, 1)
         for timestep, (scale, zero) in enumerate(((0.1, 8.0), (0.5, 7.0))):
             layer.set_timestep(timestep, 2)
             rounded = fake_quantize(x, torch.tensor(scale), torch.tensor(zero), 4)
             assert torch.equal(layer(x), F.linear(rounded, quantized.dequantize()))
+
+    def test_static_activation_parameters_follow_token_state_and_channel_group(self) -> None:
+        quantized = round_to_nearest(weights(3, 5, 0), 8, 5)
+        layer = linear_of(quantized, activation_bits=4, activation_rows=1, activation_group_size=2)
+        layer.activation_scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
+        layer.activation_zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
+        is_masked = torch.tensor([[True, False], [False, False]])
+        layer.set_token_state(is_masked)
+        x = weights(4, 5, 1).view(2, 2, 5)
+        found = layer(x)
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            state = int(is_masked[row, column])
+            scale = torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.3], [0.4, 0.4, 0.5, 0.5, 0.6]])[state]
+            zero = torch.tensor([[1.0, 1, 2, 2, 3], [4, 4, 5, 5, 6]])[state]
+            rounded = fake_quantize(x[row, column], scale, zero, 4)
+            torch.testing.assert_close(found[row, column], F.linear(rounded, quantized.dequantize()))
 
     def test_dynamic_activations_have_each_token_s_own_range(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)

@@ -1,5 +1,6 @@
 """Quantized models: what is quantized, what is stored, and that a saved model computes what it computed before."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -11,10 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thermo_lib import Calibration, ThermoConfig, load_model, load_quantized, quantize, save_quantized
+from thermo_lib import BoundarySmoother, Calibration, ThermoConfig, load_model, load_quantized, quantize, save_quantized
 from thermo_lib.calibration import States
 from thermo_lib.models import DiffusionLM, save_model
-from thermo_lib.quantized_model import QuantizedLM, linear_names, requantize_activations, resmooth
+from thermo_lib.quantized_model import (
+    QuantizedLM,
+    linear_names,
+    requantize_activations,
+    resmooth,
+    smooth_each_layer,
+)
 from thermo_lib.transition import path_kl
 
 TIMESTEPS = 6
@@ -41,6 +48,20 @@ CONFIGURATIONS = {
     "W2A8, 3 groups, smoothed": {"activation_bits": 8, **SMOOTH},
     "W2A4, 3 groups, smoothed": {"activation_bits": 4, "smoothing_method": "sigmoid", **SMOOTH},
     "W2A4, 1 group": {"activation_bits": 4},
+    "W2A4, by token state and channel group": {
+        "activation_bits": 4,
+        "activation_token_states": True,
+        "activation_group_size": 20,
+        **SMOOTH,
+    },
+    "W2A4 spline over chosen groups": {
+        "activation_bits": 4,
+        **SMOOTH,
+        "smoothing_method": "spline",
+        "time_group_starts": (1, 4),
+    },
+    "W2A4 fitted to the output": {"activation_bits": 4, "range_objective": "output", **SMOOTH},
+    "W2A4 fitted to path KL": {"activation_bits": 4, "range_objective": "path_kl", **SMOOTH},
     "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
 }
 every_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
@@ -295,8 +316,8 @@ class TestSmoothing:
             assert all(torch.equal(step.zero_point, step.zero_point.round()) for step in steps)
             layer = lm.quantized_layers()[name]
             rows = layer.activation_row.long()
-            assert layer.activation_scale[rows].tolist() == [step.scale.item() for step in steps]
-            assert layer.activation_zero_point[rows].tolist() == [step.zero_point.item() for step in steps]
+            assert torch.equal(layer.activation_scale[rows], torch.stack([step.scale for step in steps]))
+            assert torch.equal(layer.activation_zero_point[rows], torch.stack([step.zero_point for step in steps]))
 
     def test_a_model_without_time_groups_has_nothing_to_smooth(self, quantized: Quantize, outputs: Outputs) -> None:
         lm = quantized()
@@ -531,3 +552,67 @@ class TestDamagedFolders:
     def test_a_copy_elsewhere_loads(self, folder: Path, tmp_path: Path, outputs: Outputs) -> None:
         copy = shutil.copytree(folder, tmp_path / "elsewhere")
         assert torch.equal(outputs(load_quantized(copy)), outputs(load_quantized(folder)))
+
+
+class TestRangeObjectives:
+    """Static ranges fitted to more than the activations' own error."""
+
+    def test_fitting_to_path_kl_lowers_it_on_the_calibration_states(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        (states,) = calibration.parts
+        totals = {
+            objective: path_kl(
+                tiny, quantized(bit_width=8, activation_bits=3, range_objective=objective, **SMOOTH), states, TIMESTEPS
+            ).total
+            for objective in ("activation", "path_kl")
+        }
+        assert totals["path_kl"] < 0.9 * totals["activation"]
+
+    def test_fitting_to_path_kl_leaves_the_given_models_as_they_were(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs
+    ) -> None:
+        weights = quantized()
+        before = outputs(weights), outputs(tiny)
+        fitted = requantize_activations(
+            weights, calibration, reference=tiny, activation_bits=4, range_objective="path_kl"
+        )
+        assert torch.equal(outputs(weights), before[0])
+        assert torch.equal(outputs(tiny), before[1])
+        assert torch.equal(outputs(fitted), outputs(quantized(activation_bits=4, range_objective="path_kl")))
+        assert not any(layer._forward_pre_hooks for layer in fitted.quantized_layers().values())
+
+    def test_path_kl_needs_the_full_precision_model(self, quantized: Quantize, calibration: Calibration) -> None:
+        with pytest.raises(ValueError, match="reference: found None, required by range_objective='path_kl'"):
+            requantize_activations(quantized(), calibration, activation_bits=4, range_objective="path_kl")
+
+    def test_a_fitted_single_group_has_a_whole_zero_point(self, quantized: Quantize) -> None:
+        lm = quantized(activation_bits=4, range_objective="path_kl")
+        for layer in lm.quantized_layers().values():
+            assert torch.equal(layer.activation_zero_point, layer.activation_zero_point.round())
+
+    def test_ranges_by_token_state_see_which_tokens_are_masked(
+        self, quantized: Quantize, random_ids: RandomIds
+    ) -> None:
+        lm = quantized(activation_bits=8, activation_token_states=True)
+        ids = random_ids(2, 8)
+        ids[0, 3] = ids[1, 5] = lm.mask_token_id
+        lm.model.hidden(ids)
+        for layer in lm.quantized_layers().values():
+            assert layer.is_masked.nonzero().tolist() == [[0, 3], [1, 5]]
+
+    def test_each_layer_may_choose_its_smoothing(
+        self, quantized: Quantize, calibration: Calibration, outputs: Outputs
+    ) -> None:
+        rough = quantized(activation_bits=4, num_time_groups=2)
+        only = smooth_each_layer(rough, calibration, [], [])
+        assert torch.equal(outputs(only), outputs(rough))  # nothing to choose from but no smoothing
+        free = smooth_each_layer(rough, calibration, ["linear", "cubic", "sigmoid"], [1, 2])
+        assert free.config.num_time_groups == TIMESTEPS
+        for name, params in free.activation_params.items():
+            found = torch.stack([p.scale for p in params])
+            tables = [
+                torch.stack([p.scale for p in BoundarySmoother(m, w).smooth(rough.activation_params[name])])
+                for m, w in ((None, 1), *itertools.product(("linear", "cubic", "sigmoid"), (1, 2)))
+            ]
+            assert any(torch.equal(found, table) for table in tables), name

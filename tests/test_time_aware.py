@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from thermo_lib import BoundarySmoother, TimeGroupParams, TimeGroups, markov_report
-from thermo_lib.quant import fake_quantize
-from thermo_lib.time_aware import METHODS, Violation, fit_range
+from thermo_lib.time_aware import METHODS, WINDOWED, Violation
 
-methods = st.sampled_from(list(METHODS))
+methods = st.sampled_from(list(WINDOWED))
 windows = st.integers(1, 20)
 
 
@@ -165,7 +163,7 @@ class TestBoundarySmoother:
     def test_weights_at_five_places(self, method: str, values: list[float]) -> None:
         alpha = torch.arange(5, dtype=torch.float64) / 4
         torch.testing.assert_close(
-            METHODS[method](alpha), torch.tensor(values, dtype=torch.float64), rtol=1e-5, atol=1e-7
+            WINDOWED[method](alpha), torch.tensor(values, dtype=torch.float64), rtol=1e-5, atol=1e-7
         )
 
     @given(groups=time_groups(), method=methods, window=windows)
@@ -238,7 +236,7 @@ class TestBoundarySmoother:
 
     def test_an_unknown_method_is_named_with_the_known_ones(self) -> None:
         with pytest.raises(
-            ValueError, match="smoothing_method: found 'step', allowed are linear, cubic, sigmoid, None"
+            ValueError, match="smoothing_method: found 'step', allowed are linear, cubic, sigmoid, spline, None"
         ):
             BoundarySmoother("step", 5)
 
@@ -342,71 +340,63 @@ class TestMarkovReport:
             markov_report(params, boundaries, bits=2)
 
 
-def minmax_error(values: Tensor, bits: int, share: float = 1.0) -> float:
-    """Mean squared error of a share of the range from the smallest to the largest value, zero included."""
-    low, high = values.min().clamp(max=0) * share, values.max().clamp(min=0) * share
-    scale = (high - low) / (2**bits - 1)
-    return float((fake_quantize(values, scale, (-low / scale).round(), bits) - values).square().mean())
+class TestStarts:
+    """Time groups of chosen widths."""
+
+    def test_ranges_follow_the_starts(self) -> None:
+        groups = TimeGroups(10, 3, (2, 9))
+        assert groups.ranges == [(0, 2), (2, 9), (9, 10)]
+        assert groups.boundaries == [2, 9]
+        assert [groups.group_of(t) for t in (0, 1, 2, 8, 9)] == [0, 0, 1, 1, 2]
+
+    @pytest.mark.parametrize("starts", [(2,), (0, 5), (5, 5), (6, 5), (5, 10), (1, 2, 3)])
+    def test_starts_that_make_no_groups_are_refused(self, starts: tuple[int, ...]) -> None:
+        with pytest.raises(ValueError, match="time_group_starts: found"):
+            TimeGroups(10, 3, starts)
 
 
-class TestFitRange:
-    """Static ranges clip outliers where that lowers the error, and zero stays zero."""
+class TestWeights:
+    """Smoothing as a matrix, and the spline, which is defined by one."""
 
-    @given(bits=st.integers(2, 8), seed=st.integers(0, 1000), power=st.floats(1, 5))
-    def test_it_is_never_worse_than_min_max_and_zero_is_exact(self, bits: int, seed: int, power: float) -> None:
-        values = torch.randn(300, generator=torch.Generator().manual_seed(seed))
-        values = values.sign() * values.abs() ** power
-        scale, zero = fit_range(values, bits)
-        assert scale > 0
-        assert zero == zero.round()
-        assert 0 <= zero <= 2**bits - 1
-        assert fake_quantize(torch.zeros(1), scale, zero, bits).item() == 0
-        error = float((fake_quantize(values, scale, zero, bits) - values).square().mean())
-        assert error <= minmax_error(values, bits) * (1 + 1e-5)
+    @given(timesteps=st.integers(1, 30), data=st.data(), method=st.sampled_from([None, *METHODS]))
+    def test_the_matrix_smooths_and_its_rows_sum_to_one(
+        self, timesteps: int, data: st.DataObject, method: str | None
+    ) -> None:
+        groups = TimeGroups(timesteps, data.draw(st.integers(1, timesteps)))
+        smoother = BoundarySmoother(method, data.draw(st.integers(1, 20)))
+        weights = smoother.weights(groups.ranges)
+        assert weights.shape == (timesteps, groups.num_groups)
+        torch.testing.assert_close(weights.sum(1), torch.ones(timesteps, dtype=torch.float64))
+        scales = torch.rand(groups.num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 5
+        params = [TimeGroupParams(r, s, s - 5) for r, s in zip(groups.ranges, scales, strict=True)]
+        smoothed = smoother.smooth(params)
+        torch.testing.assert_close(torch.stack([step.scale for step in smoothed]), weights @ scales)
+        torch.testing.assert_close(torch.stack([step.zero_point for step in smoothed]), weights @ (scales - 5))
 
-    @pytest.mark.parametrize("bits", [2, 4])
-    def test_it_beats_min_max_by_far_on_heavy_tails(self, bits: int) -> None:
-        values = torch.randn(4000, generator=torch.Generator().manual_seed(0))
-        values[0] = 20.0
-        scale, zero = fit_range(values, bits)
-        error = float((fake_quantize(values, scale, zero, bits) - values).square().mean())
-        assert error < 0.5 * minmax_error(values, bits)
+    def test_a_spline_passes_through_the_middles_and_stays_constant_outside(self) -> None:
+        groups = TimeGroups(15, 3)  # middles 2, 7 and 12
+        params = [
+            TimeGroupParams(r, torch.tensor([s, 2 * s]), torch.zeros(2))
+            for r, s in zip(groups.ranges, (1.0, 3.0, 2.0), strict=True)
+        ]
+        steps = BoundarySmoother("spline", 5).smooth(params)
+        assert [steps[i].scale.tolist() for i in (0, 2, 7, 12, 14)] == [
+            pytest.approx([s, 2 * s]) for s in (1.0, 1.0, 3.0, 2.0, 2.0)
+        ]
+        assert 1.0 < steps[4].scale[0] < 3.0
 
-    def test_each_end_is_clipped_for_itself(self) -> None:
-        # One outlier far below, none above: any common share of the range wastes codes or cuts the upper values off.
-        values = torch.randn(4000, generator=torch.Generator().manual_seed(0)).abs()
-        values[0] = -20.0
-        scale, zero = fit_range(values, 4)
-        error = float((fake_quantize(values, scale, zero, 4) - values).square().mean())
-        assert error < 0.97 * min(minmax_error(values, 4, share / 100) for share in range(1, 101))
+    def test_a_spline_through_a_line_is_the_line(self) -> None:
+        groups = TimeGroups(20, 4)
+        params = [
+            TimeGroupParams((a, b), torch.tensor((a + b - 1) / 2 + 1), torch.tensor(0.0)) for a, b in groups.ranges
+        ]
+        steps = BoundarySmoother("spline", 1).smooth(params)
+        inside = range(2, 18)  # from the first middle, 2, to the last, 17
+        assert [steps[i].scale.item() for i in inside] == pytest.approx([i + 1 for i in inside])
 
-    @pytest.mark.parametrize("bits", [2, 8])
-    @pytest.mark.parametrize("value", [0.7, -0.7, 1e-4, 300.0])
-    def test_a_constant_value_is_kept(self, bits: int, value: float) -> None:
-        values = torch.full((10,), value)
-        assert fake_quantize(values, *fit_range(values, bits), bits).tolist() == pytest.approx(
-            values.tolist(), rel=1e-4
-        )
-
-    def test_zeros_are_kept(self) -> None:
-        scale, zero = fit_range(torch.zeros(10), 4)
-        assert (scale.item(), zero.item()) == (1.0, 0.0)
-
-    @pytest.mark.parametrize("sign", [1, -1])
-    def test_values_of_one_sign_use_all_codes(self, sign: int) -> None:
-        values = sign * torch.linspace(0, 1, 1000)
-        scale, zero = fit_range(values, 4)
-        assert zero.item() == (0 if sign > 0 else 15)
-        assert scale.item() == pytest.approx(1 / 15, rel=0.1)
-
-    @pytest.mark.parametrize(
-        ("values", "message"),
-        [
-            (torch.tensor([]), "activations: found no value"),
-            (torch.tensor([0.0, torch.nan]), "activations: found NaN or infinity"),
-            (torch.tensor([0.0, torch.inf]), "activations: found NaN or infinity"),
-        ],
-    )
-    def test_values_without_a_range_are_refused(self, values: Tensor, message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            fit_range(values, 4)
+    def test_a_spline_that_swings_below_zero_keeps_a_positive_scale(self) -> None:
+        params = [
+            TimeGroupParams((5 * k, 5 * k + 5), torch.tensor(s), torch.tensor(0.0))
+            for k, s in enumerate((9.0, 1e-3, 1e-3, 9.0))
+        ]
+        assert all(step.scale > 0 for step in BoundarySmoother("spline", 5).smooth(params))

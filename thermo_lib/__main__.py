@@ -1,6 +1,7 @@
-"""The command line: ``python -m thermo_lib benchmark`` and ``python -m thermo_lib tidy``.
+"""The command line: ``python -m thermo_lib benchmark``, ``study`` and ``tidy``.
 
 ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
+``study`` measures the points of the grid behind the notebook ``06_smoothing_study``.
 """
 
 import argparse
@@ -29,7 +30,8 @@ from thermo_lib.models import load_model
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
 from thermo_lib.quantized_model import quantize, resmooth
-from thermo_lib.time_aware import METHODS
+from thermo_lib.study import Grid, slices
+from thermo_lib.time_aware import METHODS, WINDOWED
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
-    which.add_argument("--all-methods", action="store_true", help="every smoothing method (default)")
+    which.add_argument("--all-methods", action="store_true", help="linear, cubic and sigmoid (default)")
     which.add_argument("--smoothing-method", choices=list(METHODS), help="only this smoothing method")
     benchmark.add_argument("--model", default="reference", help="'reference', a folder or a hub id (%(default)s)")
     benchmark.add_argument("--bits", type=int, default=default("quant.bit_width"), help="weight bits (%(default)s)")
@@ -55,6 +57,10 @@ def _parser() -> argparse.ArgumentParser:
         value = default(f"quant.{key}")
         benchmark.add_argument(flag, type=type(value), default=value, help=f"{key} (%(default)s)")
     benchmark.add_argument("--output", type=Path, default=Path("artifacts/benchmark"), help="folder (%(default)s)")
+
+    grid = commands.add_parser("study", help="measure the points of the smoothing study that are still missing")
+    grid.add_argument("--axes", choices=["reduced", "full"], default="reduced", help="section of params.yaml")
+    grid.add_argument("--output", type=Path, required=True, help="JSON file of the points; what it holds is kept")
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
@@ -74,7 +80,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         enable_boundary_smoothing=False,
     )
     check_comparable(config)
-    methods = [arguments.smoothing_method] if arguments.smoothing_method else list(METHODS)
+    methods = [arguments.smoothing_method] if arguments.smoothing_method else list(WINDOWED)
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
         lm = load_model(arguments.model)
@@ -99,6 +105,13 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     print(report.report_text(content))
 
 
+def run_study(arguments: argparse.Namespace) -> None:
+    """Measure a grid; a run that was stopped goes on."""
+    reproducible()
+    grid = Grid(arguments.output, load_model("reference"))
+    grid.run(p for points in slices(default(f"study.{arguments.axes}")).values() for p in points)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     transformers.logging.set_verbosity_error()
@@ -106,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
         if arguments.command == "benchmark":
             run_benchmark(arguments)
+        elif arguments.command == "study":
+            run_study(arguments)
         else:
             tidy(arguments.notebook)
     except (ValueError, OSError) as error:

@@ -5,6 +5,7 @@ process (mask held text at the schedule's ratio), ``trajectory`` from the full-p
 ancestral denoising, which is where a quantized model will be used.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,7 +101,9 @@ class Calibration:
             for name, tensor in vars(part).items()
         }
         temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata={"timesteps": str(self.timesteps), "source": self.source})
+        # One entry: the order of several in the file is left to chance, and equal states should be equal files.
+        about = json.dumps({"timesteps": self.timesteps, "source": self.source})
+        save_file(tensors, temporary, metadata={"calibration": about})
         temporary.replace(path)
 
     @classmethod
@@ -114,14 +117,14 @@ class Calibration:
             raise ValueError(f"calibration: found no file {path}")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
+                about = json.loads((file.metadata() or {})["calibration"])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             parts = []
             for index in range(len({key.split(".")[0] for key in tensors})):
                 values = {name: tensors[f"{index}.{name}"] for name in ("ids", "is_masked", "timestep", "clean")}
                 parts.append(States(**{k: v.long() if v.dtype == torch.int32 else v for k, v in values.items()}))
-            return cls(tuple(parts), int(metadata["timesteps"]), metadata["source"])
-        except (SafetensorError, KeyError) as error:
+            return cls(tuple(parts), about["timesteps"], about["source"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"{path}: not a complete calibration file ({error})") from error
 
 

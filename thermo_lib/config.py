@@ -5,9 +5,11 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thermo_lib.params import default
+from thermo_lib.time_aware import TimeGroups
 
 Quantizer = Literal["rtn", "least_squares", "gptq"]
-SmoothingMethod = Literal["linear", "cubic", "sigmoid"]
+SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
+RangeObjective = Literal["activation", "output", "path_kl"]
 
 
 def _from_params(key: str, **limits: Any) -> Any:
@@ -26,11 +28,16 @@ class ThermoConfig(BaseModel):
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
         activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
             min-max).
+        activation_group_size: neighbouring input channels that share a static range; None for all of them.
+        activation_token_states: static ranges of their own for masked and for unmasked tokens.
+        range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
+            itself), the squared error of the layer's ``output``, or the model's ``path_kl`` (both after smoothing).
         timesteps: number of denoising steps ``T`` that the time groups divide.
         num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
             parameters where activations are quantized, otherwise the weights' scales and zero points.
+        time_group_starts: the first timestep of every time group but the first; None for groups of equal width.
         enable_boundary_smoothing: interpolate the parameters across the edges of time groups.
-        smoothing_method: ``linear``, ``cubic`` or ``sigmoid``.
+        smoothing_method: ``linear``, ``cubic``, ``sigmoid``, or ``spline`` (over all timesteps, without a window).
         smoothing_window: timesteps smoothed on each side of a boundary, 1-20.
 
     Raises:
@@ -44,8 +51,12 @@ class ThermoConfig(BaseModel):
     group_size: int = _from_params("group_size", ge=1)
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
+    activation_group_size: int | None = _from_params("activation_group_size", ge=1)
+    activation_token_states: bool = _from_params("activation_token_states")
+    range_objective: RangeObjective = _from_params("range_objective")
     timesteps: int = _from_params("timesteps", ge=1)
     num_time_groups: int = _from_params("num_time_groups", ge=1)
+    time_group_starts: tuple[int, ...] | None = _from_params("time_group_starts")
     enable_boundary_smoothing: bool = _from_params("enable_boundary_smoothing")
     smoothing_method: SmoothingMethod = _from_params("smoothing_method")
     smoothing_window: int = _from_params("smoothing_window", ge=1, le=20)
@@ -62,7 +73,13 @@ class ThermoConfig(BaseModel):
                 f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
                 "which has no parameters to group"
             )
+        _ = self.time_groups  # refuses starts that don't fit
         return self
+
+    @property
+    def time_groups(self) -> TimeGroups:
+        """The time groups."""
+        return TimeGroups(self.timesteps, self.num_time_groups, self.time_group_starts)
 
     @property
     def method(self) -> SmoothingMethod | None:

@@ -27,7 +27,7 @@ from thermo_lib.diffusion import generate, unmask_probabilities
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
 from thermo_lib.quantized_model import QuantizedLM, requantize_activations, resmooth
-from thermo_lib.time_aware import MarkovReport, TimeGroups, markov_report
+from thermo_lib.time_aware import MarkovReport, markov_report
 from thermo_lib.transition import PathKL, path_kl, reference_logits
 
 Verdict = Literal["met", "not met", "inconclusive"]
@@ -312,8 +312,7 @@ def markov(lm: QuantizedLM) -> MarkovReport | None:
     if not params:
         return None
     bits = lm.config.activation_bits if lm.config.activation_bits < 16 else lm.config.bit_width
-    groups = TimeGroups(lm.config.timesteps, lm.config.num_time_groups)
-    return markov_report(params, groups.boundaries, bits)
+    return markov_report(params, lm.config.time_groups.boundaries, bits)
 
 
 def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -90,4 +91,47 @@ def parameters_over_time(
         for number, (method, smoothed) in enumerate(after[layer].items()):
             ax.plot(smoothed, marker=MARKERS[number], markersize=4, color=COLORS[number], label=method, linewidth=0.8)
         ax.set(xlabel="timestep", ylabel=ylabel, title=layer)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(frameon=False, fontsize="small")
+
+
+def heat_maps(
+    maps: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    xlabel: str,
+    xticks: Sequence[object],
+    ylabel: str,
+    yticks: Sequence[object],
+    label: str,
+    form: str = "{:.1f}",
+) -> None:
+    """Matrices of numbers side by side on one colour scale, each number written into its cell; NaN stays empty."""
+    figure, axes = _axes(len(maps), width=5.0, height=4.0)
+    values = [v for rows in maps.values() for row in rows for v in row if v == v]
+    low, high = min(values), max(values)
+    for ax, (title, rows) in zip(axes, maps.items(), strict=True):
+        image = ax.imshow(rows, vmin=low, vmax=high, cmap="cividis", aspect="auto", origin="lower")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                if value == value:
+                    dark = (value - low) < 0.6 * (high - low)
+                    ax.text(x, y, form.format(value), ha="center", va="center", color="w" if dark else "k", fontsize=8)
+        ax.set(title=title, xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set_xticklabels([str(tick) for tick in xticks])
+        ax.set_yticklabels([str(tick) for tick in yticks])
+        ax.set_ylabel(ylabel)
+        ax.grid(visible=False)
+    figure.colorbar(image, ax=axes, label=label)
+
+
+def scatters(
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, xlabel: str, ylabel: str
+) -> None:
+    """Points, one panel a title and one colour a series."""
+    _, axes = _axes(len(panels), width=5.2)
+    for ax, (title, series) in zip(axes, panels.items(), strict=True):
+        for number, (name, (x, y)) in enumerate(series.items()):
+            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -55,6 +55,10 @@ class DreamModel(Qwen2ForCausalLM):
         Returns:
             ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
         """
+        is_masked = input_ids == self.config.mask_token_id
+        for module in self.modules():
+            if hasattr(module, "set_token_state"):
+                module.set_token_state(is_masked)
         position_ids = None
         bias = None
         if attention_mask is not None:

@@ -338,7 +338,11 @@ class QuantizedLinear(nn.Module):
         weight_rows: distinct sets of weight parameters (1: they don't depend on the timestep).
         activation_bits: 16 leaves the input as it is.
         activation_rows: distinct sets of activation parameters, 0 for dynamic per-token ranges.
+        activation_group_size: neighbouring input channels that share a static range; None for all of them.
         timesteps: ``T`` of the tables.
+
+    Static activation parameters are ``(rows, token states, channel groups)``; with two token states the first
+    belongs to unmasked tokens, the second to masked ones.
     """
 
     def __init__(
@@ -352,6 +356,7 @@ class QuantizedLinear(nn.Module):
         weight_rows: int = 1,
         activation_bits: int = 16,
         activation_rows: int = 0,
+        activation_group_size: int | None = None,
         timesteps: int = 1,
     ):
         super().__init__()
@@ -359,6 +364,8 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
         self.timesteps, self.timestep = timesteps, 0
+        self.activation_group_size = activation_group_size or in_features
+        self.is_masked: Tensor | None = None
         groups = -(-in_features // group_size)
         packed_width = -(-in_features * bits // 8)
         self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
@@ -366,8 +373,9 @@ class QuantizedLinear(nn.Module):
         self.register_buffer("zero_point", torch.zeros((weight_rows, out_features, groups), dtype=torch.float16))
         self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("activation_scale", torch.ones(activation_rows))
-        self.register_buffer("activation_zero_point", torch.zeros(activation_rows))
+        shape = (activation_rows, 1, -(-in_features // self.activation_group_size))
+        self.register_buffer("activation_scale", torch.ones(shape))
+        self.register_buffer("activation_zero_point", torch.zeros(shape))
         self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
@@ -380,6 +388,16 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"timestep: found {timestep}, allowed are 0..{timesteps - 1}")
         self.timestep = timestep * self.timesteps // timesteps
 
+    def set_token_state(self, is_masked: Tensor) -> None:
+        """Say which tokens of the next input are masked, bool ``(batch, length)``."""
+        self.is_masked = is_masked if self.activation_scale.shape[1] == 2 else None
+
+    def _per_value(self, parameter: Tensor) -> Tensor:
+        """One row's parameters ``(token states, channel groups)``, broadcast to the input."""
+        if parameter.shape[1] > 1:
+            parameter = parameter.repeat_interleave(self.activation_group_size, 1)[:, : self.in_features]
+        return parameter if self.is_masked is None else parameter[self.is_masked.long()]
+
     def weight(self) -> Tensor:
         """The dequantized weight at the current timestep, float32 ``(out_features, in_features)``."""
         row = self.weight_row[self.timestep]
@@ -391,7 +409,9 @@ class QuantizedLinear(nn.Module):
         if self.activation_bits < 16:
             if len(self.activation_scale):
                 row = self.activation_row[self.timestep]
-                scale, zero_point = self.activation_scale[row], self.activation_zero_point[row]
+                scale, zero_point = (
+                    self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point)
+                )
                 x = fake_quantize(x, scale, zero_point, self.activation_bits)
             else:
                 x = fake_quantize_per_token(x, self.activation_bits)

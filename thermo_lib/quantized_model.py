@@ -7,7 +7,7 @@ give it.
 
 import copy
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -41,7 +41,9 @@ from thermo_lib.quant import (
     refit,
     round_to_nearest,
 )
-from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups, fit_range
+from thermo_lib.ranges import TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
+from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
+from thermo_lib.transition import fit_to_path_kl
 
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
@@ -131,6 +133,7 @@ def _install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], conf
 
 def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
     layer.activation_bits = config.activation_bits
+    layer.activation_group_size = config.activation_group_size or layer.in_features
     if config.activation_ranges == "static":
         rows, row_of_step = _table(params, config, whole_zero_points=True)
         layer.activation_scale = torch.stack([row.scale for row in rows]).float()
@@ -145,7 +148,11 @@ def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_poin
     fraction, every one of the many near-zero activations is off by the same amount, which more than doubled path KL.
     """
     steps = BoundarySmoother(config.method, config.smoothing_window).smooth(params)
-    return [replace(step, zero_point=step.zero_point.round()) for step in steps] if whole_zero_points else steps
+    return _whole(steps) if whole_zero_points else steps
+
+
+def _whole(params: list[TimeGroupParams]) -> list[TimeGroupParams]:
+    return [replace(group, zero_point=group.zero_point.round()) for group in params]
 
 
 def _table(
@@ -153,7 +160,8 @@ def _table(
 ) -> tuple[list[TimeGroupParams], Tensor]:
     """Distinct parameters after smoothing, and the row of each timestep."""
     if len(params) == 1:
-        return params, torch.zeros(config.timesteps, dtype=torch.int32)
+        rows = _whole(params) if whole_zero_points else params
+        return rows, torch.zeros(config.timesteps, dtype=torch.int32)
     rows: list[TimeGroupParams] = []
     row_of_step = []
     for step in _smooth(params, config, whole_zero_points):
@@ -167,7 +175,7 @@ def _table(
 def _time_groups(config: ThermoConfig, weights: bool) -> TimeGroups:
     """Time groups of the weights' or the activations' parameters: only one of the two depends on the timestep."""
     grouped = (config.activation_bits == 16) == weights
-    return TimeGroups(config.timesteps, config.num_time_groups if grouped else 1)
+    return config.time_groups if grouped else TimeGroups(config.timesteps, 1)
 
 
 def _rounded_layer(weight: Tensor, name: str, config: ThermoConfig) -> QuantizedWeight:
@@ -245,57 +253,58 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
                 _install(lm, name, pack(codes, config.bit_width))
 
 
-def activation_samples(
-    lm: DiffusionLM, calibration: Calibration, sites: list[list[str]], groups: TimeGroups, limit: int, seed: int
-) -> dict[str, list[Tensor]]:
-    """A random sample of each layer input's values in every time group.
-
-    Args:
-        lm: the model whose activations are sampled.
-        calibration: the states.
-        sites: names of linears that share an input; the sample is kept under the first.
-        groups: the time groups.
-        limit: values kept of each input and batch of states.
-        seed: seeds the choice.
-
-    Returns:
-        First name of each site to one flat float32 tensor a time group.
-
-    Raises:
-        ValueError: a time group without a calibration state.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    samples: dict[str, list[list[Tensor]]] = {site[0]: [[] for _ in groups.ranges] for site in sites}
-
-    def keep(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
-        chosen = torch.randint(x.numel(), (limit,), generator=generator)
-        group = groups.group_of(timestep * groups.timesteps // calibration.timesteps)
-        samples[name][group].append(x.flatten()[chosen])
-
-    run_states(lm, calibration, list(samples), keep)
-    empty = [r for values in samples.values() for r, group in zip(groups.ranges, values, strict=True) if not group]
-    if empty:
-        raise ValueError(f"calibration: found no state in timesteps {empty[0][0]}..{empty[0][1] - 1}")
-    return {name: [torch.cat(group) for group in values] for name, values in samples.items()}
-
-
-def _quantize_activations(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
-    config = lm.config
+def _fit_ranges(lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration, progress: bool) -> None:
+    """Fit static activation ranges to the configuration's objective; layers that share an input share them."""
+    config, groups = lm.config, lm.config.time_groups
     layers = lm.quantized_layers()
-    if config.activation_ranges == "static":
-        groups = _time_groups(config, weights=False)
-        sites = shared_inputs(lm, list(layers))
-        samples = activation_samples(
-            lm, calibration, sites, groups, default("calibration.activation_samples"), default("seed")
+    sites = shared_inputs(lm, list(layers))
+    seed, settings = default("seed"), default("ranges")
+    samples = input_samples(lm, calibration, [s[0] for s in sites], config.timesteps, settings["tokens"], seed)
+    weights = BoundarySmoother(config.method, config.smoothing_window).weights(groups.ranges)
+    ranges: dict[str, TrainableRanges] = {}
+    for site in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
+        start = clipped_ranges(
+            samples[site[0]],
+            groups,
+            config.activation_bits,
+            token_states=config.activation_token_states,
+            group_size=config.activation_group_size,
         )
-        for site in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
-            params = [
-                TimeGroupParams(time_range, *fit_range(values, config.activation_bits))
-                for time_range, values in zip(groups.ranges, samples[site[0]], strict=True)
-            ]
-            lm.activation_params |= dict.fromkeys(site, params)
-    for name, layer in layers.items():
-        _install_activations(layer, lm.activation_params.get(name, []), config)
+        fitted = TrainableRanges(*start, weights, config.activation_bits, config.activation_group_size)
+        if config.range_objective == "output":
+            weight = torch.cat([layers[name].weight() for name in site])
+            fit_to_output(
+                fitted,
+                samples[site[0]],
+                weight,
+                steps=settings["output_steps"],
+                batch=settings["output_batch"],
+                lr=settings["output_lr"],
+                seed=seed,
+            )
+        ranges |= dict.fromkeys(site, fitted)
+    if config.range_objective == "path_kl":
+        fit_to_path_kl(
+            reference,
+            lm,
+            calibration,
+            ranges,
+            steps=settings["path_kl_steps"],
+            batch=settings["path_kl_batch"],
+            lr=settings["path_kl_lr"],
+            seed=seed,
+            progress=f"path KL {config.precision}" if progress else None,
+        )
+    lm.activation_params |= {name: fitted.params(groups) for name, fitted in ranges.items()}
+
+
+def _quantize_activations(
+    lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration | None, progress: bool
+) -> None:
+    if lm.config.activation_ranges == "static":
+        _fit_ranges(lm, reference, calibration, progress)
+    for name, layer in lm.quantized_layers().items():
+        _install_activations(layer, lm.activation_params.get(name, []), lm.config)
 
 
 def quantize(
@@ -321,31 +330,51 @@ def quantize(
         )
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
-    # Everything is fitted without smoothing, which then starts from the groups' original parameters.
+    # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})
     quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
     with torch.no_grad():
         _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
-            _quantize_activations(quantized, calibration, progress)
+            quantized.config = config
+            _quantize_activations(quantized, lm, calibration, progress)
     return resmooth(quantized, config.method) if config.method else quantized
 
 
+_ACTIVATIONS = frozenset(
+    {
+        "activation_bits",
+        "activation_ranges",
+        "activation_group_size",
+        "activation_token_states",
+        "range_objective",
+        "num_time_groups",
+        "time_group_starts",
+    }
+)
+
+
 def requantize_activations(
-    lm: QuantizedLM, calibration: Calibration | None = None, *, progress: bool = False, **changes: object
+    lm: QuantizedLM,
+    calibration: Calibration | None = None,
+    *,
+    reference: DiffusionLM | None = None,
+    progress: bool = False,
+    **changes: object,
 ) -> QuantizedLM:
     """The same quantized weights with other activation settings; the given model stays as it is.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
         calibration: states to fit static ranges on.
+        reference: the full-precision model, needed to fit to path KL.
         progress: show a bar.
-        changes: new values of ``activation_bits``, ``activation_ranges``, ``num_time_groups`` and smoothing.
+        changes: new values of the activation settings, the time groups and smoothing.
 
     Raises:
-        ValueError: a field that belongs to the weights, time-dependent weights, or missing calibration.
+        ValueError: a field that belongs to the weights, time-dependent weights, missing calibration or reference.
     """
-    _check_changes(changes, {"activation_bits", "activation_ranges", "num_time_groups", *_SMOOTHING})
+    _check_changes(changes, _ACTIVATIONS | _SMOOTHING)
     config = ThermoConfig(**{**lm.config.model_dump(), **changes})
     if any(len(params) > 1 for params in lm.weight_params.values()) or (
         config.activation_bits == 16 and config.num_time_groups > 1
@@ -353,13 +382,15 @@ def requantize_activations(
         raise ValueError("num_time_groups: found time-dependent weights, expected weights of one time group")
     if config.activation_bits < 16 and config.activation_ranges == "static" and calibration is None:
         raise ValueError("calibration: found None, required by static activation ranges")
+    if config.activation_bits < 16 and config.range_objective == "path_kl" and reference is None:
+        raise ValueError("reference: found None, required by range_objective='path_kl'")
     changed = _copy(lm, config, {})
     for layer in changed.quantized_layers().values():
         layer.activation_bits = 16
-        layer.activation_scale = layer.activation_zero_point = torch.empty(0)
+        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1))
     if config.activation_bits < 16:
         with torch.no_grad():
-            _quantize_activations(changed, calibration, progress)
+            _quantize_activations(changed, reference, calibration, progress)
     return changed
 
 
@@ -401,6 +432,44 @@ def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> 
         _install_weights(layer, lm.weight_params[name], config)
         if config.activation_bits < 16:
             _install_activations(layer, lm.activation_params.get(name, []), config)
+    return changed
+
+
+def smooth_each_layer(
+    lm: QuantizedLM, calibration: Calibration, methods: Sequence[str], windows: Sequence[int]
+) -> QuantizedLM:
+    """Give every layer input the method and window, or no smoothing, that costs its layers' output least.
+
+    The choice is stored as parameters of every timestep, so the model has as many time groups as timesteps.
+
+    Args:
+        lm: a model with static activation ranges in time groups, smoothing off.
+        calibration: states to choose on.
+        methods, windows: what to choose from.
+    """
+    config = lm.config
+    layers = lm.quantized_layers()
+    sites = shared_inputs(lm, list(layers))
+    names, ranges = [site[0] for site in sites], config.time_groups.ranges
+    samples = input_samples(lm, calibration, names, config.timesteps, default("ranges.tokens"), default("seed"))
+    choices = [(None, 1), *((method, window) for method in methods for window in windows)]
+    chosen: dict[str, list[TimeGroupParams]] = {}
+    for site in sites:
+        params = lm.activation_params[site[0]]
+        start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
+        weight = torch.cat([layers[name].weight() for name in site])
+
+        def error(choice: tuple[str | None, int], start=start, weight=weight, sample=samples[site[0]]) -> float:
+            matrix = BoundarySmoother(*choice).weights(ranges)
+            fitted = TrainableRanges(*start, matrix, config.activation_bits, config.activation_group_size)
+            return output_error(fitted, sample, weight)
+
+        method, window = min(choices, key=error)
+        chosen |= dict.fromkeys(site, BoundarySmoother(method, window).smooth(params))
+    every = {"num_time_groups": config.timesteps, "time_group_starts": None, "enable_boundary_smoothing": False}
+    changed = _copy(lm, ThermoConfig(**{**config.model_dump(), **every}), chosen)
+    for name, layer in changed.quantized_layers().items():
+        _install_activations(layer, chosen[name], changed.config)
     return changed
 
 
@@ -494,6 +563,8 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
     if linear.bias is not None:
         expected[f"{name}.bias"] = linear.bias
     if static:
-        per_group = torch.empty(_time_groups(config, weights=False).num_groups, device="meta")
+        channel_groups = -(-columns // (config.activation_group_size or columns))
+        shape = (config.num_time_groups, 1 + config.activation_token_states, channel_groups)
+        per_group = torch.empty(shape, device="meta")
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected

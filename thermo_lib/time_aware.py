@@ -9,16 +9,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
+from scipy.interpolate import CubicSpline
 from torch import Tensor
 
-from thermo_lib.quant import SMALLEST_SCALE, fake_quantize
+from thermo_lib.quant import SMALLEST_SCALE
 
-METHODS: dict[str, Callable[[Tensor], Tensor]] = {
+WINDOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "linear": lambda a: a,
     "cubic": lambda a: 3 * a**2 - 2 * a**3,
     "sigmoid": lambda a: torch.sigmoid(10 * (a - 0.5)),
 }
+METHODS = (*WINDOWED, "spline")
 WINDOWS = range(1, 21)
 VIOLATION_THRESHOLD = 0.30
 _MEDIUM, _HIGH = 0.3, 0.5
@@ -26,15 +29,18 @@ _MEDIUM, _HIGH = 0.3, 0.5
 
 @dataclass(frozen=True)
 class TimeGroups:
-    """``T`` timesteps in contiguous groups of equal width (the first groups are one longer where T doesn't divide).
+    """``T`` timesteps in contiguous groups.
 
     Attributes:
         timesteps: ``T``.
         num_groups: number of groups, 1 to ``T``.
+        starts: the first timestep of every group but the first; None for groups of equal width (the first groups
+            are one longer where T doesn't divide).
     """
 
     timesteps: int
     num_groups: int
+    starts: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.timesteps < 1:
@@ -43,10 +49,19 @@ class TimeGroups:
             raise ValueError(
                 f"num_time_groups: found {self.num_groups}, allowed are 1..{self.timesteps} (the number of timesteps)"
             )
+        if self.starts is not None:
+            edges = (0, *self.starts, self.timesteps)
+            if len(self.starts) != self.num_groups - 1 or any(a >= b for a, b in itertools.pairwise(edges)):
+                raise ValueError(
+                    f"time_group_starts: found {list(self.starts)}, allowed are {self.num_groups - 1} rising timesteps "
+                    f"in 1..{self.timesteps - 1} for {self.num_groups} time groups"
+                )
 
     @property
     def ranges(self) -> list[tuple[int, int]]:
         """Half-open ``(start, stop)`` of each group."""
+        if self.starts is not None:
+            return list(itertools.pairwise((0, *self.starts, self.timesteps)))
         width, longer = divmod(self.timesteps, self.num_groups)
         edges = [width * k + min(k, longer) for k in range(self.num_groups + 1)]
         return list(itertools.pairwise(edges))
@@ -70,7 +85,8 @@ class TimeGroupParams:
 
     Attributes:
         time_range: half-open ``(start, stop)`` of timesteps; a ``range`` is accepted.
-        scale: positive tensor: per tensor, per row or per weight group.
+        scale: positive tensor: of weights ``(out_features, groups)``, of activations ``(token states, channel
+            groups)``; any shape is taken.
         zero_point: tensor of the same shape.
         group_size: weights that share a scale; None where the parameters belong to a whole tensor.
     """
@@ -118,14 +134,16 @@ class BoundarySmoother:
     never overlap, never reach past the neighbouring group and never cascade.
 
     Attributes:
-        method: ``linear``, ``cubic``, ``sigmoid``, or None for no smoothing (bit-identical parameters).
+        method: ``linear``, ``cubic``, ``sigmoid``, or None for no smoothing (bit-identical parameters). ``spline``
+            goes further: a natural cubic spline over all timesteps through the groups' values at their middles,
+            constant before the first and after the last; it has no window.
         window: timesteps smoothed on each side, 1-20.
 
     Raises:
         ValueError: unknown method or window out of range.
     """
 
-    method: Literal["linear", "cubic", "sigmoid"] | None
+    method: Literal["linear", "cubic", "sigmoid", "spline"] | None
     window: int
 
     def __post_init__(self) -> None:
@@ -152,12 +170,14 @@ class BoundarySmoother:
         ]
         if self.method is None:
             return steps
+        if self.method == "spline":
+            return _combine(params, self.weights([group.time_range for group in params]))
         for left, right in itertools.pairwise(params):
             before, after = min(self.window, len(left) // 2), min(self.window, len(right) // 2)
             boundary = right.time_range[0]
             for j in range(1, before + after + 1):
                 alpha = torch.tensor(j / (before + after + 1), dtype=torch.float64)
-                weight = float(METHODS[self.method](alpha))
+                weight = float(WINDOWED[self.method](alpha))
                 i = boundary - before + j - 1
                 steps[i - first] = TimeGroupParams(
                     (i, i + 1),
@@ -166,6 +186,45 @@ class BoundarySmoother:
                     left.group_size,
                 )
         return steps
+
+    def weights(self, ranges: Sequence[tuple[int, int]]) -> Tensor:
+        """The smoothing as a matrix: row ``t`` holds what each group contributes to timestep ``t``.
+
+        Args:
+            ranges: half-open ``(start, stop)`` of the groups, contiguous from 0.
+
+        Returns:
+            float64 ``(timesteps, groups)``; each row sums to 1.
+        """
+        if self.method == "spline":
+            middles = np.array([(start + stop - 1) / 2 for start, stop in ranges])
+            if len(ranges) == 1:
+                return torch.ones((ranges[0][1], 1), dtype=torch.float64)
+            at = np.arange(ranges[-1][1]).clip(middles[0], middles[-1])
+            return torch.from_numpy(CubicSpline(middles, np.eye(len(ranges)), bc_type="natural")(at))
+        columns = []
+        for number in range(len(ranges)):
+            unit = [
+                TimeGroupParams(time_range, torch.tensor(1.0), torch.tensor(float(k == number), dtype=torch.float64))
+                for k, time_range in enumerate(ranges)
+            ]
+            columns.append(torch.stack([step.zero_point for step in self.smooth(unit)]))
+        return torch.stack(columns, -1)
+
+
+def _combine(params: Sequence[TimeGroupParams], weights: Tensor) -> list[TimeGroupParams]:
+    """One entry a timestep, each a weighted sum of the groups; a scale stays above zero."""
+
+    def mix(values: list[Tensor]) -> Tensor:
+        return torch.tensordot(weights, torch.stack(values).double(), 1).to(values[0].dtype)
+
+    scale = mix([group.scale for group in params]).clamp(min=SMALLEST_SCALE)
+    zero_point = mix([group.zero_point for group in params])
+    first = params[0].time_range[0]
+    return [
+        TimeGroupParams((first + i, first + i + 1), s, z, params[0].group_size)
+        for i, (s, z) in enumerate(zip(scale, zero_point, strict=True))
+    ]
 
 
 def _interpolate(left: Tensor, right: Tensor, weight: float) -> Tensor:
@@ -269,45 +328,3 @@ def markov_report(
         max_jump=largest,
         mean_jump=sum(jumps) / len(jumps) if jumps else 0.0,
     )
-
-
-def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of a static activation range, clipped for least squared error.
-
-    The share of the min-max range that is kept is searched from 1 down to 0.01 for both ends together, then for
-    each end alone.
-
-    Args:
-        values: float32 activations, any shape.
-        bits: bits of an activation code.
-
-    Returns:
-        ``(scale, zero_point)``, float32 scalars, the zero point whole.
-
-    Raises:
-        ValueError: no value, or NaN or infinity among them.
-    """
-    values = values.flatten().float()
-    if not len(values):
-        raise ValueError("activations: found no value, allowed is at least one")
-    if not values.isfinite().all():
-        raise ValueError("activations: found NaN or infinity, expected finite numbers")
-    low, high = values.min().clamp(max=0), values.max().clamp(min=0)
-    if low == high:
-        return torch.tensor(1.0), torch.tensor(0.0)
-    shares = torch.logspace(0, -2, 41)
-
-    def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
-        scale = ((high * high_share - low * low_share) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
-        return scale, (-low * low_share / scale).round()
-
-    def error(low_share: Tensor, high_share: Tensor) -> float:
-        return float((fake_quantize(values, *parameters(low_share, high_share), bits) - values).square().mean())
-
-    both = min(shares, key=lambda share: error(share, share))
-    low_share = high_share = both
-    for _ in range(2):
-        near = [s for s in shares if 0.2 * both <= s <= min(5 * both, 1)]
-        low_share = min(near, key=lambda share, fixed=high_share: error(share, fixed))
-        high_share = min(near, key=lambda share, fixed=low_share: error(fixed, share))
-    return parameters(low_share, high_share)

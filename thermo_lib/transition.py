@@ -8,18 +8,21 @@ processes is the sum over steps, the states drawn from the full-precision proces
     pathKL = sum_i rho_i E[ sum_{masked j} KL(p_j || q_j) ]        (nats per sequence)
 
 On the states of the full-precision model's own ancestral trajectories this is an unbiased estimate of the
-divergence; on masked held-out text it is a proxy.
+divergence; on masked held-out text it is a proxy. It is also what static activation ranges can be fitted to.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.calibration import States
+from thermo_lib.calibration import Calibration, States
 from thermo_lib.diffusion import unmask_probabilities
-from thermo_lib.models import DiffusionLM
+from thermo_lib.models import NO_PROBABILITY, DiffusionLM
+from thermo_lib.quant import QuantizedLinear
+from thermo_lib.ranges import TrainableRanges, parameter_groups
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,91 @@ def _cosine(a: Tensor, b: Tensor, mask_token_id: int) -> Tensor:
     keep = [i for i in range(a.shape[-1]) if i != mask_token_id]
     a, b = a[:, keep], b[:, keep]
     return torch.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)
+
+
+def fit_to_path_kl(
+    reference: DiffusionLM,
+    quantized: DiffusionLM,
+    calibration: Calibration,
+    ranges: Mapping[str, TrainableRanges],
+    *,
+    steps: int,
+    batch: int,
+    lr: float,
+    seed: int,
+    progress: str | None = None,
+) -> list[float]:
+    """Refine the static activation ranges of all layers together, in place, for least path KL on calibration states.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the model with quantized weights that don't depend on the timestep.
+        calibration: the states.
+        ranges: layer name to the ranges of its input; layers that share an input share the object.
+        steps: Adam steps, the learning rate falling linearly to zero.
+        batch: states a step, all of one length, of any timesteps.
+        lr: learning rate at the start.
+        seed: seeds the batches.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        The loss of each step: path KL estimated on its batch, nats per sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = calibration.timesteps
+    rho = unmask_probabilities(timesteps).float()
+    layers = {name: quantized.model.get_submodule(name) for name in ranges}
+    distinct = list({id(r): r for r in ranges.values()}.values())
+    optimizer = torch.optim.Adam(parameter_groups(distinct, lr), betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    sizes = torch.tensor([float(len(part.ids)) for part in calibration.parts])
+    losses: list[float] = []
+    with torch.enable_grad(), _InputsQuantizedBy(layers, ranges) as inputs:
+        for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+            part = calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
+            rows = torch.randint(len(part.ids), (min(batch, len(part.ids)),), generator=generator)
+            ids, is_masked, timestep = part.ids[rows], part.is_masked[rows], part.timestep[rows]
+            p = reference.logits(ids, is_masked).log_softmax(-1)
+            first = next(iter(layers.values()))
+            inputs.describe(ids == quantized.mask_token_id, timestep * first.timesteps // timesteps)
+            logits = quantized.model.lm_head(quantized.model.hidden(ids)[is_masked])
+            logits = logits.index_fill(-1, torch.tensor([quantized.mask_token_id]), NO_PROBABILITY)
+            divergence = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
+            weight = timesteps * rho[timestep][:, None].expand_as(is_masked)[is_masked]
+            loss = (weight * divergence).sum() / len(rows)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    return losses
+
+
+class _InputsQuantizedBy:
+    """While active, trainable ranges quantize the inputs of the layers, which leave them as they are themselves."""
+
+    def __init__(self, layers: Mapping[str, QuantizedLinear], ranges: Mapping[str, TrainableRanges]):
+        self.layers, self.ranges = layers, ranges
+
+    def describe(self, is_masked: Tensor, timestep: Tensor) -> None:
+        """The next batch: token states ``(batch, length)`` and timesteps ``(batch,)``."""
+        self.is_masked, self.timestep = is_masked, timestep[:, None].expand_as(is_masked)
+
+    def __enter__(self) -> "_InputsQuantizedBy":
+        self.bits = {name: layer.activation_bits for name, layer in self.layers.items()}
+        self.handles = []
+        for name, layer in self.layers.items():
+            layer.activation_bits = 16
+            quantizer = self.ranges[name]
+            self.handles.append(
+                layer.register_forward_pre_hook(
+                    lambda _, inputs, quantizer=quantizer: quantizer(inputs[0], self.is_masked, self.timestep)
+                )
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+        for name, layer in self.layers.items():
+            layer.activation_bits = self.bits[name]

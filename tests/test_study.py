@@ -1,0 +1,158 @@
+"""The grid: points that mean the same are one, a killed run goes on, and every comparison is paired."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from thermo_lib import study
+from thermo_lib.evaluation import build_suite, evaluate
+from thermo_lib.models import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.study import Grid, Row, gain, key, path_kl_change, point
+
+SMALL = {
+    "data.sequence_length": 24,
+    "study.base": {**default("study.base"), "timesteps": 4, "group_size": 16},
+    "calibration.code_sequences": 4,
+    "calibration.puzzles": 2,
+    "ranges.tokens": 16,
+    "ranges.output_steps": 3,
+    "ranges.path_kl_steps": 3,
+    "evaluation.sequences": 6,
+    "evaluation.trajectories": 4,
+    "evaluation.sudoku": 2,
+    "evaluation.resamples": 50,
+}
+Override = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture(autouse=True)
+def small(override: Override, small_corpus: None) -> None:
+    """Every test has sizes that take seconds."""
+    override(SMALL)
+
+
+def points() -> list[study.Point]:
+    """One point of every way of building a model."""
+    return [
+        point(quantizer="rtn"),
+        point(quantizer="rtn", num_time_groups=2, method="linear"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="cubic"),
+        point(quantizer="rtn", activation_bits=4, activation_ranges="dynamic"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="spline", range_objective="path_kl"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best starts", method="linear"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best per layer"),
+        point(seed=1, quantizer="rtn", activation_bits=4, activation_token_states=True),
+    ]
+
+
+class TestKeys:
+    """A key holds what matters for a point, and nothing else."""
+
+    @pytest.mark.parametrize(
+        ("one", "other"),
+        [
+            ({"method": "linear"}, {"method": "cubic"}),  # one group: nothing to smooth
+            ({"activation_ranges": "dynamic", "activation_bits": 4, "range_objective": "output"},
+             {"activation_ranges": "dynamic", "activation_bits": 4}),
+            ({"num_time_groups": 2, "smoothing_window": 3}, {"num_time_groups": 2, "smoothing_window": 4}),
+            ({"num_time_groups": 2, "smoothing_window": 3, "method": "linear"},
+             {"num_time_groups": 2, "smoothing_window": 2, "method": "linear"}),  # half of two timesteps
+            ({"num_time_groups": 4, "method": "linear"}, {"num_time_groups": 4}),  # half of one is none
+            ({"num_time_groups": 2, "method": "spline", "smoothing_window": 3},
+             {"num_time_groups": 2, "method": "spline"}),
+        ],
+    )  # fmt: skip
+    def test_equal_meaning_is_one_key(self, one: dict[str, Any], other: dict[str, Any]) -> None:
+        assert key(point(**one)) == key(point(**other))
+
+    def test_different_points_have_different_keys(self) -> None:
+        assert len({key(p) for p in points()}) == len(points())
+
+
+class TestGrid:
+    """Points are measured once and kept."""
+
+    def test_scores_are_those_of_the_evaluation(self, tiny: DiffusionLM, tmp_path: Path) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny)
+        grid.run(points(), progress=False)
+        suite = build_suite(tiny, timesteps=4)
+        models = study._Models(tiny)
+        for p in points():
+            result, row = evaluate(models.build(p), suite), grid[p]
+            assert row.accuracy == pytest.approx(result.accuracy, abs=1e-5)
+            assert row.path_kl == pytest.approx(result.path.total, abs=1e-5)
+            assert row.path_kl_per_timestep == pytest.approx(result.path.per_timestep.tolist(), abs=1e-5)
+        assert grid[points()[1]].markov_score is not None
+        assert grid[points()[0]].markov_score is None
+
+    def test_a_killed_run_goes_on_and_writes_the_same_file(
+        self, tiny: DiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = Grid(tmp_path / "whole.json", tiny)
+        whole.run(points(), progress=False)
+        calls = []
+
+        def be_killed(*arguments: Any) -> Row:
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return score(*arguments)
+
+        score = study.score
+        monkeypatch.setattr(study, "score", be_killed)
+        with pytest.raises(KeyboardInterrupt):
+            Grid(tmp_path / "grid.json", tiny).run(points(), progress=False)
+        resumed = Grid(tmp_path / "grid.json", tiny)
+        assert len(resumed.rows) == 2
+        resumed.run(points(), progress=False)
+        assert len(calls) == 3 + len(points()) - 2
+        assert (tmp_path / "grid.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+    def test_a_point_that_was_not_measured_is_named(self, tiny: DiffusionLM, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"grid\.json: the point .*rtn.* has not been measured"):
+            Grid(tmp_path / "grid.json", tiny)[points()[0]]
+
+    def test_points_of_another_model_or_other_sizes_are_not_mixed(
+        self, tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], tmp_path: Path, override: Override
+    ) -> None:
+        Grid(tmp_path / "grid.json", tiny).run(points()[:1], progress=False)
+        before = (tmp_path / "grid.json").read_bytes()
+        for changes, model in (({}, build_tiny(1)), ({"evaluation.sequences": 7}, tiny)):
+            override({**SMALL, **changes})
+            grid = Grid(tmp_path / "grid.json", model)
+            assert not grid.current
+            assert grid[points()[0]].accuracy >= 0  # what was measured can still be read
+            with pytest.raises(ValueError, match="found points of other weights or parameters"):
+                grid.run(points(), progress=False)
+        assert (tmp_path / "grid.json").read_bytes() == before
+
+
+class TestComparisons:
+    """Differences are paired and average the seeds."""
+
+    @staticmethod
+    def row(accuracies: list[float], path_kls: list[float]) -> Row:
+        """A row with given scores."""
+        return Row(point(), accuracies, [], path_kls, [], None, None, 2.25)
+
+    def test_a_gain_is_relative_and_paired(self) -> None:
+        before = [self.row([0.2, 0.8], [5.0, 50.0]), self.row([0.4, 0.8], [7.0, 52.0])]
+        after = [self.row([0.22, 0.88], [4.0, 49.0]), self.row([0.44, 0.88], [6.0, 51.0])]
+        value, ci = gain(after, before)
+        assert (value, *ci) == pytest.approx((0.1, 0.1, 0.1))
+        value, ci = path_kl_change(after, before)
+        assert (value, *ci) == pytest.approx((-1, -1, -1))
+
+
+@pytest.mark.parametrize("axes", ["reduced", "full"])
+def test_every_point_of_the_study_is_a_configuration(axes: str, override: Override) -> None:
+    override({})
+    found = study.slices(default(f"study.{axes}"))
+    assert sum(map(len, found.values())) > 3
+    for p in (p for ps in found.values() for p in ps):
+        assert json.loads(json.dumps(p)) == p
+        study.ThermoConfig(**{k: v for k, v in p.items() if k not in (study.SEED, study.RECIPE)})

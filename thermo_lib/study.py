@@ -1,0 +1,399 @@
+"""A grid of configurations on the reference model, resumable, every point with paired scores.
+
+A point is a set of ``ThermoConfig`` fields and the seed of its calibration data. All points see the same evaluation
+inputs, so any two can be compared sequence by sequence.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib.calibration import Calibration, calibrate, shared_inputs
+from thermo_lib.config import ThermoConfig
+from thermo_lib.evaluation import Suite, build_suite, interval, markov, masked_token_scores
+from thermo_lib.models import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.quantized_model import QuantizedLM, quantize, requantize_activations, resmooth, smooth_each_layer
+from thermo_lib.ranges import best_starts, input_samples
+from thermo_lib.report import read_json, write_json
+from thermo_lib.time_aware import TimeGroups
+from thermo_lib.transition import path_kl
+
+Point = dict[str, Any]
+Recipe = Literal["best starts", "best per layer"]
+SEED, RECIPE = "calibration_seed", "recipe"
+
+
+def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None, **fields: Any) -> Point:
+    """A point of the grid: what ``study.base`` of ``params.yaml`` says, without smoothing, changed by ``fields``.
+
+    Args:
+        seed: seed of the calibration data.
+        method: smoothing method, None for none.
+        recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every
+            layer choose method and window on the calibration states.
+        fields: ``ThermoConfig`` fields.
+    """
+    config = ThermoConfig(
+        **{
+            **default("study.base"),
+            "enable_boundary_smoothing": method is not None,
+            "smoothing_method": method or "linear",
+            **fields,
+        }
+    )
+    return {SEED: seed, RECIPE: recipe, **config.model_dump()}
+
+
+def key(point: Point) -> str:
+    """A point as text; two points that mean the same have the same."""
+    relevant = dict(point)
+    windowed = point["smoothing_method"] != "spline"
+    if windowed and point[RECIPE] is None:  # a window takes at most half of a group
+        groups = TimeGroups(point["timesteps"], point["num_time_groups"], point["time_group_starts"])
+        longest = max(stop - start for start, stop in groups.ranges)
+        relevant["smoothing_window"] = min(point["smoothing_window"], longest // 2)
+    if not point["enable_boundary_smoothing"] or point["num_time_groups"] == 1 or relevant["smoothing_window"] == 0:
+        relevant |= {"enable_boundary_smoothing": False, "smoothing_method": None, "smoothing_window": None}
+    if not windowed or point[RECIPE] == "best per layer":
+        relevant["smoothing_window"] = None
+    if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
+        for name in ("activation_group_size", "activation_token_states", "range_objective"):
+            relevant[name] = None
+    return json.dumps(relevant, sort_keys=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The scores of one point.
+
+    Attributes:
+        point: what was measured.
+        accuracy_per_sequence: each sequence's share of the masked-token accuracy; the mean is the accuracy.
+        accuracy_per_timestep: masked-token accuracy at each timestep, 0-1.
+        path_kl_per_sequence: nats.
+        path_kl_per_timestep: nats per sequence.
+        markov_score, mean_jump: None where nothing depends on the timestep.
+        bits_per_weight: everything stored for the quantized layers.
+    """
+
+    point: Point
+    accuracy_per_sequence: list[float]
+    accuracy_per_timestep: list[float]
+    path_kl_per_sequence: list[float]
+    path_kl_per_timestep: list[float]
+    markov_score: float | None
+    mean_jump: float | None
+    bits_per_weight: float
+
+    @property
+    def accuracy(self) -> float:
+        """Masked-token accuracy, mean over timesteps, 0-1."""
+        return float(np.mean(self.accuracy_per_sequence))
+
+    @property
+    def path_kl(self) -> float:
+        """Nats per sequence."""
+        return float(np.mean(self.path_kl_per_sequence))
+
+
+def score(lm: DiffusionLM, point: Point, suite: Suite) -> Row:
+    """Measure a model on a suite."""
+    correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
+    path = path_kl(suite.reference, lm, suite.trajectories, suite.timesteps, reference_outputs=suite.reference_outputs)
+    quantized = isinstance(lm, QuantizedLM)
+    smoothness = markov(lm) if quantized else None
+
+    def numbers(values: Tensor) -> list[float]:
+        return values.double().round(decimals=6).tolist()
+
+    return Row(
+        point=point,
+        accuracy_per_sequence=numbers((correct / masked.mean(0)).mean(1)),
+        accuracy_per_timestep=numbers(correct.sum(0) / masked.sum(0)),
+        path_kl_per_sequence=numbers(path.per_sequence.sum(1)),
+        path_kl_per_timestep=numbers(path.per_timestep),
+        markov_score=round(smoothness.score, 6) if smoothness else None,
+        mean_jump=round(smoothness.mean_jump, 6) if smoothness else None,
+        bits_per_weight=round(lm.bits_per_weight, 6) if quantized else 32.0,
+    )
+
+
+# Points are measured in this order, so that neighbours share calibration data, weights and ranges.
+_SHARED = (
+    SEED,
+    "timesteps",
+    "quantizer",
+    "activation_bits",
+    "range_objective",
+    "activation_ranges",
+    "activation_group_size",
+    "activation_token_states",
+    RECIPE,
+)
+
+
+_ACTIVATIONS = (
+    "activation_bits",
+    "activation_ranges",
+    "activation_group_size",
+    "activation_token_states",
+    "range_objective",
+)
+
+
+class Grid:
+    """Measured points, kept in a JSON file that is rewritten whole after every point.
+
+    Args:
+        path: the file; points that it holds are not measured again.
+        reference: the full-precision model.
+
+    Attributes:
+        rows: the points by key.
+        current: whether they were measured on this model with the present parameters.
+    """
+
+    def __init__(self, path: str | Path, reference: DiffusionLM):
+        self.path, self.reference = Path(path), reference
+        self.made_of = {
+            "weights": _digest(reference),
+            "evaluation": default("evaluation"),
+            "ranges": default("ranges"),
+            "calibration": default("calibration"),
+            "quantizers": [default("quant.damping"), default("quant.ridge")],
+        }
+        self.rows: dict[str, Row] = {}
+        self.current = True
+        if self.path.is_file():
+            content = read_json(self.path)
+            self.current = content["made_of"] == self.made_of
+            self.rows = {key(row["point"]): Row(**row) for row in content["rows"]}
+
+    def save(self) -> None:
+        """Write all rows; the earlier file stays whole until the new one is."""
+        rows = [vars(self.rows[k]) for k in sorted(self.rows)]
+        write_json(self.path, {"made_of": self.made_of, "rows": rows})
+
+    def __getitem__(self, point: Point) -> Row:
+        if key(point) not in self.rows:
+            raise ValueError(f"{self.path}: the point {key(point)} has not been measured")
+        return self.rows[key(point)]
+
+    def run(self, points: Iterable[Point], *, progress: bool = True) -> None:
+        """Measure the points that are missing.
+
+        Raises:
+            ValueError: the file holds points of another model or of other parameters.
+        """
+        if not self.current:
+            raise ValueError(f"{self.path}: found points of other weights or parameters, delete it to start anew")
+        missing = list({key(p): p for p in points if key(p) not in self.rows}.values())
+        missing.sort(key=lambda p: (*(str(p[name]) for name in _SHARED), p["num_time_groups"], key(p)))
+        models = _Models(self.reference)
+        for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
+            suite = models.suite(p["timesteps"])
+            self.rows[key(p)] = score(models.build(p), p, suite)
+            self.save()
+
+
+@dataclass
+class _Models:
+    """Builds the models of points; what neighbouring points share is made once."""
+
+    reference: DiffusionLM
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def _once(self, kind: str, what: Any, make: Callable[[], Any]) -> Any:
+        if self.made.get(kind, (None,))[0] != what:
+            self.made[kind] = (what, make())
+        return self.made[kind][1]
+
+    def suite(self, timesteps: int) -> Suite:
+        return self._once("suite", timesteps, lambda: build_suite(self.reference, timesteps=timesteps))
+
+    def calibration(self, p: Point) -> Calibration:
+        make = lambda: calibrate(self.reference, timesteps=p["timesteps"], seed=p[SEED], progress=False)  # noqa: E731
+        return self._once("calibration", (p["timesteps"], p[SEED]), make)
+
+    def build(self, p: Point) -> QuantizedLM:
+        config = ThermoConfig(**{name: value for name, value in p.items() if name not in (SEED, RECIPE)})
+        plain = {"enable_boundary_smoothing": False, "smoothing_method": "linear", "smoothing_window": 1}
+        unsmoothed = config.model_dump() | plain
+        weights_only = {"num_time_groups": 1, "time_group_starts": None}
+        calibration = self.calibration(p)
+        what = (p["timesteps"], p[SEED])
+
+        def make(fields: dict[str, Any]) -> QuantizedLM:
+            return quantize(self.reference, ThermoConfig(**fields), calibration)
+
+        if config.activation_bits == 16:
+            grouped = self._once("grouped", (*what, unsmoothed), lambda: make(unsmoothed))
+            return resmooth(grouped, config.method, config.smoothing_window)
+        base = unsmoothed | weights_only | {name: default("study.base")[name] for name in _ACTIVATIONS}
+        weights = self._once("weights", (*what, base), lambda: make(base))
+
+        def fit(fields: dict[str, Any]) -> QuantizedLM:
+            changes = {name: value for name, value in fields.items() if value != weights.config.model_dump()[name]}
+            return requantize_activations(weights, calibration, reference=self.reference, **changes)
+
+        if p[RECIPE] == "best starts":
+            starts = self._once(
+                "starts",
+                (*what, base, config.num_time_groups, config.activation_bits),
+                lambda: self._starts(weights, calibration, config),
+            )
+            unsmoothed["time_group_starts"] = starts
+        if config.range_objective != "activation" or config.activation_ranges == "dynamic":
+            return fit(config.model_dump() | {"time_group_starts": unsmoothed["time_group_starts"]})
+        ranges = self._once("ranges", (*what, unsmoothed), lambda: fit(unsmoothed))
+        if p[RECIPE] == "best per layer":
+            return smooth_each_layer(ranges, calibration, default("study.full.methods"), default("study.full.windows"))
+        return resmooth(ranges, config.method, config.smoothing_window)
+
+    @staticmethod
+    def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
+        names = [site[0] for site in shared_inputs(weights, list(weights.quantized_layers()))]
+        tokens = default("ranges.tokens")
+        samples = input_samples(weights, calibration, names, config.timesteps, tokens, default("seed"))
+        return best_starts(list(samples.values()), config.timesteps, config.num_time_groups, config.activation_bits)
+
+
+def summary(
+    grid: Grid, configurations: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], baseline: str
+) -> list[dict[str, Any]]:
+    """Rows of a table: scores averaged over seeds, each compared with a baseline.
+
+    Args:
+        grid: the measured points.
+        configurations: name to what ``point`` takes.
+        seeds: seeds of the calibration data.
+        baseline: one of the names.
+    """
+    found = {name: [grid[point(seed, **fields)] for seed in seeds] for name, fields in configurations.items()}
+    rows = []
+    for name, measured in found.items():
+        accuracies = [row.accuracy for row in measured]
+        change, change_ci = gain(measured, found[baseline])
+        kl_change, kl_ci = path_kl_change(measured, found[baseline])
+        scores = [row.markov_score for row in measured if row.markov_score is not None]
+        rows.append(
+            {
+                "name": name,
+                "accuracy": float(np.mean(accuracies)),
+                "seeds": [min(accuracies), max(accuracies)] if len(seeds) > 1 else None,
+                "path_kl": float(np.mean([row.path_kl for row in measured])),
+                "markov_score": float(np.mean(scores)) if scores else None,
+                "gain": None if name == baseline else 100 * change,
+                "gain_ci": None if name == baseline else [100 * end for end in change_ci],
+                "path_kl_change": None if name == baseline else kl_change,
+                "path_kl_change_ci": None if name == baseline else list(kl_ci),
+            }
+        )
+    return rows
+
+
+COLUMNS = {
+    "configuration": ("name", "{}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "seeds": ("seeds", "{0[0]:.4f}..{0[1]:.4f}"),
+    "gain, %": ("gain", "{:+z.2f}"),
+    "95 %": ("gain_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+    "path KL": ("path_kl", "{:.2f}"),
+    "change": ("path_kl_change", "{:+z.2f}"),
+    "95 % ": ("path_kl_change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+    "Markov": ("markov_score", "{:.3f}"),
+}
+
+
+def _digest(lm: DiffusionLM) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(lm.model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+    """Relative accuracy gain over baselines, seeds averaged, with a paired 95 % interval over sequences.
+
+    Args:
+        rows, baselines: the same seeds in the same order.
+    """
+    new, old = (np.mean([row.accuracy_per_sequence for row in side], 0) for side in (rows, baselines))
+    ci = interval(lambda index: float(new[index].mean() / old[index].mean() - 1), len(new))
+    return float(new.mean() / old.mean() - 1), ci
+
+
+def path_kl_change(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+    """Change of path KL in nats, seeds averaged, with a paired 95 % interval over trajectories."""
+    new, old = (np.mean([row.path_kl_per_sequence for row in side], 0) for side in (rows, baselines))
+    return float((new - old).mean()), interval(lambda index: float((new - old)[index].mean()), len(new))
+
+
+def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
+    """The points of a study by question; a full cross of all axes would be far too many.
+
+    Args:
+        axes: a section of ``params.yaml``, ``study.full`` or ``study.reduced``.
+    """
+    seeds, low = axes["seeds"], axes["low_bits"]
+
+    def cross(**values: Sequence[Any]) -> list[Point]:
+        combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+        return [point(seed, **fields) for seed in seeds for fields in combinations if _makes_sense(fields)]
+
+    def crosses(granularities: Sequence[dict[str, Any]], **values: Sequence[Any]) -> list[Point]:
+        return [
+            p
+            for fields in granularities
+            for p in cross(activation_bits=[low], **values, **{name: [value] for name, value in fields.items()})
+        ]
+
+    few, linear = axes["few_groups"], [None, "linear"]
+    return {
+        "dynamic per-token ranges": cross(
+            activation_bits=[bits for bits in axes["activation_bits"] if bits < 16], activation_ranges=["dynamic"]
+        ),
+        "precision": cross(
+            activation_bits=axes["activation_bits"], num_time_groups=few, method=[None, *axes["methods"]]
+        ),
+        "groups": cross(activation_bits=[low], num_time_groups=axes["num_time_groups"], method=linear),
+        "window": cross(
+            activation_bits=[low],
+            num_time_groups=axes["num_time_groups"],
+            method=["linear"],
+            smoothing_window=axes["windows"],
+        ),
+        "granularity": crosses(axes["granularities"], num_time_groups=few, method=linear),
+        "timesteps": cross(activation_bits=[low], timesteps=axes["timesteps"], num_time_groups=few, method=linear),
+        "quantizer": cross(activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear),
+        "recipe": [
+            *crosses(axes["recipes"], recipe=["best starts"], num_time_groups=few, method=linear),
+            *crosses(axes["recipes"], recipe=["best per layer"], num_time_groups=few),
+        ],
+        "objective": [
+            p
+            for objective in ("output", "path_kl")
+            for p in crosses(
+                axes["objectives"][objective],
+                range_objective=[objective],
+                num_time_groups=few,
+                method=[*linear, "spline"],
+            )
+        ],
+    }
+
+
+def _makes_sense(fields: dict[str, Any]) -> bool:
+    """One time group has nothing to smooth and no start to choose."""
+    return fields.get("num_time_groups", 1) > 1 or (fields.get("method") is None and fields.get("recipe") is None)
