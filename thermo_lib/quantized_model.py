@@ -41,7 +41,7 @@ from thermo_lib.quant import (
     refit,
     round_to_nearest,
 )
-from thermo_lib.ranges import TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
+from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
 from thermo_lib.transition import fit_to_path_kl
 
@@ -253,18 +253,30 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
                 _install(lm, name, pack(codes, config.bit_width))
 
 
+def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
+    """The quantized layers, those that share an input together, with a random sample of that input.
+
+    Args:
+        lm: a quantized model.
+        calibration: the states.
+    """
+    sites = shared_inputs(lm, list(lm.quantized_layers()))
+    tokens, seed = default("ranges.tokens"), default("seed")
+    samples = input_samples(lm, calibration, [site[0] for site in sites], lm.config.timesteps, tokens, seed)
+    return [(site, samples[site[0]]) for site in sites]
+
+
 def _fit_ranges(lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration, progress: bool) -> None:
     """Fit static activation ranges to the configuration's objective; layers that share an input share them."""
     config, groups = lm.config, lm.config.time_groups
     layers = lm.quantized_layers()
-    sites = shared_inputs(lm, list(layers))
     seed, settings = default("seed"), default("ranges")
-    samples = input_samples(lm, calibration, [s[0] for s in sites], config.timesteps, settings["tokens"], seed)
+    sites = site_samples(lm, calibration)
     weights = BoundarySmoother(config.method, config.smoothing_window).weights(groups.ranges)
     ranges: dict[str, TrainableRanges] = {}
-    for site in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
+    for site, sample in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
-            samples[site[0]],
+            sample,
             groups,
             config.activation_bits,
             token_states=config.activation_token_states,
@@ -275,7 +287,7 @@ def _fit_ranges(lm: QuantizedLM, reference: DiffusionLM | None, calibration: Cal
             weight = torch.cat([layers[name].weight() for name in site])
             fit_to_output(
                 fitted,
-                samples[site[0]],
+                sample,
                 weight,
                 steps=settings["output_steps"],
                 batch=settings["output_batch"],
@@ -449,17 +461,15 @@ def smooth_each_layer(
     """
     config = lm.config
     layers = lm.quantized_layers()
-    sites = shared_inputs(lm, list(layers))
-    names, ranges = [site[0] for site in sites], config.time_groups.ranges
-    samples = input_samples(lm, calibration, names, config.timesteps, default("ranges.tokens"), default("seed"))
+    ranges = config.time_groups.ranges
     choices = [(None, 1), *((method, window) for method in methods for window in windows)]
     chosen: dict[str, list[TimeGroupParams]] = {}
-    for site in sites:
+    for site, sample in site_samples(lm, calibration):
         params = lm.activation_params[site[0]]
         start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
         weight = torch.cat([layers[name].weight() for name in site])
 
-        def error(choice: tuple[str | None, int], start=start, weight=weight, sample=samples[site[0]]) -> float:
+        def error(choice: tuple[str | None, int], start=start, weight=weight, sample=sample) -> float:
             matrix = BoundarySmoother(*choice).weights(ranges)
             fitted = TrainableRanges(*start, matrix, config.activation_bits, config.activation_group_size)
             return output_error(fitted, sample, weight)

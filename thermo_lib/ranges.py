@@ -67,6 +67,12 @@ def input_samples(
     }
 
 
+def _spanning(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Scale and whole zero point of the range from ``low`` (at most 0) to ``high`` (at least 0)."""
+    scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
+    return scale, (-low / scale).round()
+
+
 def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a static activation range, clipped for least squared error.
 
@@ -94,8 +100,7 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     shares = torch.logspace(0, -2, 41)
 
     def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
-        scale = ((high * high_share - low * low_share) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
-        return scale, (-low * low_share / scale).round()
+        return _spanning(low * low_share, high * high_share, bits)
 
     def error(low_share: Tensor, high_share: Tensor) -> float:
         return float((fake_quantize(values, *parameters(low_share, high_share), bits) - values).square().mean())
@@ -166,8 +171,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
         error = torch.zeros((timesteps, len(shares) ** 2), dtype=torch.float64)
         steps = [sample.x[sample.timestep == t] for t in range(timesteps)]
         for number, (a, b) in enumerate((a, b) for a in shares for b in shares):
-            scale = ((high * b - low * a) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
-            zero = (-low * a / scale).round()
+            scale, zero = _spanning(low * a, high * b, bits)
             for t, x in enumerate(steps):
                 error[t, number] = (fake_quantize(x, scale, zero, bits) - x).square().sum()
         error /= torch.stack([x.double().square().sum() for x in steps])[:, None]
@@ -249,12 +253,19 @@ def output_error(ranges: TrainableRanges, sample: InputSample, weight: Tensor) -
         return float(error.square().sum() / (sample.x @ weight.T).square().sum())
 
 
-def parameter_groups(ranges: Sequence[TrainableRanges], lr: float) -> list[dict[str, object]]:
-    """Adam's parameter groups: scales move relatively, zero points by codes, ten times as fast."""
-    return [
+def descent(
+    ranges: Sequence[TrainableRanges], steps: int, lr: float
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LinearLR]:
+    """Adam with a learning rate that falls linearly to zero.
+
+    Scales move relatively, zero points by codes, ten times as fast.
+    """
+    groups = [
         {"params": [r.log_scale for r in ranges], "lr": lr},
         {"params": [r.zero_point for r in ranges], "lr": 10 * lr},
     ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
 
 
 def fit_to_output(
@@ -276,8 +287,7 @@ def fit_to_output(
     values, vectors = torch.linalg.eigh(gram.double())
     root = (vectors * values.clamp(min=0).sqrt()).float()  # (e @ root).square().sum() = |weight e|^2
     energy = (sample.x @ root).square().sum(-1).mean()
-    optimizer = torch.optim.Adam(parameter_groups([ranges], lr), betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    optimizer, schedule = descent([ranges], steps, lr)
     with torch.enable_grad():
         for _ in range(steps):
             rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.calibration import Calibration, calibrate, shared_inputs
+from thermo_lib.calibration import Calibration, calibrate
 from thermo_lib.config import ThermoConfig
 from thermo_lib.evaluation import Suite, build_suite, interval, markov, masked_token_scores
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
-from thermo_lib.quantized_model import QuantizedLM, quantize, requantize_activations, resmooth, smooth_each_layer
-from thermo_lib.ranges import best_starts, input_samples
+from thermo_lib.quantized_model import (
+    QuantizedLM,
+    quantize,
+    requantize_activations,
+    resmooth,
+    site_samples,
+    smooth_each_layer,
+)
+from thermo_lib.ranges import best_starts
 from thermo_lib.report import read_json, write_json
 from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
@@ -262,10 +269,8 @@ class _Models:
 
     @staticmethod
     def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
-        names = [site[0] for site in shared_inputs(weights, list(weights.quantized_layers()))]
-        tokens = default("ranges.tokens")
-        samples = input_samples(weights, calibration, names, config.timesteps, tokens, default("seed"))
-        return best_starts(list(samples.values()), config.timesteps, config.num_time_groups, config.activation_bits)
+        samples = [sample for _, sample in site_samples(weights, calibration)]
+        return best_starts(samples, config.timesteps, config.num_time_groups, config.activation_bits)
 
 
 def summary(

@@ -22,7 +22,7 @@ from thermo_lib.calibration import Calibration, States
 from thermo_lib.diffusion import unmask_probabilities
 from thermo_lib.models import NO_PROBABILITY, DiffusionLM
 from thermo_lib.quant import QuantizedLinear
-from thermo_lib.ranges import TrainableRanges, parameter_groups
+from thermo_lib.ranges import TrainableRanges, descent
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def fit_to_path_kl(
     rho = unmask_probabilities(timesteps).float()
     layers = {name: quantized.model.get_submodule(name) for name in ranges}
     distinct = list({id(r): r for r in ranges.values()}.values())
-    optimizer = torch.optim.Adam(parameter_groups(distinct, lr), betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    optimizer, schedule = descent(distinct, steps, lr)
+    model_timesteps = next(iter(layers.values())).timesteps
     sizes = torch.tensor([float(len(part.ids)) for part in calibration.parts])
     losses: list[float] = []
     with torch.enable_grad(), _InputsQuantizedBy(layers, ranges) as inputs:
@@ -173,8 +173,7 @@ def fit_to_path_kl(
             rows = torch.randint(len(part.ids), (min(batch, len(part.ids)),), generator=generator)
             ids, is_masked, timestep = part.ids[rows], part.is_masked[rows], part.timestep[rows]
             p = reference.logits(ids, is_masked).log_softmax(-1)
-            first = next(iter(layers.values()))
-            inputs.describe(ids == quantized.mask_token_id, timestep * first.timesteps // timesteps)
+            inputs.describe(ids == quantized.mask_token_id, timestep * model_timesteps // timesteps)
             logits = quantized.model.lm_head(quantized.model.hidden(ids)[is_masked])
             logits = logits.index_fill(-1, torch.tensor([quantized.mask_token_id]), NO_PROBABILITY)
             divergence = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
