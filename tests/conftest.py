@@ -3,7 +3,6 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -83,7 +82,9 @@ def calibration(tiny: DiffusionLM, random_ids: Callable[..., torch.Tensor]) -> C
 
 
 @pytest.fixture
-def override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Any]], None]:
+def override(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[dict[str, Any]], None]:
     """Gives keys of ``params.yaml``, dotted, other values for the length of a test."""
     content = yaml.safe_load(params.PARAMS_FILE.read_text(encoding="utf-8"))
 
@@ -94,7 +95,7 @@ def override(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[
             target = changed[section] if section else changed
             assert name in target, f"params.yaml has no {key}"
             target[name] = value
-        path = tmp_path / "params.yaml"
+        path = tmp_path_factory.mktemp("params") / "params.yaml"
         path.write_text(yaml.safe_dump(changed), encoding="utf-8")
         params._read.cache_clear()
         monkeypatch.setattr(params, "PARAMS_FILE", path)

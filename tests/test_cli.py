@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -220,6 +221,40 @@ class TestTidy:
         status, _, err = run("tidy", "absent.ipynb")
         assert status == 2
         assert "absent.ipynb" in err
+
+
+class TestPoint:
+    """One configuration of the study."""
+
+    def test_it_prints_the_scores_of_all_seeds(
+        self, run: Run, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        base = {**default("study.base"), "quantizer": "rtn", "timesteps": 4, "group_size": 16}
+        override({**TINY_PARAMS, "study.base": base})
+        monkeypatch.setattr(command_line, "load_model", lambda name: tiny)
+        fields = {"activation_bits": 8, "num_time_groups": 2, "method": "linear"}
+        words = shlex.split(study.command(fields, [0, 1]))
+        assert words[:3] == ["python", "-m", "thermo_lib"]
+        code, out, _ = run(*words[3:], "--output", "points.json")
+        assert code == 0
+        grid = study.Grid("points.json", tiny)
+        accuracies = [grid[study.point(seed, **fields)].accuracy for seed in (0, 1)]
+        assert "activation_bits=8 num_time_groups=2 method=linear" in out
+        assert f"{min(accuracies):.4f}..{max(accuracies):.4f}" in out
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("activation_bits", "point: found 'activation_bits', expected NAME=VALUE"),
+            ("seed=1", "NAME one of method, recipe, bit_width"),
+            ("num_time_groups=0", "num_time_groups"),
+            ("method=quadratic", "smoothing_method"),
+        ],
+    )
+    def test_a_wrong_word_is_refused_before_any_work(self, run: Run, word: str, message: str) -> None:
+        code, _, err = run("point", word)
+        assert code == 2
+        assert message in err
 
 
 class TestStudy:

@@ -294,6 +294,22 @@ class TestPuzzles:
         result = evaluate_jsonl(oracle(puzzles, tokenizer), path, "countdown")
         assert result == PuzzleResult([p.output for p in puzzles], [True] * 4)
 
+    def test_path_kl_bounds_the_change_of_what_is_solved(self, tokenizer: Tokenizer) -> None:
+        puzzles = data.make_puzzles("sudoku", 30, 0, test=True)
+        sure = oracle(puzzles, tokenizer)
+        answer_tokens = float(data.encode_puzzles(puzzles, tokenizer, default("data.task_length"))[1].sum(1)[0])
+        assert ev.puzzles_under_bound(sure, sure, puzzles, timesteps=1) == {
+            "path_kl": 0, "bound": 0, "solved_reference": 1, "solved": 1, "difference": 0
+        }  # fmt: skip
+        for logit in (14, 11):
+            found = ev.puzzles_under_bound(sure, FixedLM(sure.table * logit / 50, tokenizer), puzzles, timesteps=1)
+            # The sure model gives its token all the probability, so each token's divergence is -log q(token).
+            others = tokenizer.get_vocab_size() - 2
+            expected = answer_tokens * math.log1p(others * math.exp(-logit))
+            assert found["path_kl"] == pytest.approx(expected, rel=1e-3)
+            assert found["bound"] == pytest.approx(math.sqrt(expected / 2), rel=1e-3)
+            assert found["difference"] == 1 - found["solved"] <= found["bound"]
+
     def test_a_bad_file_is_named(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         path = tmp_path / "puzzles.jsonl"
         path.write_text("{}\n", encoding="utf-8")

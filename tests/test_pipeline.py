@@ -85,11 +85,11 @@ ALL_BUT_TRAINING = {
         ("quant.smoothing_window", {"boundary_smoothing", "report"}),
         ("quant.num_time_groups", {"boundary_smoothing", "report"}),
         ("study.reduced.seeds", {"smoothing_study"}),
-        ("targets.accuracy_gain", {"boundary_smoothing", "report"}),
+        ("targets.accuracy_gain", {"boundary_smoothing", "report", "smoothing_study"}),
         ("calibration.code_sequences", ALL_BUT_TRAINING - {"reference_model"}),
         ("quant.damping", {"int2_baseline", "boundary_smoothing", "report", "smoothing_study"}),
         ("evaluation.sequences", ALL_BUT_TRAINING - {"calibration"}),
-        ("quant.timesteps", ALL_BUT_TRAINING - {"smoothing_study"}),
+        ("quant.timesteps", ALL_BUT_TRAINING),
         ("train.steps", {"train", *ALL_BUT_TRAINING}),
     ],
 )

@@ -457,8 +457,9 @@ class TestQuantizedLinear:
 
     def test_parameters_follow_the_timestep(self) -> None:
         quantized = round_to_nearest(weights(2, 4, 0), 4, 4)
-        layer = linear_of(quantized, weight_rows=2, timesteps=4)
-        layer.scale[1], layer.zero_point[1] = quantized.scale * 2, quantized.zero_point
+        layer = linear_of(quantized, timesteps=4)
+        layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
+        layer.zero_point = torch.stack([quantized.zero_point] * 2)
         layer.weight_row = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
         found = []
         for timestep in range(4):
@@ -487,7 +488,7 @@ class TestQuantizedLinear:
 
     def test_static_activation_parameters_follow_the_timestep(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
-        layer = linear_of(quantized, activation_bits=4, activation_rows=2, timesteps=2)
+        layer = linear_of(quantized, activation_bits=4, timesteps=2)
         layer.activation_scale = torch.tensor([0.1, 0.5]).view(2, 1, 1)
         layer.activation_zero_point = torch.tensor([8.0, 7.0]).view(2, 1, 1)
         layer.activation_row = torch.tensor([0, 1], dtype=torch.int32)
@@ -499,7 +500,7 @@ class TestQuantizedLinear:
 
     def test_static_activation_parameters_follow_token_state_and_channel_group(self) -> None:
         quantized = round_to_nearest(weights(3, 5, 0), 8, 5)
-        layer = linear_of(quantized, activation_bits=4, activation_rows=1, activation_group_size=2)
+        layer = linear_of(quantized, activation_bits=4, activation_group_size=2)
         layer.activation_scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
         layer.activation_zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
         is_masked = torch.tensor([[True, False], [False, False]])

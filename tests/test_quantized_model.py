@@ -18,6 +18,7 @@ from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.quantized_model import (
     QuantizedLM,
     linear_names,
+    optimize_transitions,
     requantize_activations,
     resmooth,
     smooth_each_layer,
@@ -28,6 +29,7 @@ TIMESTEPS = 6
 # Neither 32 nor 48 input features are a multiple of 20, so that the last group of every row is shorter.
 BASE = {
     "bit_width": 2,
+    "transitions": "none",
     "quantizer": "rtn",
     "group_size": 20,
     "activation_bits": 16,
@@ -73,6 +75,12 @@ Quantize = Callable[..., QuantizedLM]
 def config_of(**changes: Any) -> ThermoConfig:
     """The tests' configuration with changes."""
     return ThermoConfig(**{**BASE, **changes})
+
+
+@pytest.fixture(autouse=True)
+def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
+    """What is trained is trained for a second."""
+    override({"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40})
 
 
 @pytest.fixture(scope="module")
@@ -580,7 +588,7 @@ class TestRangeObjectives:
         assert torch.equal(outputs(weights), before[0])
         assert torch.equal(outputs(tiny), before[1])
         assert torch.equal(outputs(fitted), outputs(quantized(activation_bits=4, range_objective="path_kl")))
-        assert not any(layer._forward_pre_hooks for layer in fitted.quantized_layers().values())
+        assert weights.quantized_layers().keys() == fitted.quantized_layers().keys() == set(weights.weight_params)
 
     def test_path_kl_needs_the_full_precision_model(self, quantized: Quantize, calibration: Calibration) -> None:
         with pytest.raises(ValueError, match="reference: found None, required by range_objective='path_kl'"):
@@ -616,3 +624,78 @@ class TestRangeObjectives:
                 for m, w in ((None, 1), *itertools.product(("linear", "cubic", "sigmoid"), (1, 2)))
             ]
             assert any(torch.equal(found, table) for table in tables), name
+
+    def test_the_choice_by_path_kl_is_never_worse_than_no_smoothing(
+        self, tiny: DiffusionLM, quantized: Quantize, calibration: Calibration, outputs: Outputs
+    ) -> None:
+        rough = quantized(activation_bits=3, num_time_groups=2)
+        before = outputs(rough)
+        free = smooth_each_layer(rough, calibration, ["linear"], [1], reference=tiny)
+        assert torch.equal(outputs(rough), before)
+        (states,) = calibration.parts  # fewer than ranges.choice_states: it chose on all of them
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (rough, free)]
+        assert totals[1] <= totals[0] + 1e-6
+        assert len({name for name, params in free.activation_params.items() if params[1].scale != params[2].scale}) > 0
+
+
+class TestOptimizeTransitions:
+    """Weights' parameters, ranges and codes trained together for least path KL."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"activation_bits": 4, "activation_ranges": "dynamic"},
+            {"activation_bits": 4, "activation_token_states": True, **SMOOTH},
+        ],
+        ids=["W2A16", "dynamic", "static"],
+    )
+
+    @every_way
+    @pytest.mark.parametrize("codes", [False, True])
+    def test_it_lowers_path_kl_and_leaves_the_given_models(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+        codes: bool,
+    ) -> None:
+        start = quantized(**changes)
+        before = outputs(start), outputs(tiny)
+        trained = optimize_transitions(start, tiny, calibration, codes=codes)
+        assert torch.equal(outputs(start), before[0])
+        assert torch.equal(outputs(tiny), before[1])
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.95 * totals[0]
+        assert trained.bits_per_weight == start.bits_per_weight
+        same_codes = [
+            torch.equal(layer.packed, trained.quantized_layers()[name].packed)
+            for name, layer in start.quantized_layers().items()
+        ]
+        assert all(same_codes) != codes
+
+    @every_way
+    def test_it_is_the_last_phase_of_quantizing_and_survives_saving(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        tmp_path: Path,
+        changes: dict[str, Any],
+    ) -> None:
+        whole = quantized(transitions="parameters", **changes)
+        trained = optimize_transitions(quantized(**changes), tiny, calibration)
+        assert torch.equal(outputs(whole), outputs(trained))
+        assert whole.config == trained.config
+        save_quantized(whole, tmp_path / "q")
+        assert torch.equal(outputs(load_quantized(tmp_path / "q")), outputs(whole))
+
+    def test_weights_that_depend_on_the_timestep_are_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
+            optimize_transitions(quantized(**SMOOTH), tiny, calibration)

@@ -21,6 +21,8 @@ SMALL = {
     "ranges.tokens": 16,
     "ranges.output_steps": 3,
     "ranges.path_kl_steps": 3,
+    "ranges.choice_states": 4,
+    "transition.steps": 3,
     "evaluation.sequences": 6,
     "evaluation.trajectories": 4,
     "evaluation.sudoku": 2,
@@ -45,6 +47,9 @@ def points() -> list[study.Point]:
         point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="spline", range_objective="path_kl"),
         point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best starts", method="linear"),
         point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best per layer"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best per layer by path KL"),
+        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="linear", transitions="parameters"),
+        point(quantizer="rtn", activation_bits=4, activation_ranges="dynamic", transitions="codes"),
         point(seed=1, quantizer="rtn", activation_bits=4, activation_token_states=True),
     ]
 
@@ -146,6 +151,40 @@ class TestComparisons:
         assert (value, *ci) == pytest.approx((0.1, 0.1, 0.1))
         value, ci = path_kl_change(after, before)
         assert (value, *ci) == pytest.approx((-1, -1, -1))
+
+    def test_verdicts_average_the_seeds(self, tmp_path: Path, tiny: DiffusionLM) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny)
+        fields = {"activation_bits": 4, "num_time_groups": 2}
+        for seed in (0, 1):
+            for method, accuracy, jump in ((None, 0.4, 0.2), ("linear", 0.41 + 0.01 * seed, 0.05 + 0.06 * seed)):
+                p = point(seed, method, **fields)
+                grid.rows[key(p)] = Row(p, [accuracy, accuracy], [], [1.0], [], 0.8 + 0.1 * seed, jump, 2.25)
+        gain_row, markov_row, cut_row = study.verdicts(grid, fields, ["linear"], [0, 1])
+        assert gain_row["value"] == pytest.approx(0.0375)
+        assert gain_row["verdict"] == "met"  # 2 %, and no two sequences differ
+        assert (markov_row["value"], markov_row["verdict"]) == (pytest.approx(0.85), "inconclusive")  # 0.8 and 0.9
+        assert cut_row["ci"] == pytest.approx([0.45, 0.75])
+        assert cut_row["verdict"] == "inconclusive"
+        assert {row["precision"] for row in (gain_row, markov_row, cut_row)} == {"W2A4"}
+
+    def test_only_what_all_seeds_have_is_averaged(self, tmp_path: Path, tiny: DiffusionLM) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny)
+        for seed, bits in ((0, 16), (1, 16), (0, 8)):
+            p = point(seed, activation_bits=bits)
+            grid.rows[key(p)] = self.row([0.2 + 0.2 * seed] * 2, [1.0 + 2 * seed])
+            grid.rows[key(p)].point.update(p)
+        (both,) = study.over_seeds(grid, [0, 1])
+        assert both == {"point": point(0), "accuracy": pytest.approx(0.3), "path_kl": 2.0, "markov_score": None}
+        assert len(study.over_seeds(grid, [0])) == 2
+
+    def test_a_field_that_is_newer_than_the_file_had_its_default(self, tmp_path: Path, tiny: DiffusionLM) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny)
+        grid.rows[key(point())] = self.row([0.5], [1.0])
+        grid.save()
+        content = json.loads((tmp_path / "grid.json").read_text())
+        del content["rows"][0]["point"]["transitions"]
+        (tmp_path / "grid.json").write_text(json.dumps(content))
+        assert Grid(tmp_path / "grid.json", tiny)[point()].accuracy == 0.5
 
 
 @pytest.mark.parametrize("axes", ["reduced", "full"])

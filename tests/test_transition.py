@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 from torch import Tensor
@@ -20,7 +20,8 @@ from torch import Tensor
 from thermo_lib import generate, path_kl
 from thermo_lib.calibration import States, trajectory_states
 from thermo_lib.models import DiffusionLM
-from thermo_lib.transition import reference_logits
+from thermo_lib.quant import QuantizedLinear, gptq, pack
+from thermo_lib.transition import TrainableWeight, reference_logits
 
 MASK, LENGTH, VOCABULARY = 0, 2, 4
 TEXTS = list(itertools.product(range(1, VOCABULARY), repeat=LENGTH))
@@ -232,3 +233,69 @@ class TestPathKL:
         lm = ToyLM.random(0)
         with pytest.raises(ValueError, match=rf"expected every sequence at each of {timesteps} timesteps"):
             path_kl(lm, lm, states, timesteps)
+
+
+class TestTrainableWeight:
+    """A quantized weight that can be trained."""
+
+    @pytest.fixture
+    @classmethod
+    def weight(cls) -> Tensor:
+        """Three rows of ten, so that the last group of four is shorter."""
+        return torch.randn((3, 10), generator=torch.Generator().manual_seed(0))
+
+    @pytest.fixture
+    @classmethod
+    def layer(cls, weight: Tensor) -> QuantizedLinear:
+        """Two bits by GPTQ, whose codes aren't the nearest."""
+        inputs = torch.randn((50, 10), generator=torch.Generator().manual_seed(1)) @ torch.randn((10, 10))
+        found = gptq(weight, inputs.T @ inputs, 2, 4, damping=0.01, ridge=0.001)
+        layer = QuantizedLinear(10, 3, bits=2, group_size=4, bias=False)
+        layer.packed, layer.scale, layer.zero_point = pack(found.codes, 2), found.scale[None], found.zero_point[None]
+        return layer
+
+    @pytest.mark.parametrize("codes", [False, True])
+    def test_it_starts_as_the_layer_and_is_stored_as_it(
+        self, layer: QuantizedLinear, weight: Tensor, codes: bool
+    ) -> None:
+        trainable = TrainableWeight(layer, weight if codes else None)
+        torch.testing.assert_close(trainable(), layer.weight())
+        stored = trainable.quantized()
+        assert torch.equal(pack(stored.codes, 2), layer.packed)
+        torch.testing.assert_close(stored.scale, layer.scale[0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(stored.zero_point, layer.zero_point[0])
+
+    def test_a_code_starts_on_the_side_of_its_weight(self, layer: QuantizedLinear, weight: Tensor) -> None:
+        trainable = TrainableWeight(layer, weight)
+        beyond = weight - layer.weight()
+        moved = trainable.position - trainable.codes()
+        assert (moved.abs() < 0.5).all()
+        clear = beyond.abs() > 1e-3
+        assert torch.equal(moved[clear].sign(), beyond[clear].sign())
+
+    def test_gradients_are_those_of_the_dequantized_weight(self, layer: QuantizedLinear, weight: Tensor) -> None:
+        trainable = TrainableWeight(layer, weight)
+        trainable().sum().backward()
+        codes, scale = trainable.codes().detach(), layer.scale[0].float()
+        width = torch.tensor([4.0, 4.0, 2.0])
+        torch.testing.assert_close(trainable.zero_point.grad, -scale * width)
+        sums = torch.stack([part.sum(1) for part in codes.split(4, 1)], 1)
+        torch.testing.assert_close(
+            trainable.log_scale.grad, scale * (sums - width * layer.zero_point[0].float()), rtol=1e-3, atol=1e-5
+        )
+        # Straight through the rounding: a code is worth its group's scale.
+        torch.testing.assert_close(trainable.position.grad, scale.repeat_interleave(4, 1)[:, :10])
+
+    def test_a_code_that_was_trained_past_the_last_one_stays_it(self, layer: QuantizedLinear, weight: Tensor) -> None:
+        trainable = TrainableWeight(layer, weight)
+        with torch.no_grad():
+            trainable.position += 9
+        assert (trainable.quantized().codes == 3).all()
+
+    @given(seed=st.integers(0, 10_000))
+    @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+    def test_the_stored_code_is_the_nearest(self, layer: QuantizedLinear, weight: Tensor, seed: int) -> None:
+        trainable = TrainableWeight(layer, weight)
+        with torch.no_grad():
+            trainable.position.uniform_(-0.4, 3.4, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(trainable.quantized().codes.float(), trainable.position.round().abs())

@@ -7,7 +7,7 @@ from thermo_lib.diffusion import generate
 from thermo_lib.evaluation import build_suite, evaluate, evaluate_jsonl, validate
 from thermo_lib.models import load_model
 from thermo_lib.notebooks import reproducible
-from thermo_lib.quantized_model import load_quantized, quantize, save_quantized
+from thermo_lib.quantized_model import load_quantized, optimize_transitions, quantize, save_quantized
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups, markov_report
 from thermo_lib.transition import path_kl
 
@@ -26,6 +26,7 @@ __all__ = [
     "load_model",
     "load_quantized",
     "markov_report",
+    "optimize_transitions",
     "path_kl",
     "quantize",
     "reproducible",

@@ -1,7 +1,7 @@
-"""The command line: ``python -m thermo_lib benchmark``, ``study`` and ``tidy``.
+"""The command line: ``python -m thermo_lib benchmark``, ``study``, ``point`` and ``tidy``.
 
 ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
-``study`` measures the points of the grid behind the notebook ``06_smoothing_study``.
+``study`` measures the points of the grid behind the notebook ``06_smoothing_study``, ``point`` any single one.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
+import yaml
 from tqdm import tqdm
 
 from thermo_lib import report
@@ -30,7 +31,7 @@ from thermo_lib.models import load_model
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
 from thermo_lib.quantized_model import quantize, resmooth
-from thermo_lib.study import Grid, slices
+from thermo_lib.study import COLUMNS, Grid, configuration, point, slices, summary
 from thermo_lib.time_aware import METHODS, WINDOWED
 
 
@@ -61,6 +62,13 @@ def _parser() -> argparse.ArgumentParser:
     grid = commands.add_parser("study", help="measure the points of the smoothing study that are still missing")
     grid.add_argument("--axes", choices=["reduced", "full"], default="reduced", help="section of params.yaml")
     grid.add_argument("--output", type=Path, required=True, help="JSON file of the points; what it holds is kept")
+
+    single = commands.add_parser("point", help="measure one configuration of the smoothing study")
+    single.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="e.g. activation_bits=4 method=linear")
+    single.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration data (%(default)s)")
+    single.add_argument(
+        "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
+    )
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
@@ -112,6 +120,25 @@ def run_study(arguments: argparse.Namespace) -> None:
     grid.run(p for points in slices(default(f"study.{arguments.axes}")).values() for p in points)
 
 
+def run_point(arguments: argparse.Namespace) -> None:
+    """Measure one configuration and print its scores, averaged over the seeds."""
+    fields = {}
+    for word in arguments.fields:
+        name, equals, value = word.partition("=")
+        allowed = ["method", "recipe", *ThermoConfig.model_fields]
+        if not equals or name not in allowed:
+            raise ValueError(f"point: found {word!r}, expected NAME=VALUE, NAME one of {', '.join(allowed)}")
+        fields[name] = yaml.safe_load(value)
+    points = [point(seed, **fields) for seed in arguments.seeds]
+    for p in points:
+        configuration(p)  # refuses a wrong value before any work
+    reproducible()
+    grid = Grid(arguments.output, load_model("reference"))
+    grid.run(points)
+    name = " ".join(arguments.fields)
+    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     transformers.logging.set_verbosity_error()
@@ -121,6 +148,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_benchmark(arguments)
         elif arguments.command == "study":
             run_study(arguments)
+        elif arguments.command == "point":
+            run_point(arguments)
         else:
             tidy(arguments.notebook)
     except (ValueError, OSError) as error:

@@ -32,6 +32,8 @@ class ThermoConfig(BaseModel):
         activation_token_states: static ranges of their own for masked and for unmasked tokens.
         range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
             itself), the squared error of the layer's ``output``, or the model's ``path_kl`` (both after smoothing).
+        transitions: ``none``, or what is trained for least path KL once everything is quantized: the ``parameters``
+            (weights' scales and zero points, static activation ranges) or the weights' ``codes`` too.
         timesteps: number of denoising steps ``T`` that the time groups divide.
         num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
             parameters where activations are quantized, otherwise the weights' scales and zero points.
@@ -54,6 +56,7 @@ class ThermoConfig(BaseModel):
     activation_group_size: int | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
+    transitions: Literal["none", "parameters", "codes"] = _from_params("transitions")
     timesteps: int = _from_params("timesteps", ge=1)
     num_time_groups: int = _from_params("num_time_groups", ge=1)
     time_group_starts: tuple[int, ...] | None = _from_params("time_group_starts")
@@ -90,7 +93,7 @@ class ThermoConfig(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether any part of this configuration is fitted on calibration states."""
         static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
-        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations
+        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations or self.transitions != "none"
 
     @property
     def precision(self) -> str:

@@ -6,6 +6,7 @@ Every model sees the same sequences, masks and puzzles, so differences are paire
 percentiles over sequences.
 """
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -175,6 +176,43 @@ def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bo
         ValueError: unknown task, malformed line, or a puzzle that doesn't fit the model's task length.
     """
     return solve_puzzles(lm, data.read_jsonl(path, task), progress=progress)
+
+
+def puzzles_under_bound(
+    reference: DiffusionLM, quantized: DiffusionLM, puzzles: list[data.Puzzle], timesteps: int, seed: int = 0
+) -> dict[str, float]:
+    """What path KL promises about solved puzzles, and what is solved.
+
+    Both models denoise with the ancestral sampler at temperature 1, to which path KL belongs. Whether a puzzle is
+    solved is a function of the path, so by data processing and Pinsker's inequality the shares of solved puzzles
+    differ by at most ``sqrt(path KL / 2)``, the path KL averaged over the puzzles (the root is concave).
+
+    Args:
+        reference: the full-precision model.
+        quantized: the other model.
+        puzzles: of one or several tasks.
+        timesteps: ``T``.
+        seed: seeds both samplers.
+
+    Returns:
+        ``path_kl`` (nats per puzzle), ``bound``, and ``solved_reference``, ``solved``, ``difference`` (0-1).
+    """
+    ids, is_answer = data.encode_puzzles(puzzles, reference.tokenizer, default("data.task_length"))
+    states = trajectory_states(reference, ids, is_answer, timesteps, seed)
+    divergence = path_kl(reference, quantized, states, timesteps).total
+    start = torch.where(is_answer, reference.mask_token_id, ids)
+    solved = []
+    for lm in (reference, quantized):
+        filled = generate(lm, start, timesteps=timesteps, sampler="origin", temperature=1.0, seed=seed)
+        answers = data.decode_answers(filled, is_answer, lm.tokenizer)
+        solved.append(sum(data.is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)) / len(puzzles))
+    return {
+        "path_kl": divergence,
+        "bound": math.sqrt(divergence / 2),
+        "solved_reference": solved[0],
+        "solved": solved[1],
+        "difference": abs(solved[1] - solved[0]),
+    }
 
 
 @torch.no_grad()
@@ -462,7 +500,7 @@ def smoothing_overhead(
     return measured
 
 
-def _target(
+def target_row(
     name: str,
     config: ThermoConfig,
     method: str | None,
@@ -490,7 +528,7 @@ def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, 
     """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
     bound = default("targets.overhead")
     return [
-        _target(
+        target_row(
             f"overhead of {work}",
             config,
             method,
@@ -517,7 +555,7 @@ def same_outputs(a: DiffusionLM, b: DiffusionLM, suite: Suite, sequences: int = 
 
 def identity_target(same: bool, config: ThermoConfig) -> dict[str, Any]:
     """The target that smoothing, switched off, leaves every bit as it was."""
-    return _target("bit-identical with smoothing off", config, None, 1.0, float(same))
+    return target_row("bit-identical with smoothing off", config, None, 1.0, float(same))
 
 
 def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:
@@ -567,12 +605,12 @@ def smoothing_targets(
     gain = relative_accuracy_gain(evaluation, baseline)
     smooth, rough = markov(lm), markov(unsmoothed)
     rows = [
-        _target("relative accuracy gain", config, method, default("targets.accuracy_gain"), *gain),
-        _target("Markov score", config, method, default("targets.markov_score"), smooth.score),
+        target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), *gain),
+        target_row("Markov score", config, method, default("targets.markov_score"), smooth.score),
     ]
     if rough.mean_jump > 0:
         cut = 1 - smooth.mean_jump / rough.mean_jump
-        rows.append(_target("cut of the mean parameter jump", config, method, default("targets.jump_cut"), cut))
+        rows.append(target_row("cut of the mean parameter jump", config, method, default("targets.jump_cut"), cut))
     return rows
 
 

@@ -102,7 +102,8 @@ def check_weight(weight: Tensor, name: str = "weight") -> None:
         )
 
 
-def _storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and zero point as float16, inside what it can hold."""
     scale = scale.clamp(SMALLEST_SCALE, LARGEST).to(torch.float16)
     return scale, zero_point.clamp(-LARGEST_ZERO_POINT, LARGEST_ZERO_POINT).to(torch.float16)
 
@@ -123,7 +124,7 @@ def minmax_parameters(weight: Tensor, bits: int, shrink: float = 1.0) -> tuple[T
     low, high = weight.amin(1, keepdim=True).clamp(max=0), weight.amax(1, keepdim=True).clamp(min=0)
     span = (high - low) * shrink
     scale = torch.where(span > 0, span / (2**bits - 1), 1.0).clamp(min=SMALLEST_SCALE)
-    return _storable(scale, (-low * shrink / scale).round())
+    return storable(scale, (-low * shrink / scale).round())
 
 
 def least_squares_parameters(weight: Tensor, bits: int, iterations: int = 8) -> tuple[Tensor, Tensor]:
@@ -157,7 +158,7 @@ def least_squares_parameters(weight: Tensor, bits: int, iterations: int = 8) -> 
             usable = (variance > 0) & (slope > SMALLEST_SCALE)
             fitted = torch.where(usable, slope, scale.float())
             offset = torch.where(usable, codes.mean(1, keepdim=True) - mean / fitted, zero.float())
-            scale, zero = _storable(fitted, offset)
+            scale, zero = storable(fitted, offset)
     return best_scale, best_zero
 
 
@@ -294,7 +295,7 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     usable = new_scale > SMALLEST_SCALE
     new_zero = torch.where(usable, -offset / new_scale, quantized.zero_point.double())
     usable &= new_zero.abs() < LARGEST_ZERO_POINT
-    stored_scale, stored_zero = _storable(new_scale.float(), new_zero.float())
+    stored_scale, stored_zero = storable(new_scale.float(), new_zero.float())
     stored_scale = torch.where(usable, stored_scale, quantized.scale)
     stored_zero = torch.where(usable, stored_zero, quantized.zero_point)
 
@@ -335,14 +336,13 @@ class QuantizedLinear(nn.Module):
         bits: bits of a weight code.
         group_size: weights that share scale and zero point.
         bias: whether there is a bias.
-        weight_rows: distinct sets of weight parameters (1: they don't depend on the timestep).
         activation_bits: 16 leaves the input as it is.
-        activation_rows: distinct sets of activation parameters, 0 for dynamic per-token ranges.
         activation_group_size: neighbouring input channels that share a static range; None for all of them.
         timesteps: ``T`` of the tables.
 
-    Static activation parameters are ``(rows, token states, channel groups)``; with two token states the first
-    belongs to unmasked tokens, the second to masked ones.
+    Weight parameters are ``(rows, out_features, groups)``, at first one row. Static activation parameters are ``(rows,
+    token states, channel groups)``, at first none, which means dynamic per-token ranges; with two token states the
+    first belongs to unmasked tokens, the second to masked ones.
     """
 
     def __init__(
@@ -353,9 +353,7 @@ class QuantizedLinear(nn.Module):
         bits: int,
         group_size: int,
         bias: bool,
-        weight_rows: int = 1,
         activation_bits: int = 16,
-        activation_rows: int = 0,
         activation_group_size: int | None = None,
         timesteps: int = 1,
     ):
@@ -369,13 +367,12 @@ class QuantizedLinear(nn.Module):
         groups = -(-in_features // group_size)
         packed_width = -(-in_features * bits // 8)
         self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones((weight_rows, out_features, groups), dtype=torch.float16))
-        self.register_buffer("zero_point", torch.zeros((weight_rows, out_features, groups), dtype=torch.float16))
+        self.register_buffer("scale", torch.ones((1, out_features, groups), dtype=torch.float16))
+        self.register_buffer("zero_point", torch.zeros((1, out_features, groups), dtype=torch.float16))
         self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        shape = (activation_rows, 1, -(-in_features // self.activation_group_size))
-        self.register_buffer("activation_scale", torch.ones(shape))
-        self.register_buffer("activation_zero_point", torch.zeros(shape))
+        self.register_buffer("activation_scale", torch.empty((0, 1, 1)))
+        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1)))
         self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
@@ -404,17 +401,19 @@ class QuantizedLinear(nn.Module):
         codes = unpack(self.packed, self.bits, self.in_features)
         return dequantize(codes, self.scale[row], self.zero_point[row], self.group_size)
 
+    def quantized_input(self, x: Tensor) -> Tensor:
+        """The input as the layer sees it at the current timestep, ``(..., in_features)``."""
+        if self.activation_bits == 16:
+            return x
+        if not len(self.activation_scale):
+            return fake_quantize_per_token(x, self.activation_bits)
+        row = self.activation_row[self.timestep]
+        scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
+        return fake_quantize(x, scale, zero_point, self.activation_bits)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
-        if self.activation_bits < 16:
-            if len(self.activation_scale):
-                row = self.activation_row[self.timestep]
-                scale, zero_point = (
-                    self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point)
-                )
-                x = fake_quantize(x, scale, zero_point, self.activation_bits)
-            else:
-                x = fake_quantize_per_token(x, self.activation_bits)
+        x = self.quantized_input(x)
         return F.linear(x, self.weight().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:

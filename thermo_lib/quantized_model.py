@@ -43,7 +43,7 @@ from thermo_lib.quant import (
 )
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
-from thermo_lib.transition import fit_to_path_kl
+from thermo_lib.transition import TrainableWeight, TransitionLoss, fit_to_path_kl
 
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
@@ -266,23 +266,39 @@ def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[s
     return [(site, samples[site[0]]) for site in sites]
 
 
-def _fit_ranges(lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration, progress: bool) -> None:
-    """Fit static activation ranges to the configuration's objective; layers that share an input share them."""
-    config, groups = lm.config, lm.config.time_groups
+def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -> TrainableRanges:
+    matrix = BoundarySmoother(config.method, config.smoothing_window).weights(config.time_groups.ranges)
+    return TrainableRanges(scale, zero_point, matrix, config.activation_bits, config.activation_group_size)
+
+
+def _present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
+    """The static ranges of every layer's input, trainable; layers that share an input share them."""
+    ranges = {}
+    for site in shared_inputs(lm, list(lm.activation_params)):
+        params = lm.activation_params[site[0]]
+        start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
+        ranges |= dict.fromkeys(site, _trainable_ranges(*start, lm.config))
+    return ranges
+
+
+def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> dict[str, TrainableRanges]:
+    """Static activation ranges for least squared error of the activations, or then of the layers' outputs.
+
+    Layers that share an input share them.
+    """
+    config, settings = lm.config, default("ranges")
     layers = lm.quantized_layers()
-    seed, settings = default("seed"), default("ranges")
     sites = site_samples(lm, calibration)
-    weights = BoundarySmoother(config.method, config.smoothing_window).weights(groups.ranges)
     ranges: dict[str, TrainableRanges] = {}
     for site, sample in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
             sample,
-            groups,
+            config.time_groups,
             config.activation_bits,
             token_states=config.activation_token_states,
             group_size=config.activation_group_size,
         )
-        fitted = TrainableRanges(*start, weights, config.activation_bits, config.activation_group_size)
+        fitted = _trainable_ranges(*start, config)
         if config.range_objective == "output":
             weight = torch.cat([layers[name].weight() for name in site])
             fit_to_output(
@@ -292,29 +308,27 @@ def _fit_ranges(lm: QuantizedLM, reference: DiffusionLM | None, calibration: Cal
                 steps=settings["output_steps"],
                 batch=settings["output_batch"],
                 lr=settings["output_lr"],
-                seed=seed,
+                seed=default("seed"),
             )
         ranges |= dict.fromkeys(site, fitted)
-    if config.range_objective == "path_kl":
-        fit_to_path_kl(
-            reference,
-            lm,
-            calibration,
-            ranges,
-            steps=settings["path_kl_steps"],
-            batch=settings["path_kl_batch"],
-            lr=settings["path_kl_lr"],
-            seed=seed,
-            progress=f"path KL {config.precision}" if progress else None,
-        )
-    lm.activation_params |= {name: fitted.params(groups) for name, fitted in ranges.items()}
+    return ranges
 
 
 def _quantize_activations(
     lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration | None, progress: bool
 ) -> None:
     if lm.config.activation_ranges == "static":
-        _fit_ranges(lm, reference, calibration, progress)
+        ranges, settings = _clip_ranges(lm, calibration, progress), default("ranges")
+        if lm.config.range_objective == "path_kl":
+            fit_to_path_kl(
+                TransitionLoss(reference, lm, calibration, ranges),
+                {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
+                steps=settings["path_kl_steps"],
+                batch=settings["path_kl_batch"],
+                seed=default("seed"),
+                progress=f"path KL {lm.config.precision}" if progress else None,
+            )
+        lm.activation_params |= {name: fitted.params(lm.config.time_groups) for name, fitted in ranges.items()}
     for name, layer in lm.quantized_layers().items():
         _install_activations(layer, lm.activation_params.get(name, []), lm.config)
 
@@ -343,14 +357,18 @@ def quantize(
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
-    rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})
+    rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False, "transitions": "none"})
     quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
     with torch.no_grad():
         _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
-            quantized.config = config
+            quantized.config = ThermoConfig(**{**config.model_dump(), "transitions": "none"})
             _quantize_activations(quantized, lm, calibration, progress)
-    return resmooth(quantized, config.method) if config.method else quantized
+        elif config.method:
+            quantized = resmooth(quantized, config.method)
+    if config.transitions == "none":
+        return quantized
+    return optimize_transitions(quantized, lm, calibration, codes=config.transitions == "codes", progress=progress)
 
 
 _ACTIVATIONS = frozenset(
@@ -388,10 +406,9 @@ def requantize_activations(
     """
     _check_changes(changes, _ACTIVATIONS | _SMOOTHING)
     config = ThermoConfig(**{**lm.config.model_dump(), **changes})
-    if any(len(params) > 1 for params in lm.weight_params.values()) or (
-        config.activation_bits == 16 and config.num_time_groups > 1
-    ):
-        raise ValueError("num_time_groups: found time-dependent weights, expected weights of one time group")
+    _check_constant_weights(lm)
+    if config.activation_bits == 16 and config.num_time_groups > 1:
+        raise ValueError(_TIME_DEPENDENT)
     if config.activation_bits < 16 and config.activation_ranges == "static" and calibration is None:
         raise ValueError("calibration: found None, required by static activation ranges")
     if config.activation_bits < 16 and config.range_objective == "path_kl" and reference is None:
@@ -404,6 +421,14 @@ def requantize_activations(
         with torch.no_grad():
             _quantize_activations(changed, reference, calibration, progress)
     return changed
+
+
+_TIME_DEPENDENT = "num_time_groups: found time-dependent weights, expected weights of one time group"
+
+
+def _check_constant_weights(lm: QuantizedLM) -> None:
+    if any(len(params) > 1 for params in lm.weight_params.values()):
+        raise ValueError(_TIME_DEPENDENT)
 
 
 _SMOOTHING = frozenset({"enable_boundary_smoothing", "smoothing_method", "smoothing_window"})
@@ -447,10 +472,17 @@ def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> 
     return changed
 
 
+@torch.no_grad()
 def smooth_each_layer(
-    lm: QuantizedLM, calibration: Calibration, methods: Sequence[str], windows: Sequence[int]
+    lm: QuantizedLM,
+    calibration: Calibration,
+    methods: Sequence[str],
+    windows: Sequence[int],
+    *,
+    reference: DiffusionLM | None = None,
+    progress: bool = False,
 ) -> QuantizedLM:
-    """Give every layer input the method and window, or no smoothing, that costs its layers' output least.
+    """Give every layer input the method and window, or no smoothing, that costs least.
 
     The choice is stored as parameters of every timestep, so the model has as many time groups as timesteps.
 
@@ -458,28 +490,102 @@ def smooth_each_layer(
         lm: a model with static activation ranges in time groups, smoothing off.
         calibration: states to choose on.
         methods, windows: what to choose from.
+        reference: the full-precision model: what costs least path KL is chosen, layer after layer, on
+            ``ranges.choice_states`` states of each part of the calibration. Without it, what costs the layers'
+            output least.
+        progress: show a bar.
     """
-    config = lm.config
-    layers = lm.quantized_layers()
-    ranges = config.time_groups.ranges
-    choices = [(None, 1), *((method, window) for method in methods for window in windows)]
+    config, layers, ranges = lm.config, lm.quantized_layers(), _present_ranges(lm)
+    smoothers = [
+        BoundarySmoother(None, 1),
+        *(BoundarySmoother(method, window) for method in methods for window in windows),
+    ]
+    matrices = [smoother.weights(config.time_groups.ranges).float() for smoother in smoothers]
+    distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
+    samples = site_samples(lm, calibration)
+    if reference is not None:
+        loss = TransitionLoss(reference, lm, calibration, ranges)
+        generator = torch.Generator().manual_seed(default("seed"))
+        states = [
+            (part, torch.randperm(len(part.ids), generator=generator)[: default("ranges.choice_states")])
+            for part in calibration.parts
+        ]
+        targets = [loss.targets(*drawn) for drawn in states]
     chosen: dict[str, list[TimeGroupParams]] = {}
-    for site, sample in site_samples(lm, calibration):
-        params = lm.activation_params[site[0]]
-        start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
+    for site, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
+        fitted = ranges[site[0]]
         weight = torch.cat([layers[name].weight() for name in site])
 
-        def error(choice: tuple[str | None, int], start=start, weight=weight, sample=sample) -> float:
-            matrix = BoundarySmoother(*choice).weights(ranges)
-            fitted = TrainableRanges(*start, matrix, config.activation_bits, config.activation_group_size)
-            return output_error(fitted, sample, weight)
+        def cost(index: int, fitted=fitted, sample=sample, weight=weight) -> float:
+            fitted.weights = matrices[index]
+            if reference is None:
+                return output_error(fitted, sample, weight)
+            with loss:
+                return sum(float(loss(*drawn, aim)) for drawn, aim in zip(states, targets, strict=True))
 
-        method, window = min(choices, key=error)
-        chosen |= dict.fromkeys(site, BoundarySmoother(method, window).smooth(params))
+        best = min(distinct, key=cost)
+        fitted.weights = matrices[best]
+        chosen |= dict.fromkeys(site, smoothers[best].smooth(lm.activation_params[site[0]]))
     every = {"num_time_groups": config.timesteps, "time_group_starts": None, "enable_boundary_smoothing": False}
     changed = _copy(lm, ThermoConfig(**{**config.model_dump(), **every}), chosen)
     for name, layer in changed.quantized_layers().items():
         _install_activations(layer, chosen[name], changed.config)
+    return changed
+
+
+def optimize_transitions(
+    lm: QuantizedLM,
+    reference: DiffusionLM,
+    calibration: Calibration,
+    *,
+    codes: bool = False,
+    progress: bool = False,
+) -> QuantizedLM:
+    """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
+
+    What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and the
+    weights' codes where asked for. Settings are the ``transition`` section of ``params.yaml``.
+
+    Args:
+        lm: a quantized model whose weights don't depend on the timestep.
+        reference: the full-precision model.
+        calibration: states to train on.
+        codes: train the codes too.
+        progress: show a bar.
+
+    Raises:
+        ValueError: time-dependent weights.
+    """
+    _check_constant_weights(lm)
+    settings = default("transition")
+    config = ThermoConfig(**{**lm.config.model_dump(), "transitions": "codes" if codes else "parameters"})
+    changed = _copy(lm, config, lm.activation_params)
+    layers, ranges = changed.quantized_layers(), _present_ranges(changed)
+    weights = {
+        name: TrainableWeight(layer, reference.model.get_submodule(name).weight if codes else None)
+        for name, layer in layers.items()
+    }
+    rates = {p: rate for r in ranges.values() for p, rate in r.rates(settings["range_lr"]).items()}
+    for weight in weights.values():
+        rates |= {weight.log_scale: settings["scale_lr"], weight.zero_point: settings["zero_point_lr"]}
+        rates |= {weight.position: settings["code_lr"]} if codes else {}
+    fit_to_path_kl(
+        TransitionLoss(reference, changed, calibration, ranges, weights),
+        rates,
+        steps=settings["steps"],
+        batch=settings["batch"],
+        seed=default("seed"),
+        progress=f"transitions {config.precision}" if progress else None,
+    )
+    for name, layer in layers.items():
+        trained = weights[name].quantized()
+        params = TimeGroupParams((0, config.timesteps), trained.scale, trained.zero_point, trained.group_size)
+        changed.weight_params[name] = [params]
+        layer.packed = pack(trained.codes, trained.bits)
+        _install_weights(layer, [params], config)
+    for name, fitted in ranges.items():
+        changed.activation_params[name] = fitted.params(config.time_groups)
+        _install_activations(layers[name], changed.activation_params[name], config)
     return changed
 
 

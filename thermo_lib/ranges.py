@@ -6,7 +6,7 @@ arXiv 2004.09576), either layer by layer for least error of the layer's output o
 least path KL. What is refined are the groups' parameters as the layer will use them: after smoothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -193,9 +193,13 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
     return tuple(reversed(starts))
 
 
+def straight_through(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """``function(x)``, the gradient passed straight through to ``x``."""
+    return x + (function(x) - x).detach()
+
+
 def _round(x: Tensor) -> Tensor:
-    """Round, the gradient passed straight through."""
-    return x + (x.round() - x).detach()
+    return straight_through(x, torch.round)
 
 
 class TrainableRanges(nn.Module):
@@ -231,6 +235,10 @@ class TrainableRanges(nn.Module):
         codes = (_round(x / scale) + zero_point).clamp(0, 2**self.bits - 1)
         return (codes - zero_point) * scale
 
+    def rates(self, lr: float) -> dict[nn.Parameter, float]:
+        """Learning rates: scales move relatively, zero points by codes, ten times as fast."""
+        return {self.log_scale: lr, self.zero_point: 10 * lr}
+
     @torch.no_grad()
     def params(self, groups: TimeGroups) -> list[TimeGroupParams]:
         """The time groups' parameters before smoothing."""
@@ -254,15 +262,11 @@ def output_error(ranges: TrainableRanges, sample: InputSample, weight: Tensor) -
 
 
 def descent(
-    ranges: Sequence[TrainableRanges], steps: int, lr: float
+    rates: Mapping[nn.Parameter, float], steps: int
 ) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LinearLR]:
-    """Adam with a learning rate that falls linearly to zero.
-
-    Scales move relatively, zero points by codes, ten times as fast.
-    """
+    """Adam with learning rates, one a parameter, that fall linearly to zero."""
     groups = [
-        {"params": [r.log_scale for r in ranges], "lr": lr},
-        {"params": [r.zero_point for r in ranges], "lr": 10 * lr},
+        {"params": [p for p, own in rates.items() if own == rate], "lr": rate} for rate in sorted(set(rates.values()))
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
@@ -287,7 +291,7 @@ def fit_to_output(
     values, vectors = torch.linalg.eigh(gram.double())
     root = (vectors * values.clamp(min=0).sqrt()).float()  # (e @ root).square().sum() = |weight e|^2
     energy = (sample.x @ root).square().sum(-1).mean()
-    optimizer, schedule = descent([ranges], steps, lr)
+    optimizer, schedule = descent(ranges.rates(lr), steps)
     with torch.enable_grad():
         for _ in range(steps):
             rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)

@@ -7,6 +7,7 @@ inputs, so any two can be compared sequence by sequence.
 import hashlib
 import itertools
 import json
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +20,12 @@ from tqdm import tqdm
 
 from thermo_lib.calibration import Calibration, calibrate
 from thermo_lib.config import ThermoConfig
-from thermo_lib.evaluation import Suite, build_suite, interval, markov, masked_token_scores
+from thermo_lib.evaluation import Suite, build_suite, interval, markov, masked_token_scores, target_row
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
 from thermo_lib.quantized_model import (
     QuantizedLM,
+    optimize_transitions,
     quantize,
     requantize_activations,
     resmooth,
@@ -36,7 +38,7 @@ from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
 
 Point = dict[str, Any]
-Recipe = Literal["best starts", "best per layer"]
+Recipe = Literal["best starts", "best per layer", "best per layer by path KL"]
 SEED, RECIPE = "calibration_seed", "recipe"
 
 
@@ -47,7 +49,8 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
         seed: seed of the calibration data.
         method: smoothing method, None for none.
         recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every
-            layer choose method and window on the calibration states.
+            layer choose method and window on the calibration states for its output's error, ``best per layer by
+            path KL`` for the model's path KL.
         fields: ``ThermoConfig`` fields.
     """
     config = ThermoConfig(
@@ -71,7 +74,7 @@ def key(point: Point) -> str:
         relevant["smoothing_window"] = min(point["smoothing_window"], longest // 2)
     if not point["enable_boundary_smoothing"] or point["num_time_groups"] == 1 or relevant["smoothing_window"] == 0:
         relevant |= {"enable_boundary_smoothing": False, "smoothing_method": None, "smoothing_window": None}
-    if not windowed or point[RECIPE] == "best per layer":
+    if not windowed or (point[RECIPE] or "").startswith("best per layer"):
         relevant["smoothing_window"] = None
     if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
         for name in ("activation_group_size", "activation_token_states", "range_objective"):
@@ -137,10 +140,11 @@ def score(lm: DiffusionLM, point: Point, suite: Suite) -> Row:
 
 # Points are measured in this order, so that neighbours share calibration data, weights and ranges.
 _SHARED = (
-    SEED,
     "timesteps",
+    SEED,
     "quantizer",
     "activation_bits",
+    "transitions",
     "range_objective",
     "activation_ranges",
     "activation_group_size",
@@ -176,6 +180,7 @@ class Grid:
             "weights": _digest(reference),
             "evaluation": default("evaluation"),
             "ranges": default("ranges"),
+            "transition": default("transition"),
             "calibration": default("calibration"),
             "quantizers": [default("quant.damping"), default("quant.ridge")],
         }
@@ -184,6 +189,8 @@ class Grid:
         if self.path.is_file():
             content = read_json(self.path)
             self.current = content["made_of"] == self.made_of
+            for row in content["rows"]:
+                row["point"] = point() | row["point"]  # a field that is newer than the file had its default
             self.rows = {key(row["point"]): Row(**row) for row in content["rows"]}
 
     def save(self) -> None:
@@ -233,7 +240,10 @@ class _Models:
         return self._once("calibration", (p["timesteps"], p[SEED]), make)
 
     def build(self, p: Point) -> QuantizedLM:
-        config = ThermoConfig(**{name: value for name, value in p.items() if name not in (SEED, RECIPE)})
+        if p["transitions"] != "none":
+            start = self.build({**p, "transitions": "none"})
+            return optimize_transitions(start, self.reference, self.calibration(p), codes=p["transitions"] == "codes")
+        config = configuration(p)
         plain = {"enable_boundary_smoothing": False, "smoothing_method": "linear", "smoothing_window": 1}
         unsmoothed = config.model_dump() | plain
         weights_only = {"num_time_groups": 1, "time_group_starts": None}
@@ -263,14 +273,64 @@ class _Models:
         if config.range_objective != "activation" or config.activation_ranges == "dynamic":
             return fit(config.model_dump() | {"time_group_starts": unsmoothed["time_group_starts"]})
         ranges = self._once("ranges", (*what, unsmoothed), lambda: fit(unsmoothed))
-        if p[RECIPE] == "best per layer":
-            return smooth_each_layer(ranges, calibration, default("study.full.methods"), default("study.full.windows"))
+        if p[RECIPE] in ("best per layer", "best per layer by path KL"):
+            return smooth_each_layer(
+                ranges,
+                calibration,
+                default("study.full.methods"),
+                default("study.full.windows"),
+                reference=self.reference if p[RECIPE].endswith("path KL") else None,
+            )
         return resmooth(ranges, config.method, config.smoothing_window)
 
     @staticmethod
     def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
         samples = [sample for _, sample in site_samples(weights, calibration)]
         return best_starts(samples, config.timesteps, config.num_time_groups, config.activation_bits)
+
+
+def configuration(point: Point) -> ThermoConfig:
+    """How the model of a point is quantized."""
+    return ThermoConfig(**{name: value for name, value in point.items() if name not in (SEED, RECIPE)})
+
+
+def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    """The command that measures a configuration anew; ``fields`` is what ``point`` takes."""
+    words = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    quoted = [shlex.quote(word) for word in words]
+    return " ".join(["python -m thermo_lib point", *quoted, "--seeds", *map(str, seeds)])
+
+
+def verdicts(
+    grid: Grid, fields: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The earlier project's claims about one configuration against itself unsmoothed, seeds averaged.
+
+    Args:
+        grid: the measured points.
+        fields: what ``point`` takes, without a method.
+        methods: smoothing methods.
+        seeds: seeds of the calibration data.
+
+    Returns:
+        Rows of a table of targets. The accuracy's intervals are over sequences, the others' over seeds, low to high.
+    """
+    rough = [grid[point(seed, **fields)] for seed in seeds]
+    rows = []
+    for method in methods:
+        smooth = [grid[point(seed, method, **fields)] for seed in seeds]
+        config = configuration(smooth[0].point)
+        value, ci = gain(smooth, rough)
+        rows.append(target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), value, ci))
+        cuts = [1 - s.mean_jump / r.mean_jump for s, r in zip(smooth, rough, strict=True)]
+        for name, values in (
+            ("Markov score", [row.markov_score for row in smooth]),
+            ("cut of the mean parameter jump", cuts),
+        ):
+            bound = default("targets.markov_score" if name == "Markov score" else "targets.jump_cut")
+            spread = (min(values), max(values))
+            rows.append(target_row(name, config, method, bound, float(np.mean(values)), spread))
+    return rows
 
 
 def summary(
@@ -288,8 +348,9 @@ def summary(
     rows = []
     for name, measured in found.items():
         accuracies = [row.accuracy for row in measured]
-        change, change_ci = gain(measured, found[baseline])
-        kl_change, kl_ci = path_kl_change(measured, found[baseline])
+        compared = name != baseline
+        change, change_ci = gain(measured, found[baseline]) if compared else (0.0, ())
+        kl_change, kl_ci = path_kl_change(measured, found[baseline]) if compared else (0.0, ())
         scores = [row.markov_score for row in measured if row.markov_score is not None]
         rows.append(
             {
@@ -298,13 +359,33 @@ def summary(
                 "seeds": [min(accuracies), max(accuracies)] if len(seeds) > 1 else None,
                 "path_kl": float(np.mean([row.path_kl for row in measured])),
                 "markov_score": float(np.mean(scores)) if scores else None,
-                "gain": None if name == baseline else 100 * change,
-                "gain_ci": None if name == baseline else [100 * end for end in change_ci],
-                "path_kl_change": None if name == baseline else kl_change,
-                "path_kl_change_ci": None if name == baseline else list(kl_ci),
+                "gain": 100 * change if compared else None,
+                "gain_ci": [100 * end for end in change_ci] if compared else None,
+                "path_kl_change": kl_change if compared else None,
+                "path_kl_change_ci": list(kl_ci) if compared else None,
             }
         )
     return rows
+
+
+def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every configuration that was measured with all of the seeds: its point with the first and its mean scores."""
+    found = []
+    for row in grid.rows.values():
+        keys = [key({**row.point, SEED: seed}) for seed in seeds]
+        if row.point[SEED] != seeds[0] or any(k not in grid.rows for k in keys):
+            continue
+        rows = [grid.rows[k] for k in keys]
+        scores = [r.markov_score for r in rows]
+        found.append(
+            {
+                "point": row.point,
+                "accuracy": float(np.mean([r.accuracy for r in rows])),
+                "path_kl": float(np.mean([r.path_kl for r in rows])),
+                "markov_score": None if None in scores else float(np.mean(scores)),
+            }
+        )
+    return found
 
 
 COLUMNS = {
@@ -351,9 +432,9 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
     Args:
         axes: a section of ``params.yaml``, ``study.full`` or ``study.reduced``.
     """
-    seeds, low = axes["seeds"], axes["low_bits"]
+    low, side = axes["low_bits"], axes["side_seeds"]
 
-    def cross(**values: Sequence[Any]) -> list[Point]:
+    def cross(*, seeds: Sequence[int] = axes["seeds"], **values: Sequence[Any]) -> list[Point]:
         combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
         return [point(seed, **fields) for seed in seeds for fields in combinations if _makes_sense(fields)]
 
@@ -361,7 +442,7 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         return [
             p
             for fields in granularities
-            for p in cross(activation_bits=[low], **values, **{name: [value] for name, value in fields.items()})
+            for p in cross(**{"activation_bits": [low], **values, **{name: [value] for name, value in fields.items()}})
         ]
 
     few, linear = axes["few_groups"], [None, "linear"]
@@ -372,30 +453,50 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         "precision": cross(
             activation_bits=axes["activation_bits"], num_time_groups=few, method=[None, *axes["methods"]]
         ),
-        "groups": cross(activation_bits=[low], num_time_groups=axes["num_time_groups"], method=linear),
+        "groups": cross(
+            activation_bits=[low], num_time_groups=axes["num_time_groups"], method=[None, *axes["methods"]]
+        ),
         "window": cross(
+            seeds=side,
             activation_bits=[low],
             num_time_groups=axes["num_time_groups"],
             method=["linear"],
             smoothing_window=axes["windows"],
         ),
         "granularity": crosses(axes["granularities"], num_time_groups=few, method=linear),
-        "timesteps": cross(activation_bits=[low], timesteps=axes["timesteps"], num_time_groups=few, method=linear),
-        "quantizer": cross(activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear),
+        "timesteps": [
+            *cross(seeds=side, activation_bits=[low], timesteps=axes["timesteps"], num_time_groups=few),
+            *cross(
+                seeds=side,
+                activation_bits=[low],
+                timesteps=axes["timesteps"],
+                num_time_groups=few,
+                method=["linear"],
+                smoothing_window=axes["wide_windows"],
+            ),
+        ],
+        "quantizer": cross(
+            seeds=side, activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear
+        ),
         "recipe": [
-            *crosses(axes["recipes"], recipe=["best starts"], num_time_groups=few, method=linear),
-            *crosses(axes["recipes"], recipe=["best per layer"], num_time_groups=few),
+            *cross(activation_bits=[low], recipe=["best starts"], num_time_groups=axes["recipe_groups"], method=linear),
+            *cross(activation_bits=[low], recipe=["best per layer", "best per layer by path KL"], num_time_groups=few),
         ],
         "objective": [
             p
             for objective in ("output", "path_kl")
+            for fields in axes["objectives"][objective]
             for p in crosses(
-                axes["objectives"][objective],
+                [fields],
                 range_objective=[objective],
                 num_time_groups=few,
-                method=[*linear, "spline"],
+                method=[*linear, "spline"] if fields == {} else linear,
             )
         ],
+        "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "ceiling": cross(
+            activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
+        ),
     }
 
 

@@ -8,21 +8,25 @@ processes is the sum over steps, the states drawn from the full-precision proces
     pathKL = sum_i rho_i E[ sum_{masked j} KL(p_j || q_j) ]        (nats per sequence)
 
 On the states of the full-precision model's own ancestral trajectories this is an unbiased estimate of the
-divergence; on masked held-out text it is a proxy. It is also what static activation ranges can be fitted to.
+divergence; on masked held-out text it is a proxy. It is also what quantization parameters can be trained for: static
+activation ranges, and the weights' scales, zero points and codes.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from thermo_lib.calibration import Calibration, States
 from thermo_lib.diffusion import unmask_probabilities
 from thermo_lib.models import NO_PROBABILITY, DiffusionLM
-from thermo_lib.quant import QuantizedLinear
-from thermo_lib.ranges import TrainableRanges, descent
+from thermo_lib.quant import QuantizedLinear, QuantizedWeight, dequantize, storable, unpack
+from thermo_lib.ranges import TrainableRanges, descent, straight_through
 
 
 @dataclass(frozen=True)
@@ -130,28 +134,145 @@ def _cosine(a: Tensor, b: Tensor, mask_token_id: int) -> Tensor:
     return torch.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)
 
 
-def fit_to_path_kl(
-    reference: DiffusionLM,
-    quantized: DiffusionLM,
-    calibration: Calibration,
-    ranges: Mapping[str, TrainableRanges],
-    *,
-    steps: int,
-    batch: int,
-    lr: float,
-    seed: int,
-    progress: str | None = None,
-) -> list[float]:
-    """Refine the static activation ranges of all layers together, in place, for least path KL on calibration states.
+class TrainableWeight(nn.Module):
+    """A quantized weight whose scales and zero points, and perhaps codes, are trainable.
+
+    Args:
+        layer: the quantized linear; its weight parameters don't depend on the timestep.
+        target: the full-precision weight, ``(out_features, in_features)``, to learn the codes too: they start where
+            they are, the nearer to the next code the further the weight is on its side. None keeps the codes.
+    """
+
+    def __init__(self, layer: QuantizedLinear, target: Tensor | None = None):
+        super().__init__()
+        self.bits, self.group_size = layer.bits, layer.group_size
+        self.log_scale = nn.Parameter(layer.scale[0].float().log())
+        self.zero_point = nn.Parameter(layer.zero_point[0].float())
+        codes = unpack(layer.packed, layer.bits, layer.in_features).float()
+        if target is None:
+            self.register_buffer("position", codes)
+        else:
+            scale, zero_point = (
+                p[0].float().repeat_interleave(self.group_size, 1)[:, : layer.in_features]
+                for p in (layer.scale, layer.zero_point)
+            )
+            wanted = target.float() / scale + zero_point
+            self.position = nn.Parameter(torch.clamp(wanted, codes - _INSIDE, codes + _INSIDE))
+
+    def codes(self) -> Tensor:
+        """Whole numbers in ``0..2**bits-1`` up to rounding errors, float32 ``(out_features, in_features)``."""
+        return straight_through(self.position.clamp(-_INSIDE, 2**self.bits - 1 + _INSIDE), torch.round)
+
+    def forward(self) -> Tensor:
+        """The weight, float32 ``(out_features, in_features)``."""
+        return dequantize(self.codes(), self.log_scale.exp(), self.zero_point, self.group_size)
+
+    @torch.no_grad()
+    def quantized(self) -> QuantizedWeight:
+        """As it is stored."""
+        scale, zero_point = storable(self.log_scale.exp(), self.zero_point)
+        return QuantizedWeight(self.codes().round().to(torch.uint8), scale, zero_point, self.bits, self.group_size)
+
+
+_INSIDE = 0.49  # how far a code's position may be from the code
+
+
+class _TrainableLinear(nn.Module):
+    """Stands for a quantized linear while its parameters are trained."""
+
+    def __init__(self, layer: QuantizedLinear, ranges: TrainableRanges | None, weight: TrainableWeight | None):
+        super().__init__()
+        self.layer, self.ranges, self.weight = layer, ranges, weight
+        self.is_masked = self.timestep = torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ranges is not None:
+            x = self.ranges(x, self.is_masked, self.timestep)
+        elif self.layer.activation_bits < 16:
+            x = straight_through(x, lambda x: self.layer.quantized_input(x))
+        return F.linear(x, self.layer.weight() if self.weight is None else self.weight(), self.layer.bias)
+
+
+class TransitionLoss:
+    """Path KL on calibration states as a function of trainable quantization parameters.
+
+    While it is entered (``with``), the quantized model computes with them.
 
     Args:
         reference: the full-precision model.
-        quantized: the model with quantized weights that don't depend on the timestep.
+        quantized: the other model.
         calibration: the states.
-        ranges: layer name to the ranges of its input; layers that share an input share the object.
-        steps: Adam steps, the learning rate falling linearly to zero.
+        ranges: layer name to the static ranges of its input; layers that share an input share the object. None of
+            them where activations aren't quantized, or dynamically.
+        weights: layer name to its weight; the other layers' stay as they are.
+    """
+
+    def __init__(
+        self,
+        reference: DiffusionLM,
+        quantized: DiffusionLM,
+        calibration: Calibration,
+        ranges: Mapping[str, TrainableRanges],
+        weights: Mapping[str, TrainableWeight] = MappingProxyType({}),
+    ):
+        self.reference, self.quantized, self.calibration = reference, quantized, calibration
+        self.layers = {n: m for n, m in quantized.model.named_modules() if isinstance(m, QuantizedLinear)}
+        self.trained = {n: _TrainableLinear(m, ranges.get(n), weights.get(n)) for n, m in self.layers.items()}
+
+    def __enter__(self) -> Self:
+        self._put(self.trained)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self.layers)
+
+    def _put(self, layers: Mapping[str, nn.Module]) -> None:
+        for name, layer in layers.items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.quantized.model.get_submodule(parent), child, layer)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[States, Tensor]:
+        """A random part of the calibration, by its number of states, and random rows of it."""
+        sizes = torch.tensor([float(len(part.ids)) for part in self.calibration.parts])
+        part = self.calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
+        return part, torch.randint(len(part.ids), (min(count, len(part.ids)),), generator=generator)
+
+    def targets(self, part: States, rows: Tensor) -> Tensor:
+        """The full-precision log-probabilities at the masked positions of some states."""
+        with torch.no_grad():
+            return self.reference.logits(part.ids[rows], part.is_masked[rows]).log_softmax(-1)
+
+    def __call__(self, part: States, rows: Tensor, targets: Tensor) -> Tensor:
+        """Path KL estimated on some states of any timesteps, nats per sequence."""
+        ids, is_masked, timestep = part.ids[rows], part.is_masked[rows], part.timestep[rows]
+        lm, timesteps = self.quantized, self.calibration.timesteps
+        for layer in self.trained.values():
+            step = timestep * layer.layer.timesteps // timesteps
+            layer.is_masked, layer.timestep = ids == lm.mask_token_id, step[:, None].expand_as(ids)
+        logits = lm.model.lm_head(lm.model.hidden(ids)[is_masked])
+        logits = logits.index_fill(-1, torch.tensor([lm.mask_token_id]), NO_PROBABILITY)
+        divergence = (targets.exp() * (targets - logits.log_softmax(-1))).sum(-1)
+        rho = unmask_probabilities(timesteps).float()
+        weight = timesteps * rho[timestep][:, None].expand_as(is_masked)[is_masked]
+        return (weight * divergence).sum() / len(rows)
+
+
+def fit_to_path_kl(
+    loss: TransitionLoss,
+    rates: Mapping[nn.Parameter, float],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    progress: str | None = None,
+) -> list[float]:
+    """Train quantization parameters, in place, for least path KL on calibration states.
+
+    Args:
+        loss: what they do.
+        rates: every trained parameter's learning rate at the start.
+        steps: Adam steps, the learning rates falling linearly to zero.
         batch: states a step, all of one length, of any timesteps.
-        lr: learning rate at the start.
         seed: seeds the batches.
         progress: label of a progress bar; None for none.
 
@@ -159,59 +280,15 @@ def fit_to_path_kl(
         The loss of each step: path KL estimated on its batch, nats per sequence.
     """
     generator = torch.Generator().manual_seed(seed)
-    timesteps = calibration.timesteps
-    rho = unmask_probabilities(timesteps).float()
-    layers = {name: quantized.model.get_submodule(name) for name in ranges}
-    distinct = list({id(r): r for r in ranges.values()}.values())
-    optimizer, schedule = descent(distinct, steps, lr)
-    model_timesteps = next(iter(layers.values())).timesteps
-    sizes = torch.tensor([float(len(part.ids)) for part in calibration.parts])
+    optimizer, schedule = descent(rates, steps)
     losses: list[float] = []
-    with torch.enable_grad(), _InputsQuantizedBy(layers, ranges) as inputs:
+    with torch.enable_grad(), loss:
         for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
-            part = calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
-            rows = torch.randint(len(part.ids), (min(batch, len(part.ids)),), generator=generator)
-            ids, is_masked, timestep = part.ids[rows], part.is_masked[rows], part.timestep[rows]
-            p = reference.logits(ids, is_masked).log_softmax(-1)
-            inputs.describe(ids == quantized.mask_token_id, timestep * model_timesteps // timesteps)
-            logits = quantized.model.lm_head(quantized.model.hidden(ids)[is_masked])
-            logits = logits.index_fill(-1, torch.tensor([quantized.mask_token_id]), NO_PROBABILITY)
-            divergence = (p.exp() * (p - logits.log_softmax(-1))).sum(-1)
-            weight = timesteps * rho[timestep][:, None].expand_as(is_masked)[is_masked]
-            loss = (weight * divergence).sum() / len(rows)
+            part, rows = loss.draw(batch, generator)
+            value = loss(part, rows, loss.targets(part, rows))
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            value.backward()
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
+            losses.append(value.item())
     return losses
-
-
-class _InputsQuantizedBy:
-    """While active, trainable ranges quantize the inputs of the layers, which leave them as they are themselves."""
-
-    def __init__(self, layers: Mapping[str, QuantizedLinear], ranges: Mapping[str, TrainableRanges]):
-        self.layers, self.ranges = layers, ranges
-
-    def describe(self, is_masked: Tensor, timestep: Tensor) -> None:
-        """The next batch: token states ``(batch, length)`` and timesteps ``(batch,)``."""
-        self.is_masked, self.timestep = is_masked, timestep[:, None].expand_as(is_masked)
-
-    def __enter__(self) -> "_InputsQuantizedBy":
-        self.bits = {name: layer.activation_bits for name, layer in self.layers.items()}
-        self.handles = []
-        for name, layer in self.layers.items():
-            layer.activation_bits = 16
-            quantizer = self.ranges[name]
-            self.handles.append(
-                layer.register_forward_pre_hook(
-                    lambda _, inputs, quantizer=quantizer: quantizer(inputs[0], self.is_masked, self.timestep)
-                )
-            )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-        for name, layer in self.layers.items():
-            layer.activation_bits = self.bits[name]
