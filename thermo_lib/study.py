@@ -480,7 +480,11 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         ),
         "recipe": [
             *cross(activation_bits=[low], recipe=["best starts"], num_time_groups=axes["recipe_groups"], method=linear),
-            *cross(activation_bits=[low], recipe=["best per layer", "best per layer by path KL"], num_time_groups=few),
+            *cross(
+                activation_bits=[low],
+                recipe=["best per layer", "best per layer by path KL"],
+                num_time_groups=axes["layer_groups"],
+            ),
         ],
         "objective": [
             p
