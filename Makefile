@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test lab clean check-platform
+.PHONY: help repro test lab peers clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -33,8 +33,9 @@ help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
-	@echo "make clean   remove .venv, the caches of the tools and the build leftovers; results stay"
-	@echo "Each of the first three makes .venv from requirements.lock first, where it is missing or out of date."
+	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
+	@echo "make clean   remove .venv, .venv-peers, the caches of the tools and the build leftovers; results stay"
+	@echo "Each of the first four makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
 	$(IN_VENV) .venv/bin/dvc repro
@@ -49,8 +50,13 @@ test: .venv/.stamp
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
 
+# What is there already is kept: a run that was stopped goes on. `rm -r artifacts/peers reports/peers.json` for a new one.
+peers: .venv/.stamp .venv-peers/.stamp
+	.venv-peers/bin/python -m thermo_lib.peers.quantize
+	.venv/bin/python -m thermo_lib.peers
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . \( -name .git -o -name .dvc -o -name artifacts \) -prune -o \
 		\( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
@@ -74,4 +80,13 @@ check-platform:
 	@rm -f $@
 	$(PIP) install -qq --progress-bar off --no-deps --no-build-isolation -e .
 	$(PIP) check
+	@touch $@
+
+# Some peers are built from source here, with the compilers of the machine.
+.venv-peers/.stamp: thermo_lib/peers/requirements.lock | check-platform
+	@echo "Setting up .venv-peers: this takes ten minutes and 2 GB of disk."
+	@rm -f $@
+	"$(PYTHON)" -m venv --clear .venv-peers
+	BUILD_CUDA_EXT=0 .venv-peers/bin/python -m pip --disable-pip-version-check --no-input install \
+		-qq --progress-bar off --no-deps -r $<
 	@touch $@
