@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from thermo_lib.calibration import Calibration, calibrate
-from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, load_model
+from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, DiffusionLM, load_model
 from thermo_lib.params import default
 from thermo_lib.peers.methods import METHODS, compare_gptq
 from thermo_lib.report import read_json, write_json
@@ -122,7 +122,7 @@ JOBS = (
 )
 
 
-def calibration_states(lm: Any) -> Calibration:
+def calibration_states(lm: DiffusionLM) -> Calibration:
     """The project's own calibration states, drawn once for all peers."""
     path = FOLDER / "calibration.safetensors"
     if path.is_file():
@@ -159,8 +159,7 @@ def quantize(job: Job) -> None:
         importlib.import_module(module)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before, start = _status("VmRSS"), time.perf_counter()
-    with torch.no_grad() if job.adapter != "autoround" else torch.enable_grad():
-        layers = METHODS[job.adapter](lm, calibration, **job.options)
+    layers = METHODS[job.adapter](lm, calibration, **job.options)
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
     weights = {name: layer.weight.float().contiguous().clone() for name, layer in layers.items()}
     temporary = FOLDER / f".{job.name}.tmp"
