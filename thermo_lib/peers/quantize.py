@@ -161,7 +161,7 @@ def quantize(job: Job) -> None:
     before, start = _status("VmRSS"), time.perf_counter()
     layers = METHODS[job.adapter](lm, calibration, **job.options)
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
-    weights = {name: layer.weight.float().contiguous().clone() for name, layer in layers.items()}
+    weights = {name: layer.weight.detach().float().contiguous().clone() for name, layer in layers.items()}
     temporary = FOLDER / f".{job.name}.tmp"
     save_file({f"{name}.weight": weight for name, weight in weights.items()}, temporary)
     os.replace(temporary, FOLDER / f"{job.name}.safetensors")
