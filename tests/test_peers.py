@@ -246,8 +246,8 @@ class TestReport:
         real = peers.score_peer
         monkeypatch.setattr(peers, "score_peer", lambda entry, *rest: scored.append(entry) or real(entry, *rest))
         peers.score_all(tiny, folder, report, progress=False)
-        path = folder / "b.json"
-        path.write_text(json.dumps(read_json(path) | {"made_of": "new"}))
+        halved = {name: tensor / 2 for name, tensor in peers.load_weights(folder / "b.safetensors", tiny.model).items()}
+        write_result(folder, "b", halved, method="B", made_of="new")
         path = folder / "a.json"
         path.write_text(json.dumps(read_json(path) | {"seconds": 9.0}))
         peers.score_all(tiny, folder, report, progress=False)
@@ -263,6 +263,16 @@ class TestReport:
         with pytest.raises(ValueError, match=r"d\.safetensors: not a complete safetensors file"):
             peers.score_all(tiny, folder, report, progress=False)
         assert report.read_bytes() == before
+
+    def test_a_run_that_stops_keeps_what_is_known(self, tiny, folder: Path, tmp_path: Path, monkeypatch) -> None:
+        report = tmp_path / "peers.json"
+        peers.score_all(tiny, folder, report, progress=False)
+        (folder / "a.safetensors").write_bytes(b"damaged")
+        write_result(folder, "0", {}, method="0", made_of="8")
+        (folder / "0.safetensors").write_bytes((folder / "b.safetensors").read_bytes())
+        with pytest.raises(ValueError, match=r"a\.safetensors"):
+            peers.score_all(tiny, folder, report, progress=False)
+        assert [row["method"] for row in read_json(report)["rows"]] == ["0", "B"]
 
     def test_an_empty_folder_is_refused(self, tiny, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="found no results, `make peers` makes them"):

@@ -5,6 +5,7 @@ are put into the full-precision model and scored like any other, also with dynam
 """
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -211,7 +212,8 @@ def score_all(reference: DiffusionLM, folder: Path = FOLDER, report: Path = REPO
     Args:
         reference: the full-precision model.
         folder: what ``peers.quantize`` wrote.
-        report: JSON file with ``rows``, ``errors``, ``gptq_check``, ``hardware`` and ``versions``.
+        report: JSON file with ``rows`` (of ``score_peer``, and ``weights``, the digest of the file), ``errors``,
+            ``gptq_check``, ``hardware`` and ``versions``.
         progress: show a bar.
 
     Raises:
@@ -221,24 +223,30 @@ def score_all(reference: DiffusionLM, folder: Path = FOLDER, report: Path = REPO
     if not paths:
         raise ValueError(f"{folder}: found no results, `make peers` makes them")
     earlier = read_json(report)["rows"] if report.is_file() else []
-    known = {(row["method"], row["setting"], row["made_of"]): row for row in earlier}
-    errors = [content for path in paths if "error" in (content := read_json(path))]
-    complete = [path for path in paths if "error" not in read_json(path)]
-    rows: list[dict[str, Any]] = []
-    suite = None
-    for path in tqdm(complete, desc="scores", unit="setting", disable=not progress):
-        entry = read_entry(path)
-        row = known.get((entry.method, entry.setting, entry.made_of))
-        if row is None:
-            suite = suite or build_suite(reference)
-            row = score_peer(entry, load_weights(path.with_suffix(".safetensors"), reference.model), suite)
-        rows.append(row | asdict(entry))  # a quantization that was timed anew
-        check = folder / CHECK
+    known = {(row["method"], row["setting"], row["weights"]): row for row in earlier}
+    contents = {path: read_json(path) for path in paths}
+    entries = {path: read_entry(path) for path, content in contents.items() if "error" not in content}
+    files = {path: path.with_suffix(".safetensors") for path in entries}
+    digests = {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items()}
+    keys = {path: (entry.method, entry.setting, digests[path]) for path, entry in entries.items()}
+    # What was quantized and timed anew to the same weights keeps its scores.
+    rows = {path: known[keys[path]] | asdict(entry) for path, entry in entries.items() if keys[path] in known}
+    check = folder / CHECK
+
+    def write() -> None:
         content = {
-            "rows": rows,
-            "errors": errors,
+            "rows": [rows[path] for path in paths if path in rows],
+            "errors": [content for content in contents.values() if "error" in content],
             "gptq_check": read_json(check) if check.is_file() else [],
             "hardware": hardware(),
             "versions": versions(),
         }
         write_json(report, content)
+
+    missing = [path for path in entries if path not in rows]
+    suite = build_suite(reference) if missing else None
+    for path in tqdm(missing, desc="scores", unit="setting", disable=not progress):
+        weights = load_weights(files[path], reference.model)
+        rows[path] = score_peer(entries[path], weights, suite) | {"weights": digests[path]}
+        write()
+    write()
