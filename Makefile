@@ -26,7 +26,8 @@ unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # Before a command: what it starts by name (papermill, python, a kernel) is that of .venv.
 IN_VENV = PATH="$$(pwd)/.venv/bin:$$PATH"
-PIP = .venv/bin/python -m pip --disable-pip-version-check --no-input
+PIP_MODULE = -m pip --disable-pip-version-check --no-input
+PIP = .venv/bin/python $(PIP_MODULE)
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
 
 help:
@@ -87,6 +88,5 @@ check-platform:
 	@echo "Setting up .venv-peers: this takes ten minutes and 2 GB of disk."
 	@rm -f $@
 	"$(PYTHON)" -m venv --clear .venv-peers
-	BUILD_CUDA_EXT=0 .venv-peers/bin/python -m pip --disable-pip-version-check --no-input install \
-		-qq --progress-bar off --no-deps -r $<
+	BUILD_CUDA_EXT=0 .venv-peers/bin/python $(PIP_MODULE) install -qq --progress-bar off --no-deps -r $<
 	@touch $@

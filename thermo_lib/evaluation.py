@@ -241,6 +241,15 @@ def masked_token_scores(
     return correct, masked, nll
 
 
+def accuracy_per_sequence(correct: Tensor, masked: Tensor) -> Tensor:
+    """Each sequence's share of the masked-token accuracy, ``(sequences,)``; their mean is the accuracy.
+
+    Args:
+        correct, masked: see ``masked_token_scores``.
+    """
+    return (correct / masked.mean(0)).mean(1)
+
+
 def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
     """Evaluate a model, full precision or quantized, on a suite."""
 

@@ -161,7 +161,12 @@ _REQUIRED = (
 _OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        ValueError: not JSON, or something else than an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -180,7 +185,7 @@ def read_config(folder: Path) -> DreamConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: found no config.json in {folder}")
-    content = _read_object(path)
+    content = read_object(path)
     model_type = content.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(MODEL_TYPES)}")
@@ -201,7 +206,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """
     index = folder / INDEX_NAME
     if index.is_file():
-        weight_map = _read_object(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise ValueError(f"{index}: weight_map: found {type(weight_map).__name__}, expected an object")
         names = sorted(set(weight_map.values()))
@@ -216,12 +221,21 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             pickled = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; {pickled[0]} is a pickle, convert it to safetensors first" if pickled else ""
             raise ValueError(f"model: found no {name} in {folder}{hint}")
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {key: file.get_tensor(key) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+        tensors |= read_safetensors(path)
     return tensors
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file.
+
+    Raises:
+        ValueError: no such file, or not a complete one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
 def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:

@@ -20,7 +20,15 @@ from tqdm import tqdm
 
 from thermo_lib.calibration import Calibration, calibrate
 from thermo_lib.config import ThermoConfig
-from thermo_lib.evaluation import Suite, build_suite, interval, markov, masked_token_scores, target_row
+from thermo_lib.evaluation import (
+    Suite,
+    accuracy_per_sequence,
+    build_suite,
+    interval,
+    markov,
+    masked_token_scores,
+    target_row,
+)
 from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
 from thermo_lib.quantized_model import (
@@ -128,7 +136,7 @@ def score(lm: DiffusionLM, point: Point, suite: Suite) -> Row:
 
     return Row(
         point=point,
-        accuracy_per_sequence=numbers((correct / masked.mean(0)).mean(1)),
+        accuracy_per_sequence=numbers(accuracy_per_sequence(correct, masked)),
         accuracy_per_timestep=numbers(correct.sum(0) / masked.sum(0)),
         path_kl_per_sequence=numbers(path.per_sequence.sum(1)),
         path_kl_per_timestep=numbers(path.per_timestep),

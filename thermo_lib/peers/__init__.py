@@ -6,7 +6,6 @@ are put into the full-precision model and scored like any other, also with dynam
 
 import copy
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,12 +14,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thermo_lib.evaluation import Suite, accuracy_interval, build_suite, evaluate, interval, path_kl_interval
-from thermo_lib.models import DiffusionLM, DreamModel, check_tensors
+from thermo_lib.evaluation import (
+    Suite,
+    accuracy_interval,
+    accuracy_per_sequence,
+    build_suite,
+    evaluate,
+    interval,
+    path_kl_interval,
+)
+from thermo_lib.models import DiffusionLM, DreamModel, check_tensors, read_object, read_safetensors
 from thermo_lib.quant import fake_quantize_per_token
 from thermo_lib.quantized_model import linear_names
 from thermo_lib.report import hardware, read_json, versions, write_json
@@ -28,7 +34,7 @@ from thermo_lib.study import gain, path_kl_change, score
 
 FOLDER = Path("artifacts/peers")
 REPORT = Path("reports/peers.json")
-CHECK = "gptq-check.json"
+CHECK = "gptq-check"
 
 
 @dataclass(frozen=True)
@@ -69,12 +75,9 @@ def read_entry(path: str | Path) -> Entry:
         ValueError: no such file, not JSON, a missing or unknown field, or a value out of range.
     """
     path = Path(path)
-    try:
-        content = read_json(path)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: found invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
+    if not path.is_file():
+        raise ValueError(f"{path}: found no such file")
+    content = read_object(path)
     if found := sorted(content.keys() ^ Entry.__annotations__.keys()):
         problem = "unknown" if found[0] in content else "missing"
         raise ValueError(f"{path}: {found[0]}: {problem}, allowed are {', '.join(Entry.__annotations__)}")
@@ -98,11 +101,7 @@ def load_weights(path: str | Path, model: DreamModel) -> dict[str, Tensor]:
         ValueError: unreadable file, a tensor that is missing, extra, of another shape or dtype, NaN or infinity.
     """
     path = Path(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    found = read_safetensors(path)
     expected = {f"{name}.weight": model.get_submodule(name).weight for name in linear_names(model)}
     check_tensors(found, expected, path)
     for name, tensor in found.items():
@@ -150,11 +149,10 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     """
     lm = with_weights(suite.reference, weights, f"{entry.method}, {entry.setting}")
     evaluation = evaluate(lm, suite)
-    correct, masked = evaluation.correct, evaluation.masked
     row = asdict(entry) | {
         "accuracy": evaluation.accuracy,
         "accuracy_ci": list(accuracy_interval(evaluation)),
-        "accuracy_per_sequence": (correct / masked.mean(0)).mean(1).tolist(),
+        "accuracy_per_sequence": accuracy_per_sequence(evaluation.correct, evaluation.masked).tolist(),
         "nelbo": evaluation.nelbo,
         "path_kl": evaluation.path.total,
         "path_kl_ci": list(path_kl_interval(evaluation.path)),
@@ -186,12 +184,14 @@ def compare(row: Mapping[str, Any], baseline: Mapping[str, Any], activation_bits
     suffixes = {16: "", 4: "_a4"}
     if activation_bits not in suffixes:
         raise ValueError(f"activation_bits: found {activation_bits}, allowed are 16 and 4")
-    sides = []
-    for side in (row, baseline):
-        keys = ("accuracy_per_sequence", "path_kl_per_sequence")
-        stored = [key.replace("_per", f"{suffixes[activation_bits]}_per") for key in keys]
-        sides.append(SimpleNamespace(**{key: side[name] for key, name in zip(keys, stored, strict=True)}))
-    new, old = sides
+    suffix = suffixes[activation_bits]
+    new, old = (
+        SimpleNamespace(
+            accuracy_per_sequence=side[f"accuracy{suffix}_per_sequence"],
+            path_kl_per_sequence=side[f"path_kl{suffix}_per_sequence"],
+        )
+        for side in (row, baseline)
+    )
     for key in vars(new):
         found, expected = len(getattr(new, key)), len(getattr(old, key))
         if found != expected:
@@ -219,19 +219,19 @@ def score_all(reference: DiffusionLM, folder: Path = FOLDER, report: Path = REPO
     Raises:
         ValueError: no result in the folder, or a damaged one.
     """
-    paths = sorted(p for p in folder.glob("*.json") if p.name != CHECK)
+    paths = sorted(p for p in folder.glob("*.json") if p.stem != CHECK)
     if not paths:
         raise ValueError(f"{folder}: found no results, `make peers` makes them")
     earlier = read_json(report)["rows"] if report.is_file() else []
     known = {(row["method"], row["setting"], row["weights"]): row for row in earlier}
-    contents = {path: read_json(path) for path in paths}
+    contents = {path: read_object(path) for path in paths}
     entries = {path: read_entry(path) for path, content in contents.items() if "error" not in content}
     files = {path: path.with_suffix(".safetensors") for path in entries}
     digests = {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in files.items()}
     keys = {path: (entry.method, entry.setting, digests[path]) for path, entry in entries.items()}
     # What was quantized and timed anew to the same weights keeps its scores.
     rows = {path: known[keys[path]] | asdict(entry) for path, entry in entries.items() if keys[path] in known}
-    check = folder / CHECK
+    check = folder / f"{CHECK}.json"
 
     def write() -> None:
         content = {

@@ -27,11 +27,9 @@ from tqdm import tqdm
 from thermo_lib.calibration import Calibration, calibrate
 from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, DiffusionLM, load_model
 from thermo_lib.params import default
+from thermo_lib.peers import CHECK, FOLDER, Entry
 from thermo_lib.peers.methods import METHODS, compare_gptq
 from thermo_lib.report import read_json, write_json
-
-FOLDER = Path("artifacts/peers")
-CHECK = "gptq-check"
 
 
 @dataclass(frozen=True)
@@ -165,16 +163,16 @@ def quantize(job: Job) -> None:
     temporary = FOLDER / f".{job.name}.tmp"
     save_file({f"{name}.weight": weight for name, weight in weights.items()}, temporary)
     os.replace(temporary, FOLDER / f"{job.name}.safetensors")
-    entry = {
-        "method": job.method,
-        "setting": job.setting,
-        "version": importlib.metadata.version(job.package) if job.package else "this project",
-        "bits_per_weight": sum(layer.bits for layer in layers.values()) / sum(w.numel() for w in weights.values()),
-        "seconds": round(seconds, 2),
-        "peak_mib": round(peak / 1024, 1),
-        "made_of": made_of(job),
-    }
-    write_json(FOLDER / f"{job.name}.json", entry)
+    entry = Entry(
+        method=job.method,
+        setting=job.setting,
+        version=importlib.metadata.version(job.package) if job.package else "this project",
+        bits_per_weight=sum(layer.bits for layer in layers.values()) / sum(w.numel() for w in weights.values()),
+        seconds=round(seconds, 2),
+        peak_mib=round(peak / 1024, 1),
+        made_of=made_of(job),
+    )
+    write_json(FOLDER / f"{job.name}.json", asdict(entry))
 
 
 def _failure(job: Job, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
