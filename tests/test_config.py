@@ -50,6 +50,10 @@ def test_a_default_is_checked_like_a_given_value(override: Callable[[dict[str, A
         ("smoothing_window", 0),
         ("smoothing_window", 21),
         ("smoothing_windows", 5),
+        ("hessian", "fisher"),
+        ("reconstruction", "layers"),
+        ("transitions", "everything"),
+        ("training_states", "text"),
     ],
 )
 def test_a_bad_value_is_a_value_error_that_names_field_and_value(field: str, value: Any) -> None:
@@ -69,6 +73,14 @@ def test_dynamic_ranges_have_no_parameters_to_group() -> None:
     assert ThermoConfig(activation_ranges="dynamic", num_time_groups=1).activation_ranges == "dynamic"
     with pytest.raises(ValueError, match="num_time_groups: found 2, allowed is 1 with activation_ranges='dynamic'"):
         ThermoConfig(activation_ranges="dynamic", num_time_groups=2)
+
+
+@pytest.mark.parametrize("field", [{"reconstruction": "blocks"}, {"transitions": "codes"}])
+def test_what_is_trained_does_not_depend_on_the_timestep(field: dict[str, str]) -> None:
+    (name,) = field
+    assert ThermoConfig(**field, num_time_groups=3, activation_bits=4).num_time_groups == 3
+    with pytest.raises(ValueError, match=f"{name}: found .* with weights that depend on the timestep"):
+        ThermoConfig(**field, num_time_groups=3, activation_bits=16)
 
 
 def test_a_configuration_cannot_be_changed() -> None:
@@ -93,6 +105,8 @@ def test_method_is_none_where_smoothing_is_off(method: str) -> None:
         ({"activation_bits": 8, "activation_ranges": "static"}, True),
         ({"activation_bits": 8, "activation_ranges": "dynamic"}, False),
         ({"activation_bits": 16, "activation_ranges": "dynamic"}, False),
+        ({"reconstruction": "blocks"}, True),
+        ({"transitions": "parameters"}, True),
     ],
 )
 def test_calibration_is_needed_where_something_is_fitted_on_it(changes: dict[str, Any], needed: bool) -> None:

@@ -17,12 +17,15 @@ from thermo_lib.calibration import States
 from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.quantized_model import (
     QuantizedLM,
+    input_hessians,
     linear_names,
     optimize_transitions,
+    reconstruct_blocks,
     requantize_activations,
     resmooth,
     smooth_each_layer,
 )
+from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
 
 TIMESTEPS = 6
@@ -30,6 +33,7 @@ TIMESTEPS = 6
 BASE = {
     "bit_width": 2,
     "transitions": "none",
+    "reconstruction": "none",
     "quantizer": "rtn",
     "group_size": 20,
     "activation_bits": 16,
@@ -65,6 +69,8 @@ CONFIGURATIONS = {
     "W2A4 fitted to the output": {"activation_bits": 4, "range_objective": "output", **SMOOTH},
     "W2A4 fitted to path KL": {"activation_bits": 4, "range_objective": "path_kl", **SMOOTH},
     "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
+    "W2A16 gptq for transitions": {"quantizer": "gptq", "hessian": "transition"},
+    "W2A8 reconstructed": {"activation_bits": 8, "reconstruction": "blocks"},
 }
 every_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 
@@ -80,7 +86,8 @@ def config_of(**changes: Any) -> ThermoConfig:
 @pytest.fixture(autouse=True)
 def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
     """What is trained is trained for a second."""
-    override({"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40})
+    steps = {"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40, "reconstruction.steps": 40}
+    override(steps | {"chains.steps": 40, "reconstruction.code": 5, "data.sequence_length": 16})
 
 
 @pytest.fixture(scope="module")
@@ -652,7 +659,7 @@ class TestOptimizeTransitions:
     )
 
     @every_way
-    @pytest.mark.parametrize("codes", [False, True])
+    @pytest.mark.parametrize("what", ["parameters", "codes", "network"])
     def test_it_lowers_path_kl_and_leaves_the_given_models(
         self,
         tiny: DiffusionLM,
@@ -660,11 +667,11 @@ class TestOptimizeTransitions:
         quantized: Quantize,
         outputs: Outputs,
         changes: dict[str, Any],
-        codes: bool,
+        what: str,
     ) -> None:
         start = quantized(**changes)
         before = outputs(start), outputs(tiny)
-        trained = optimize_transitions(start, tiny, calibration, codes=codes)
+        trained = optimize_transitions(start, tiny, calibration, what=what)
         assert torch.equal(outputs(start), before[0])
         assert torch.equal(outputs(tiny), before[1])
         (states,) = calibration.parts
@@ -675,7 +682,52 @@ class TestOptimizeTransitions:
             torch.equal(layer.packed, trained.quantized_layers()[name].packed)
             for name, layer in start.quantized_layers().items()
         ]
-        assert all(same_codes) != codes
+        assert all(same_codes) == (what != "codes")
+        same_norm = torch.equal(trained.model.model.norm.weight, start.model.model.norm.weight)
+        assert same_norm == (what != "network")
+        assert not any(p.requires_grad for p in trained.model.parameters())
+
+    def test_fresh_chains_need_no_calibration(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs, tmp_path: Path
+    ) -> None:
+        start = quantized()
+        trained = optimize_transitions(start, tiny, what="network", states="chains")
+        again = optimize_transitions(start, tiny, calibration, what="network", states="chains")
+        assert torch.equal(outputs(trained), outputs(again))
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.95 * totals[0]
+        save_quantized(trained, tmp_path / "q")
+        assert torch.equal(outputs(load_quantized(tmp_path / "q")), outputs(trained))
+
+    @pytest.mark.parametrize("own", [0, 3])
+    def test_chains_may_be_the_quantized_model_s_own(
+        self,
+        tiny: DiffusionLM,
+        quantized: Quantize,
+        outputs: Outputs,
+        override: Callable[[dict[str, Any]], None],
+        own: int,
+    ) -> None:
+        override({"chains.steps": 4, "chains.own": own, "data.sequence_length": 16})
+        trained = optimize_transitions(quantized(), tiny, states="chains")
+        override({"chains.steps": 4, "chains.own": 1, "data.sequence_length": 16})
+        assert not torch.equal(outputs(trained), outputs(optimize_transitions(quantized(), tiny, states="chains")))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"what": "none"}, "what: found 'none', allowed are parameters, codes, network"),
+            ({"what": "all"}, "'all'"),
+            ({"states": "text"}, "'text'"),
+            ({}, "calibration: found None, required by states='calibration'"),
+        ],
+    )
+    def test_what_is_not_allowed_is_named(
+        self, tiny: DiffusionLM, quantized: Quantize, arguments: dict[str, str], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            optimize_transitions(quantized(), tiny, **arguments)
 
     @every_way
     def test_it_is_the_last_phase_of_quantizing_and_survives_saving(
@@ -699,3 +751,98 @@ class TestOptimizeTransitions:
     ) -> None:
         with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
             optimize_transitions(quantized(**SMOOTH), tiny, calibration)
+
+
+class TestTransitionHessian:
+    """GPTQ whose tokens count by what their error costs in path KL."""
+
+    def test_weights_of_one_are_the_uniform_hessian(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+        names, groups = linear_names(tiny.model)[:2], TimeGroups(TIMESTEPS, 2)
+        ones = {name: [torch.ones(part.ids.shape) for part in calibration.parts] for name in names}
+        uniform = input_hessians(tiny, calibration, names, groups)
+        weighted = input_hessians(tiny, calibration, names, groups, ones)
+        for name in names:
+            assert torch.equal(uniform[name], weighted[name])
+
+    def test_each_token_counts_by_its_weight(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+        name = linear_names(tiny.model)[0]
+        (part,) = calibration.parts
+        with torch.no_grad():
+            x = tiny.model.model.layers[0].input_layernorm(tiny.model.model.embed_tokens(part.ids)).double()
+        weight = torch.rand(part.ids.shape, generator=torch.Generator().manual_seed(0))
+        expected = torch.einsum("sl,sli,slj->ij", weight.double(), x, x)
+        found = input_hessians(tiny, calibration, [name], TimeGroups(TIMESTEPS, 1), {name: [weight]})
+        torch.testing.assert_close(found[name][0], expected, rtol=1e-4, atol=1e-4)
+
+    def test_it_changes_the_codes(self, quantized: Quantize) -> None:
+        layers = [quantized(quantizer="gptq", hessian=h).quantized_layers() for h in ("uniform", "transition")]
+        assert any(not torch.equal(layers[0][name].packed, layers[1][name].packed) for name in layers[0])
+
+
+class TestReconstructBlocks:
+    """Weights trained block by block for the block's output."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [{}, {"activation_bits": 4, "activation_ranges": "dynamic"}, {"activation_bits": 8, **SMOOTH}],
+        ids=["W2A16", "dynamic", "static"],
+    )
+
+    @every_way
+    def test_it_lowers_path_kl_and_leaves_the_given_models(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+    ) -> None:
+        start = quantized(**changes)
+        before = outputs(start), outputs(tiny)
+        trained = reconstruct_blocks(start, tiny, calibration)
+        assert torch.equal(outputs(start), before[0])
+        assert torch.equal(outputs(tiny), before[1])
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        assert trained.bits_per_weight == start.bits_per_weight
+        assert trained.config.reconstruction == "blocks"
+        bits = {layer.activation_bits for layer in trained.quantized_layers().values()}
+        assert bits == {start.config.activation_bits}
+
+    def test_fresh_states_need_no_calibration(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs
+    ) -> None:
+        start = quantized()
+        trained = reconstruct_blocks(start, tiny, states="chains")
+        assert trained.config.training_states == "chains"
+        again, on_calibration = (
+            reconstruct_blocks(start, tiny, calibration, states=states) for states in ("chains", "calibration")
+        )
+        assert torch.equal(outputs(trained), outputs(again))
+        assert not torch.equal(outputs(trained), outputs(on_calibration))
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        with pytest.raises(ValueError, match="calibration: found None, required by states='calibration'"):
+            reconstruct_blocks(start, tiny)
+
+    @every_way
+    def test_it_comes_before_the_transitions(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+    ) -> None:
+        whole = quantized(reconstruction="blocks", transitions="parameters", **changes)
+        parts = optimize_transitions(quantized(reconstruction="blocks", **changes), tiny, calibration)
+        assert torch.equal(outputs(whole), outputs(parts))
+        assert whole.config == parts.config
+
+    def test_weights_that_depend_on_the_timestep_are_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
+            reconstruct_blocks(quantized(**SMOOTH), tiny, calibration)

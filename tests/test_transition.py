@@ -18,10 +18,10 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from thermo_lib import generate, path_kl
-from thermo_lib.calibration import States, trajectory_states
+from thermo_lib.calibration import Calibration, States, trajectory_states
 from thermo_lib.models import DiffusionLM
 from thermo_lib.quant import QuantizedLinear, gptq, pack
-from thermo_lib.transition import TrainableWeight, reference_logits
+from thermo_lib.transition import Chains, TrainableWeight, reference_logits, token_importance
 
 MASK, LENGTH, VOCABULARY = 0, 2, 4
 TEXTS = list(itertools.product(range(1, VOCABULARY), repeat=LENGTH))
@@ -233,6 +233,126 @@ class TestPathKL:
         lm = ToyLM.random(0)
         with pytest.raises(ValueError, match=rf"expected every sequence at each of {timesteps} timesteps"):
             path_kl(lm, lm, states, timesteps)
+
+
+@dataclass
+class ToyLoss:
+    """What chains need of the two models."""
+
+    reference: ToyLM
+    quantized: ToyLM
+    timesteps: int
+
+    def targets(self, states: States) -> Tensor:
+        """Of the full-precision model."""
+        return self.reference.logits(states.ids, states.is_masked).log_softmax(-1)
+
+    def log_probabilities(self, states: States) -> Tensor:
+        """Of the other one."""
+        return self.quantized.logits(states.ids, states.is_masked).log_softmax(-1)
+
+
+class TestChains:
+    """Fresh trajectories: the states that the ancestral sampler visits, a step at a time."""
+
+    T, COUNT = 3, 600
+
+    def chains(self, own: int = 0, count: int = COUNT) -> Chains:
+        """Chains of two toy models."""
+        loss = ToyLoss(ToyLM.random(0), ToyLM.random(1), self.T)
+        return Chains(loss, lambda: torch.full((LENGTH,), MASK), count, own, seed=0)
+
+    def test_they_are_spread_over_the_timesteps_and_start_anew_at_the_end(self) -> None:
+        chains = self.chains(count=6)
+        for turn in range(2 * self.T):
+            states, targets = chains.step()
+            assert states.timestep.tolist() == [(step + turn) % self.T for step in (0, 0, 1, 1, 2, 2)]
+            assert (states.ids[states.timestep == 0] == MASK).all()
+            assert torch.equal(states.is_masked, states.ids == MASK)
+            assert torch.equal(targets, chains.loss.targets(states))
+
+    def test_a_token_once_filled_stays_until_the_end(self) -> None:
+        chains = self.chains()
+        for _ in range(2 * self.T):
+            states, _ = chains.step()
+            goes_on = states.timestep < self.T - 1
+            kept = ~states.is_masked & goes_on[:, None]
+            assert torch.equal(chains.ids[kept], states.ids[kept])
+
+    @pytest.mark.parametrize("own", [0, COUNT])
+    def test_their_states_are_those_of_the_model_that_takes_the_steps(self, own: int) -> None:
+        chains = self.chains(own)
+        model = chains.loss.quantized if own else chains.loss.reference
+        expected: dict[State, float] = {}
+        for path, probability in paths(model, self.T).items():
+            expected[path[-2]] = expected.get(path[-2], 0.0) + probability
+        seen = dict.fromkeys(expected, 0)
+        for _ in range(30):
+            states, _ = chains.step()
+            for state in states.ids[states.timestep == self.T - 1].tolist():
+                seen[tuple(state)] += 1
+        total = sum(seen.values())
+        assert chisquare(list(seen.values()), [total * p for p in expected.values()]).pvalue > 1e-3
+
+    def test_equal_seeds_give_equal_chains(self) -> None:
+        one, other = self.chains(), self.chains()
+        for _ in range(self.T):
+            assert torch.equal(one.step()[0].ids, other.step()[0].ids)
+
+    def test_no_more_than_all_of_them_take_the_quantized_model_s_steps(self) -> None:
+        with pytest.raises(ValueError, match=r"own: found 7, allowed are 0..6"):
+            self.chains(own=7, count=6)
+
+
+class TestTokenImportance:
+    """The trace of path KL's Fisher information, token by token."""
+
+    def test_it_is_the_exact_one_on_average(
+        self, tiny: DiffusionLM, random_ids: Callable[..., Tensor], build_tiny: Callable[[int], DiffusionLM]
+    ) -> None:
+        ids = random_ids(2, 5, seed=3)
+        is_masked = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]], dtype=torch.bool)
+        states = States(ids.masked_fill(is_masked, tiny.mask_token_id), is_masked, torch.tensor([0, 1]), ids)
+        calibration = Calibration((states,), 2, "forward")
+        name = "model.layers.1.mlp.down_proj"
+        total = torch.zeros(ids.shape)
+        for seed in range(400):
+            total += token_importance(tiny, calibration, [name], seed)[name][0]
+        exact = torch.zeros(ids.shape)
+        rho = (0.5, 1.0)
+        for row in range(2):
+            outputs: list[Tensor] = []
+            hook = tiny.model.get_submodule(name).register_forward_hook(
+                lambda _, inputs, output, outputs=outputs: outputs.append(output.requires_grad_())
+            )
+            with torch.enable_grad():
+                hidden = tiny.model.hidden(states.ids[row : row + 1])
+                logits = tiny.model.lm_head(hidden[is_masked[row : row + 1]])
+                logits[:, tiny.mask_token_id] = -1e30
+                log_p = logits.log_softmax(-1)
+            hook.remove()
+            for position in range(len(log_p)):
+                for token in range(log_p.shape[1]):
+                    if log_p[position, token] < -12:
+                        continue
+                    (gradient,) = torch.autograd.grad(log_p[position, token], outputs[0], retain_graph=True)
+                    weight = 2 * rho[row] * float(log_p[position, token].detach().exp())
+                    exact[row] += weight * gradient[0].square().mean(-1)
+        torch.testing.assert_close(total / 400, exact, rtol=0.25, atol=0.02 * float(exact.max()))
+
+    def test_states_without_masks_cost_nothing(self, tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> None:
+        ids = random_ids(2, 5)
+        states = States(ids, torch.zeros(ids.shape, dtype=torch.bool), torch.tensor([0, 1]), ids)
+        found = token_importance(tiny, Calibration((states,), 2, "forward"), ["model.layers.0"], 0)
+        assert not found["model.layers.0"][0].any()
+
+    def test_the_model_stays_as_it_was(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+        before = {name: len(module._forward_hooks) for name, module in tiny.model.named_modules()}
+        found = token_importance(tiny, calibration, ["model.layers.0"], 0)["model.layers.0"]
+        assert [weight.shape for weight in found] == [part.ids.shape for part in calibration.parts]
+        assert (found[0] > 0).any()
+        assert before == {name: len(module._forward_hooks) for name, module in tiny.model.named_modules()}
+        assert not any(p.requires_grad for p in tiny.model.parameters())
 
 
 class TestTrainableWeight:

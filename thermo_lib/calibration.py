@@ -57,6 +57,9 @@ class States:
                 f"calibration: timestep: found shape {tuple(self.timestep.shape)}, expected ({len(self.ids)},)"
             )
 
+    def __getitem__(self, rows: Tensor) -> "States":
+        return States(*(tensor[rows] for tensor in vars(self).values()))
+
     def batches(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         """``(timestep, row indices)``, every batch inside one timestep, timesteps in order."""
         for timestep in self.timestep.unique().tolist():
@@ -90,6 +93,12 @@ class Calibration:
 
     def __len__(self) -> int:
         return sum(len(part.ids) for part in self.parts)
+
+    def batches(self, batch_size: int = 64) -> Iterator[tuple[int, int, Tensor]]:
+        """``(number of the part, timestep, row indices)``: the batches of every part in order."""
+        for number, part in enumerate(self.parts):
+            for timestep, rows in part.batches(batch_size):
+                yield number, timestep, rows
 
     def save(self, path: str | Path) -> None:
         """Write the states as one safetensors file; an earlier file stays whole until the new one is."""
@@ -312,9 +321,10 @@ def run_states(
     def receive(name: str, x: Tensor) -> None:
         consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])
 
-    work = [(part, *batch) for part in calibration.parts for batch in part.batches(batch_size)]
+    work = list(calibration.batches(batch_size))
     with _hooks({name: lm.model.get_submodule(name) for name in names}, receive):
-        for part, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
+        for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
+            part = calibration.parts[number]
             lm.set_timestep(timestep, calibration.timesteps)
             current.update(is_masked=part.is_masked[rows].reshape(-1), timestep=timestep)
             lm.model.hidden(part.ids[rows])

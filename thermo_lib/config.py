@@ -10,6 +10,8 @@ from thermo_lib.time_aware import TimeGroups
 Quantizer = Literal["rtn", "least_squares", "gptq"]
 SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
 RangeObjective = Literal["activation", "output", "path_kl"]
+Transitions = Literal["none", "parameters", "codes", "network"]
+TrainingStates = Literal["calibration", "chains"]
 
 
 def _from_params(key: str, **limits: Any) -> Any:
@@ -23,6 +25,8 @@ class ThermoConfig(BaseModel):
         bit_width: bits of a weight code: 2, 4 or 8.
         quantizer: ``rtn`` (round to nearest), ``least_squares`` (scale and zero point of each group fitted for least
             squared weight error) or ``gptq`` (arXiv 2210.17323; needs calibration).
+        hessian: tokens count in ``gptq`` all the same (``uniform``) or by what an error there costs in path KL
+            (``transition``, see ``transition.token_importance``).
         group_size: weights along the input dimension that share scale and zero point; a row's last group may be
             shorter.
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
@@ -32,8 +36,13 @@ class ThermoConfig(BaseModel):
         activation_token_states: static ranges of their own for masked and for unmasked tokens.
         range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
             itself), the squared error of the layer's ``output``, or the model's ``path_kl`` (both after smoothing).
+        reconstruction: ``none``, or ``blocks``: scales, zero points and codes of the weights are trained block by
+            block for the block's output, see ``reconstruction``.
         transitions: ``none``, or what is trained for least path KL once everything is quantized: the ``parameters``
-            (weights' scales and zero points, static activation ranges) or the weights' ``codes`` too.
+            (weights' scales and zero points, static activation ranges), the weights' ``codes`` too, or with the
+            parameters the unquantized rest of the ``network`` (norms, biases, embeddings, head), as precise as before.
+        training_states: what reconstruction and transitions are trained on: the ``calibration`` states, or fresh
+            ``chains``, which the full-precision model makes itself.
         timesteps: number of denoising steps ``T`` that the time groups divide.
         num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
             parameters where activations are quantized, otherwise the weights' scales and zero points.
@@ -50,13 +59,16 @@ class ThermoConfig(BaseModel):
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
+    hessian: Literal["uniform", "transition"] = _from_params("hessian")
     group_size: int = _from_params("group_size", ge=1)
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
     activation_group_size: int | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
-    transitions: Literal["none", "parameters", "codes"] = _from_params("transitions")
+    reconstruction: Literal["none", "blocks"] = _from_params("reconstruction")
+    transitions: Transitions = _from_params("transitions")
+    training_states: TrainingStates = _from_params("training_states")
     timesteps: int = _from_params("timesteps", ge=1)
     num_time_groups: int = _from_params("num_time_groups", ge=1)
     time_group_starts: tuple[int, ...] | None = _from_params("time_group_starts")
@@ -76,6 +88,13 @@ class ThermoConfig(BaseModel):
                 f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
                 "which has no parameters to group"
             )
+        if self.num_time_groups > 1 and self.activation_bits == 16:
+            for name in ("reconstruction", "transitions"):
+                if getattr(self, name) != "none":
+                    raise ValueError(
+                        f"{name}: found {getattr(self, name)!r}, allowed is 'none' with weights that depend on the "
+                        f"timestep (num_time_groups={self.num_time_groups} at activation_bits=16)"
+                    )
         _ = self.time_groups  # refuses starts that don't fit
         return self
 
@@ -93,7 +112,8 @@ class ThermoConfig(BaseModel):
     def needs_calibration(self) -> bool:
         """Whether any part of this configuration is fitted on calibration states."""
         static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
-        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations or self.transitions != "none"
+        trained = self.reconstruction != "none" or self.transitions != "none"
+        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations or trained
 
     @property
     def precision(self) -> str:

@@ -6,18 +6,21 @@ give it.
 """
 
 import copy
+import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thermo_lib.calibration import Calibration, run_states, shared_inputs
-from thermo_lib.config import ThermoConfig
+from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
+from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
+from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.models import (
     WEIGHTS_NAME,
     DiffusionLM,
@@ -42,8 +45,18 @@ from thermo_lib.quant import (
     round_to_nearest,
 )
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
+from thermo_lib.reconstruction import BlockStream, fit_block
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
-from thermo_lib.transition import TrainableWeight, TransitionLoss, fit_to_path_kl
+from thermo_lib.transition import (
+    Batch,
+    Chains,
+    TrainableLayers,
+    TrainableWeight,
+    TransitionLoss,
+    calibration_draws,
+    fit_to_path_kl,
+    token_importance,
+)
 
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
@@ -57,11 +70,13 @@ class QuantizedLM(DiffusionLM):
         weight_params: layer name to the weight parameters of its time groups, before smoothing; one entry where
             they don't depend on the timestep.
         activation_params: the same for static activation ranges; empty where there are none.
+        losses: what was trained to the loss of each step, path KL in nats per sequence, estimated; not saved.
     """
 
     config: ThermoConfig
     weight_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
     activation_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def time_params(self) -> dict[str, list[TimeGroupParams]]:
@@ -200,7 +215,11 @@ def _calibrated_layer(
 
 
 def input_hessians(
-    lm: DiffusionLM, calibration: Calibration, names: list[str], groups: TimeGroups
+    lm: DiffusionLM,
+    calibration: Calibration,
+    names: list[str],
+    groups: TimeGroups,
+    importance: Mapping[str, Sequence[Tensor]] = MappingProxyType({}),
 ) -> dict[str, Tensor]:
     """``sum x x^T`` of the inputs of some linears, by time group.
 
@@ -209,6 +228,8 @@ def input_hessians(
         calibration: the states.
         names: the linears.
         groups: the time groups.
+        importance: name to the weights of the sum's tokens, ``(states, length)`` for each part of the calibration; of
+            the linears that it doesn't name all tokens count 1.
 
     Returns:
         Name to float64 ``(groups, in_features, in_features)``.
@@ -218,11 +239,19 @@ def input_hessians(
         for name in names
     }
 
+    weights = {name: _in_batches(importance[name], calibration) for name in names if name in importance}
+
     def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
-        hessians[name][groups.group_of(timestep * groups.timesteps // calibration.timesteps)] += x.T @ x
+        weighted = x * next(weights[name]) if name in weights else x
+        hessians[name][groups.group_of(timestep * groups.timesteps // calibration.timesteps)] += x.T @ weighted
 
     run_states(lm, calibration, names, accumulate)
     return hessians
+
+
+def _in_batches(importance: Sequence[Tensor], calibration: Calibration) -> Iterator[Tensor]:
+    """Tokens' weights as ``run_states`` brings the tokens, ``(tokens, 1)``."""
+    return (importance[number][rows].reshape(-1, 1) for number, _, rows in calibration.batches())
 
 
 def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
@@ -238,10 +267,14 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
             _install(lm, name, pack(quantized.codes, config.bit_width))
         return
 
+    importance: dict[str, list[Tensor]] = {}
     sites = shared_inputs(lm, names)
+    if config.hessian == "transition":
+        importance = token_importance(lm, calibration, names, default("seed"), "importance" if progress else None)
+        sites = [[name] for name in names]  # the same input counts by what the output is worth
     for block in tqdm(_blocks(names), desc=label, disable=not progress, leave=False):
         site_of = {site[0]: site for site in sites if site[0] in block}
-        hessians = input_hessians(lm, calibration, list(site_of), groups)
+        hessians = input_hessians(lm, calibration, list(site_of), groups, importance)
         for first, site in site_of.items():
             for name in site:
                 weight = lm.model.get_submodule(name).weight
@@ -320,12 +353,12 @@ def _quantize_activations(
     if lm.config.activation_ranges == "static":
         ranges, settings = _clip_ranges(lm, calibration, progress), default("ranges")
         if lm.config.range_objective == "path_kl":
+            loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
             fit_to_path_kl(
-                TransitionLoss(reference, lm, calibration, ranges),
+                loss,
                 {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
+                calibration_draws(loss, calibration, settings["path_kl_batch"], default("seed")),
                 steps=settings["path_kl_steps"],
-                batch=settings["path_kl_batch"],
-                seed=default("seed"),
                 progress=f"path KL {lm.config.precision}" if progress else None,
             )
         lm.activation_params |= {name: fitted.params(lm.config.time_groups) for name, fitted in ranges.items()}
@@ -356,19 +389,23 @@ def quantize(
         )
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
+    untrained = {**config.model_dump(), "reconstruction": "none", "transitions": "none"}
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
-    rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False, "transitions": "none"})
+    rough = ThermoConfig(**{**untrained, "enable_boundary_smoothing": False})
     quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
     with torch.no_grad():
         _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
-            quantized.config = ThermoConfig(**{**config.model_dump(), "transitions": "none"})
+            quantized.config = ThermoConfig(**untrained)
             _quantize_activations(quantized, lm, calibration, progress)
         elif config.method:
             quantized = resmooth(quantized, config.method)
+    if config.reconstruction != "none":
+        quantized = reconstruct_blocks(quantized, lm, calibration, states=config.training_states, progress=progress)
     if config.transitions == "none":
         return quantized
-    return optimize_transitions(quantized, lm, calibration, codes=config.transitions == "codes", progress=progress)
+    how = {"what": config.transitions, "states": config.training_states}
+    return optimize_transitions(quantized, lm, calibration, **how, progress=progress)
 
 
 _ACTIVATIONS = frozenset(
@@ -442,9 +479,8 @@ def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
 
 def _copy(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
     model = copy.deepcopy(lm.model)
-    return QuantizedLM(
-        model, lm.tokenizer, lm.mask_token_id, lm.name, config, dict(lm.weight_params), dict(activation_params)
-    )
+    parameters = dict(lm.weight_params), dict(activation_params)
+    return QuantizedLM(model, lm.tokenizer, lm.mask_token_id, lm.name, config, *parameters, dict(lm.losses))
 
 
 def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> QuantizedLM:
@@ -504,13 +540,13 @@ def smooth_each_layer(
     distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
     samples = site_samples(lm, calibration)
     if reference is not None:
-        loss = TransitionLoss(reference, lm, calibration, ranges)
+        loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
         generator = torch.Generator().manual_seed(default("seed"))
         states = [
-            (part, torch.randperm(len(part.ids), generator=generator)[: default("ranges.choice_states")])
+            part[torch.randperm(len(part.ids), generator=generator)[: default("ranges.choice_states")]]
             for part in calibration.parts
         ]
-        targets = [loss.targets(*drawn) for drawn in states]
+        targets = [loss.targets(drawn) for drawn in states]
     chosen: dict[str, list[TimeGroupParams]] = {}
     for site, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
         fitted = ranges[site[0]]
@@ -521,7 +557,7 @@ def smooth_each_layer(
             if reference is None:
                 return output_error(fitted, sample, weight)
             with loss:
-                return sum(float(loss(*drawn, aim)) for drawn, aim in zip(states, targets, strict=True))
+                return sum(float(loss(drawn, aim)) for drawn, aim in zip(states, targets, strict=True))
 
         best = min(distinct, key=cost)
         fitted.weights = matrices[best]
@@ -533,60 +569,190 @@ def smooth_each_layer(
     return changed
 
 
-def optimize_transitions(
+def _trainable_weights(layers: Mapping[str, QuantizedLinear], targets: DreamModel | None) -> dict[str, TrainableWeight]:
+    """The layers' weights, their codes too where the full-precision model is given."""
+    return {
+        name: TrainableWeight(layer, targets.get_submodule(name).weight if targets is not None else None)
+        for name, layer in layers.items()
+    }
+
+
+def _weight_rates(weights: Iterable[TrainableWeight], settings: Mapping[str, float]) -> dict[nn.Parameter, float]:
+    """The learning rates of what is trained of the weights, from a section of ``params.yaml``."""
+    rates: dict[nn.Parameter, float] = {}
+    for weight in weights:
+        rates |= {weight.log_scale: settings["scale_lr"], weight.zero_point: settings["zero_point_lr"]}
+        rates |= {weight.position: settings["code_lr"]} if isinstance(weight.position, nn.Parameter) else {}
+    return rates
+
+
+def _store_weights(lm: QuantizedLM, weights: Mapping[str, TrainableWeight]) -> None:
+    layers = lm.quantized_layers()
+    for name, weight in weights.items():
+        trained = weight.quantized()
+        params = TimeGroupParams((0, lm.config.timesteps), trained.scale, trained.zero_point, trained.group_size)
+        lm.weight_params[name] = [params]
+        layers[name].packed = pack(trained.codes, trained.bits)
+        _install_weights(layers[name], [params], lm.config)
+
+
+def reconstruct_blocks(
     lm: QuantizedLM,
     reference: DiffusionLM,
-    calibration: Calibration,
+    calibration: Calibration | None = None,
     *,
-    codes: bool = False,
+    states: TrainingStates = "calibration",
     progress: bool = False,
 ) -> QuantizedLM:
-    """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
+    """Train scales, zero points and codes of the weights block by block for the block's output.
 
-    What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and the
-    weights' codes where asked for. Settings are the ``transition`` section of ``params.yaml``.
+    Static activation ranges are left out of account, dynamic ones are not. Settings are the ``reconstruction`` section
+    of ``params.yaml``. The given model stays as it is.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
         reference: the full-precision model.
-        calibration: states to train on.
-        codes: train the codes too.
+        calibration: states to train on; not needed with chains.
+        states: ``calibration``, or the states of fresh ``chains``, as many as the section says.
+        progress: show bars.
+
+    Raises:
+        ValueError: time-dependent weights, unknown ``states``, or missing calibration.
+    """
+    config = _trained_config(lm, calibration, states, reconstruction="blocks")
+    settings = default("reconstruction")
+    changed = _copy(lm, config, lm.activation_params)
+    if states == "chains":
+        calibration = _fresh_states(reference, config.timesteps, progress)
+    blocks = _blocks(linear_names(reference.model))
+    names = [".".join(block[0].split(".")[:3]) for block in blocks]
+    importance = token_importance(reference, calibration, names, default("seed"), "importance" if progress else None)
+    layers = changed.quantized_layers()
+    static = changed.config.activation_ranges == "static"
+    for layer in layers.values():
+        layer.activation_bits = 16 if static else changed.config.activation_bits
+    stream = BlockStream(reference, changed, calibration)
+    for number, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        stream.enter(number)
+        weights = _trainable_weights({linear: layers[linear] for linear in block}, reference.model)
+        with TrainableLayers(changed, {}, weights):
+            changed.losses[f"block {number}"] = fit_block(
+                stream,
+                number,
+                importance[name],
+                _weight_rates(weights.values(), settings),
+                steps=settings["steps"],
+                batch=settings["batch"],
+                seed=default("seed"),
+                progress=f"block {number} of {len(blocks)}" if progress else None,
+            )
+        _store_weights(changed, weights)
+        stream.leave(number)
+    for layer in layers.values():
+        layer.activation_bits = changed.config.activation_bits
+    return changed
+
+
+def _trained_config(
+    lm: QuantizedLM, calibration: Calibration | None, states: TrainingStates, **phase: str
+) -> ThermoConfig:
+    """The configuration after a phase of training, what it needs checked."""
+    _check_constant_weights(lm)
+    config = ThermoConfig(**{**lm.config.model_dump(), **phase, "training_states": states})
+    if states == "calibration" and calibration is None:
+        raise ValueError("calibration: found None, required by states='calibration'")
+    return config
+
+
+def _prompts(lm: DiffusionLM, count: int, seed: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Training puzzles, ``count`` of each task, answers masked: ids and the masks, ``(puzzles, length)``."""
+    puzzles = [puzzle for task in TASKS for puzzle in make_puzzles(task, count, seed, test=False)]
+    ids, is_answer = encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))
+    return ids.masked_fill(is_answer, lm.mask_token_id), is_answer
+
+
+def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibration:
+    """States of trajectories that the evaluation's and the calibration's seeds don't make."""
+    settings, seed = default("reconstruction"), default("seed") + 2
+    empty = torch.full((settings["code"], default("data.sequence_length")), lm.mask_token_id)
+    batches: list[tuple[Tensor, Tensor | None]] = [(empty, None)]
+    if knows_tasks(lm.tokenizer):
+        batches.append(_prompts(lm, settings["puzzles"], (seed,)))
+    return calibrate(lm, batches, timesteps=timesteps, source="trajectory", seed=seed, progress=progress)
+
+
+def _fresh_chains(loss: TransitionLoss) -> Iterator[Batch]:
+    """A step of chains of code, and of puzzles where the model knows them, again and again."""
+    lm, settings, seed = loss.reference, default("chains"), default("seed")
+    empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
+    chains = [Chains(loss, lambda: empty, settings["code"], settings["own"], seed)]
+    if knows_tasks(lm.tokenizer):
+        prompts = (row for number in itertools.count() for row in _prompts(lm, 1, (seed, number))[0])
+        chains.append(Chains(loss, lambda: next(prompts), settings["puzzles"], 0, seed))
+    while True:
+        yield [chain.step() for chain in chains]
+
+
+def optimize_transitions(
+    lm: QuantizedLM,
+    reference: DiffusionLM,
+    calibration: Calibration | None = None,
+    *,
+    what: Transitions = "parameters",
+    states: TrainingStates = "calibration",
+    progress: bool = False,
+) -> QuantizedLM:
+    """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
+
+    What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and where
+    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``
+    and ``chains`` of ``params.yaml``.
+
+    Args:
+        lm: a quantized model whose weights don't depend on the timestep.
+        reference: the full-precision model.
+        calibration: states to train on; not needed with chains.
+        what: ``parameters``, ``codes`` or ``network``, see ``ThermoConfig.transitions``.
+        states: ``calibration`` or fresh ``chains``.
         progress: show a bar.
 
     Raises:
-        ValueError: time-dependent weights.
+        ValueError: time-dependent weights, an unknown ``what`` or ``states``, or missing calibration.
     """
-    _check_constant_weights(lm)
+    if what == "none":
+        raise ValueError("what: found 'none', allowed are parameters, codes, network")
+    config = _trained_config(lm, calibration, states, transitions=what)
     settings = default("transition")
-    config = ThermoConfig(**{**lm.config.model_dump(), "transitions": "codes" if codes else "parameters"})
     changed = _copy(lm, config, lm.activation_params)
     layers, ranges = changed.quantized_layers(), _present_ranges(changed)
-    weights = {
-        name: TrainableWeight(layer, reference.model.get_submodule(name).weight if codes else None)
-        for name, layer in layers.items()
-    }
+    weights = _trainable_weights(layers, reference.model if what == "codes" else None)
     rates = {p: rate for r in ranges.values() for p, rate in r.rates(settings["range_lr"]).items()}
-    for weight in weights.values():
-        rates |= {weight.log_scale: settings["scale_lr"], weight.zero_point: settings["zero_point_lr"]}
-        rates |= {weight.position: settings["code_lr"]} if codes else {}
-    fit_to_path_kl(
-        TransitionLoss(reference, changed, calibration, ranges, weights),
+    rates |= _weight_rates(weights.values(), settings)
+    network = [tensor.requires_grad_() for tensor in _network(changed)] if what == "network" else []
+    rates |= dict.fromkeys(network, default("chains.network_lr"))
+    fresh = states == "chains"
+    loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
+    draws = _fresh_chains(loss) if fresh else calibration_draws(loss, calibration, settings["batch"], default("seed"))
+    changed.losses["transitions"] = fit_to_path_kl(
+        loss,
         rates,
-        steps=settings["steps"],
-        batch=settings["batch"],
-        seed=default("seed"),
+        draws,
+        steps=default("chains.steps" if fresh else "transition.steps"),
         progress=f"transitions {config.precision}" if progress else None,
     )
-    for name, layer in layers.items():
-        trained = weights[name].quantized()
-        params = TimeGroupParams((0, config.timesteps), trained.scale, trained.zero_point, trained.group_size)
-        changed.weight_params[name] = [params]
-        layer.packed = pack(trained.codes, trained.bits)
-        _install_weights(layer, [params], config)
+    for tensor in network:
+        tensor.requires_grad_(False)
+    _store_weights(changed, weights)
     for name, fitted in ranges.items():
         changed.activation_params[name] = fitted.params(config.time_groups)
         _install_activations(layers[name], changed.activation_params[name], config)
     return changed
+
+
+def _network(lm: QuantizedLM) -> list[Tensor]:
+    """What isn't quantized: norms, embeddings, head and the biases of the quantized linears."""
+    biases = [layer.bias for layer in lm.quantized_layers().values() if layer.bias is not None]
+    return [*lm.model.parameters(), *biases]
 
 
 def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]]) -> dict[str, Tensor]:

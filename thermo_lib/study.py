@@ -250,7 +250,7 @@ class _Models:
     def build(self, p: Point) -> QuantizedLM:
         if p["transitions"] != "none":
             start = self.build({**p, "transitions": "none"})
-            return optimize_transitions(start, self.reference, self.calibration(p), codes=p["transitions"] == "codes")
+            return optimize_transitions(start, self.reference, self.calibration(p), what=p["transitions"])
         config = configuration(p)
         plain = {"enable_boundary_smoothing": False, "smoothing_method": "linear", "smoothing_window": 1}
         unsmoothed = config.model_dump() | plain

@@ -12,7 +12,8 @@ divergence; on masked held-out text it is a proxy. It is also what quantization 
 activation ranges, and the weights' scales, zero points and codes.
 """
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Self
@@ -193,29 +194,20 @@ class _TrainableLinear(nn.Module):
         return F.linear(x, self.layer.weight() if self.weight is None else self.weight(), self.layer.bias)
 
 
-class TransitionLoss:
-    """Path KL on calibration states as a function of trainable quantization parameters.
-
-    While it is entered (``with``), the quantized model computes with them.
+class TrainableLayers:
+    """While it is entered (``with``), a quantized model computes with trainable quantization parameters.
 
     Args:
-        reference: the full-precision model.
-        quantized: the other model.
-        calibration: the states.
+        quantized: the model.
         ranges: layer name to the static ranges of its input; layers that share an input share the object. None of
             them where activations aren't quantized, or dynamically.
         weights: layer name to its weight; the other layers' stay as they are.
     """
 
     def __init__(
-        self,
-        reference: DiffusionLM,
-        quantized: DiffusionLM,
-        calibration: Calibration,
-        ranges: Mapping[str, TrainableRanges],
-        weights: Mapping[str, TrainableWeight] = MappingProxyType({}),
+        self, quantized: DiffusionLM, ranges: Mapping[str, TrainableRanges], weights: Mapping[str, TrainableWeight]
     ):
-        self.reference, self.quantized, self.calibration = reference, quantized, calibration
+        self.quantized = quantized
         self.layers = {n: m for n, m in quantized.model.named_modules() if isinstance(m, QuantizedLinear)}
         self.trained = {n: _TrainableLinear(m, ranges.get(n), weights.get(n)) for n, m in self.layers.items()}
 
@@ -231,64 +223,209 @@ class TransitionLoss:
             parent, _, child = name.rpartition(".")
             setattr(self.quantized.model.get_submodule(parent), child, layer)
 
-    def draw(self, count: int, generator: torch.Generator) -> tuple[States, Tensor]:
-        """A random part of the calibration, by its number of states, and random rows of it."""
-        sizes = torch.tensor([float(len(part.ids)) for part in self.calibration.parts])
-        part = self.calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
-        return part, torch.randint(len(part.ids), (min(count, len(part.ids)),), generator=generator)
 
-    def targets(self, part: States, rows: Tensor) -> Tensor:
-        """The full-precision log-probabilities at the masked positions of some states."""
-        with torch.no_grad():
-            return self.reference.logits(part.ids[rows], part.is_masked[rows]).log_softmax(-1)
+def _without_mask_token(logits: Tensor, mask_token_id: int) -> Tensor:
+    return logits.index_fill(-1, torch.tensor([mask_token_id]), NO_PROBABILITY)
 
-    def __call__(self, part: States, rows: Tensor, targets: Tensor) -> Tensor:
-        """Path KL estimated on some states of any timesteps, nats per sequence."""
-        ids, is_masked, timestep = part.ids[rows], part.is_masked[rows], part.timestep[rows]
-        lm, timesteps = self.quantized, self.calibration.timesteps
+
+class TransitionLoss(TrainableLayers):
+    """Path KL as a function of trainable quantization parameters.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the other model.
+        timesteps: ``T`` of the states.
+        ranges, weights: see ``TrainableLayers``.
+    """
+
+    def __init__(
+        self,
+        reference: DiffusionLM,
+        quantized: DiffusionLM,
+        timesteps: int,
+        ranges: Mapping[str, TrainableRanges],
+        weights: Mapping[str, TrainableWeight] = MappingProxyType({}),
+    ):
+        super().__init__(quantized, ranges, weights)
+        self.reference, self.timesteps = reference, timesteps
+
+    def targets(self, states: States) -> Tensor:
+        """The full-precision log-probabilities at the masked positions, float32 ``(masked, vocabulary)``."""
+        return self.reference.logits(states.ids, states.is_masked).log_softmax(-1)
+
+    def log_probabilities(self, states: States) -> Tensor:
+        """The quantized model's, with gradients."""
+        lm = self.quantized
         for layer in self.trained.values():
-            step = timestep * layer.layer.timesteps // timesteps
-            layer.is_masked, layer.timestep = ids == lm.mask_token_id, step[:, None].expand_as(ids)
-        logits = lm.model.lm_head(lm.model.hidden(ids)[is_masked])
-        logits = logits.index_fill(-1, torch.tensor([lm.mask_token_id]), NO_PROBABILITY)
-        divergence = (targets.exp() * (targets - logits.log_softmax(-1))).sum(-1)
-        rho = unmask_probabilities(timesteps).float()
-        weight = timesteps * rho[timestep][:, None].expand_as(is_masked)[is_masked]
-        return (weight * divergence).sum() / len(rows)
+            step = states.timestep * layer.layer.timesteps // self.timesteps
+            layer.is_masked = states.ids == lm.mask_token_id
+            layer.timestep = step[:, None].expand_as(states.ids)
+        logits = lm.model.lm_head(lm.model.hidden(states.ids)[states.is_masked])
+        return _without_mask_token(logits, lm.mask_token_id).log_softmax(-1)
+
+    def __call__(self, states: States, targets: Tensor) -> Tensor:
+        """Path KL estimated on states of any timesteps, nats per sequence."""
+        divergence = (targets.exp() * (targets - self.log_probabilities(states))).sum(-1)
+        rho = unmask_probabilities(self.timesteps).float()
+        weight = self.timesteps * rho[states.timestep][:, None].expand_as(states.is_masked)[states.is_masked]
+        return (weight * divergence).sum() / len(states.ids)
+
+
+Batch = Sequence[tuple[States, Tensor]]
+
+
+def calibration_draws(loss: TransitionLoss, calibration: Calibration, batch: int, seed: int) -> Iterator[Batch]:
+    """Without end, random states of a random part of the calibration, with their full-precision targets.
+
+    Args:
+        loss: gives the targets.
+        calibration: the states; a part is drawn by its number of states.
+        batch: states at a time.
+        seed: seeds the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor([float(len(part.ids)) for part in calibration.parts])
+    while True:
+        part = calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
+        rows = torch.randint(len(part.ids), (min(batch, len(part.ids)),), generator=generator)
+        yield [(part[rows], loss.targets(part[rows]))]
+
+
+class Chains:
+    """Fresh denoising trajectories of one sequence length, a step of each at a time.
+
+    The chains are spread evenly over the timesteps. A step is that of the ancestral sampler, by the full-precision
+    model, whose distributions are the targets at the same time; a chain at its end starts anew.
+
+    Args:
+        loss: the two models.
+        start: makes the state that a chain starts from, int64 ``(length,)``.
+        count: number of chains.
+        own: so many of them take the quantized model's steps instead, as it is then.
+        seed: seeds the steps.
+    """
+
+    def __init__(self, loss: TransitionLoss, start: Callable[[], Tensor], count: int, own: int, seed: int):
+        if not 0 <= own <= count:
+            raise ValueError(f"own: found {own}, allowed are 0..{count}, the number of chains")
+        self.loss, self.start, self.own = loss, start, own
+        self.generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.stack([start() for _ in range(count)])
+        self.timestep = torch.zeros(count, dtype=torch.int64)
+        ends = torch.arange(count) * loss.timesteps // count
+        for step in range(int(ends.max())):
+            waiting = ends <= step
+            kept = self.ids[waiting], self.timestep[waiting]
+            self.step()
+            self.ids[waiting], self.timestep[waiting] = kept
+
+    @torch.no_grad()
+    def step(self) -> tuple[States, Tensor]:
+        """The present states and their targets; then every chain takes a step."""
+        loss, mask_token_id = self.loss, self.loss.reference.mask_token_id
+        states = States(self.ids, self.ids == mask_token_id, self.timestep, self.ids)
+        targets = loss.targets(states)
+        likely = targets
+        if self.own:
+            rows = torch.arange(len(self.ids)) < self.own
+            own = rows[:, None].expand_as(self.ids)[states.is_masked]
+            likely = targets.index_put((own,), loss.log_probabilities(states[rows]))
+        filled = self.ids
+        if len(likely):
+            drawn = torch.multinomial(likely.exp(), 1, generator=self.generator).squeeze(-1)
+            filled = self.ids.masked_scatter(states.is_masked, drawn)
+        rho = unmask_probabilities(loss.timesteps)[self.timestep]
+        chosen = torch.rand(self.ids.shape, generator=self.generator) < rho[:, None]
+        self.ids = torch.where(states.is_masked & chosen, filled, self.ids)
+        self.timestep = (self.timestep + 1) % loss.timesteps
+        for row in (self.timestep == 0).nonzero().flatten().tolist():
+            self.ids[row] = self.start()
+        return states, targets
 
 
 def fit_to_path_kl(
     loss: TransitionLoss,
     rates: Mapping[nn.Parameter, float],
+    batches: Iterable[Batch],
     *,
     steps: int,
-    batch: int,
-    seed: int,
     progress: str | None = None,
 ) -> list[float]:
-    """Train quantization parameters, in place, for least path KL on calibration states.
+    """Train parameters, in place, for least path KL.
 
     Args:
         loss: what they do.
         rates: every trained parameter's learning rate at the start.
+        batches: states and targets, ``steps`` times at least; a batch may hold states of several lengths.
         steps: Adam steps, the learning rates falling linearly to zero.
-        batch: states a step, all of one length, of any timesteps.
-        seed: seeds the batches.
         progress: label of a progress bar; None for none.
 
     Returns:
-        The loss of each step: path KL estimated on its batch, nats per sequence.
+        The loss of each step: path KL estimated on its batch, nats per sequence, summed over lengths.
     """
-    generator = torch.Generator().manual_seed(seed)
     optimizer, schedule = descent(rates, steps)
     losses: list[float] = []
     with torch.enable_grad(), loss:
-        for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
-            part, rows = loss.draw(batch, generator)
-            value = loss(part, rows, loss.targets(part, rows))
+        draws = itertools.islice(batches, steps)
+        for batch in tqdm(draws, total=steps, desc=progress, disable=progress is None, leave=False):
+            value = torch.stack([loss(states, targets) for states, targets in batch]).sum()
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             optimizer.step()
             schedule.step()
             losses.append(value.item())
     return losses
+
+
+def token_importance(
+    reference: DiffusionLM, calibration: Calibration, names: Sequence[str], seed: int, progress: str | None = None
+) -> dict[str, list[Tensor]]:
+    """What a token's error in a module's output costs in path KL, to second order.
+
+    Path KL is half a quadratic form in a small error, with the Fisher information of the distributions at the masked
+    positions, each weighted with its step's ``rho``. Its diagonal is estimated by the squared gradients of the
+    log-probabilities of tokens drawn from these distributions, and averaged over the channels of a token. For an
+    autoregressive loss: GuidedQuant, arXiv 2505.07004.
+
+    Args:
+        reference: the full-precision model.
+        calibration: the states.
+        names: modules whose output is a tensor ``(states, length, channels)``.
+        seed: seeds the drawn tokens.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        Name to one float32 ``(states, length)`` for each part of the calibration.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    model, rho = reference.model, unmask_probabilities(calibration.timesteps)
+    found = {name: [torch.zeros(part.ids.shape) for part in calibration.parts] for name in names}
+    at: tuple[int, Tensor] = (0, torch.empty(0))
+
+    def keep(name: str, gradient: Tensor) -> None:
+        found[name][at[0]][at[1]] = gradient.square().mean(-1)
+
+    def watch(name: str, output: Tensor) -> None:
+        output.register_hook(lambda gradient: keep(name, gradient))
+
+    handles = [model.model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
+    handles += [
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: watch(name, output))
+        for name in names
+    ]
+    try:
+        with torch.enable_grad():
+            work = list(calibration.batches())
+            for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
+                at, part = (number, rows), calibration.parts[number]
+                logits = model.lm_head(model.hidden(part.ids[rows])[part.is_masked[rows]])
+                if not len(logits):
+                    continue
+                log_p = _without_mask_token(logits, reference.mask_token_id).log_softmax(-1)
+                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+                weight = float(calibration.timesteps * rho[timestep]) ** 0.5
+                (weight * log_p.gather(-1, drawn).sum()).backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

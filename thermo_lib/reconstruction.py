@@ -1,0 +1,115 @@
+"""Block reconstruction: train a quantized block to give what the full-precision block gives.
+
+The blocks are taken in order. Each sees the inputs that the quantized blocks before it leave it, and is trained to put
+out what the full-precision model has at that place, so that it also mends errors made earlier (BRECQ, arXiv
+2102.05426). The squared error of a token counts by what it costs in path KL, see ``transition.token_importance``.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from thermo_lib.calibration import Calibration
+from thermo_lib.models import DiffusionLM
+from thermo_lib.ranges import descent
+
+
+class BlockStream:
+    """What enters a block on all calibration states, in the full-precision and in the quantized model.
+
+    Args:
+        reference: the full-precision model.
+        quantized: the other model, with as many blocks and the same embeddings.
+        calibration: the states.
+
+    Attributes:
+        targets: the full-precision model's hidden states, float32 ``(states, length, hidden)`` for each part of the
+            calibration.
+        inputs: the quantized model's.
+    """
+
+    def __init__(self, reference: DiffusionLM, quantized: DiffusionLM, calibration: Calibration):
+        self.reference, self.quantized = reference, quantized
+        with torch.no_grad():
+            self.targets = [reference.model.model.embed_tokens(part.ids) for part in calibration.parts]
+        self.inputs = self.targets
+        self._arguments = [_block_arguments(reference, part.ids[:1]) for part in calibration.parts]
+
+    def run(self, block: nn.Module, part: int, x: Tensor) -> Tensor:
+        """A block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
+        return block(x, **self._arguments[part])
+
+    @torch.no_grad()
+    def _advance(self, block: nn.Module, hidden: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([self.run(block, i, x) for x in part.split(64)]) for i, part in enumerate(hidden)]
+
+    def enter(self, number: int) -> None:
+        """Take the targets through a block."""
+        self.targets = self._advance(self.reference.model.model.layers[number], self.targets)
+
+    def leave(self, number: int) -> None:
+        """Take the inputs through a block, as it is quantized now."""
+        self.inputs = self._advance(self.quantized.model.model.layers[number], self.inputs)
+
+
+def _block_arguments(lm: DiffusionLM, ids: Tensor) -> dict[str, Any]:
+    """What the model hands to each of its blocks beside the hidden states."""
+    found: dict[str, Any] = {}
+    hook = lm.model.model.layers[0].register_forward_pre_hook(
+        lambda _, inputs, arguments: found.update(arguments), with_kwargs=True
+    )
+    try:
+        with torch.no_grad():
+            lm.model.hidden(ids)
+    finally:
+        hook.remove()
+    return found
+
+
+def fit_block(
+    stream: BlockStream,
+    number: int,
+    importance: Sequence[Tensor],
+    rates: Mapping[nn.Parameter, float],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    progress: str | None = None,
+) -> list[float]:
+    """Train a block's parameters, in place, for least weighted squared error of its output.
+
+    Args:
+        stream: the quantized block's inputs, and the full-precision block's outputs.
+        number: of the block; the quantized model computes with the trained parameters.
+        importance: of the tokens, ``(states, length)`` for each part of the calibration.
+        rates: every trained parameter's learning rate at the start.
+        steps: Adam steps, the learning rates falling linearly to zero.
+        batch: states a step, all of one part, drawn by its number of tokens.
+        seed: seeds the batches.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        The loss of each step: path KL to second order, nats per sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = stream.quantized.model.model.layers[number]
+    sizes = torch.tensor([float(weight.numel()) for weight in importance])
+    optimizer, schedule = descent(rates, steps)
+    losses: list[float] = []
+    with torch.enable_grad():
+        for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+            part = int(torch.multinomial(sizes, 1, generator=generator))
+            x, target, weight = stream.inputs[part], stream.targets[part], importance[part]
+            rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+            error = (stream.run(block, part, x[rows]) - target[rows]).square().sum(-1)
+            value = 0.5 * (weight[rows] * error).sum() / len(rows)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.item())
+    return losses
