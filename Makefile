@@ -51,7 +51,8 @@ test: .venv/.stamp
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
 
-# What is there already is kept: a run that was stopped goes on. `rm -r artifacts/peers reports/peers.json` for a new one.
+# What the report has already is kept, and a run that was stopped goes on. For a new one delete artifacts/peers and
+# reports/peers.json.
 peers: .venv/.stamp .venv-peers/.stamp
 	.venv-peers/bin/python -m thermo_lib.peers.quantize
 	.venv/bin/python -m thermo_lib.peers

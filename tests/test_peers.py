@@ -3,13 +3,14 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from thermo_lib import peers
 from thermo_lib.calibration import forward_states, trajectory_states
@@ -29,6 +30,7 @@ ENTRY = {
     "seconds": 1.5,
     "peak_mib": 10.0,
     "made_of": "0123",
+    "losses": {},
 }
 
 
@@ -137,7 +139,8 @@ class TestWeights:
         name = next(iter(weights))
         for changed, problem in (
             ({k: v for k, v in weights.items() if k != name}, f"missing tensors {name}"),
-            (weights | {"lm_head.weight": torch.zeros(2, 2)}, "unexpected tensors lm_head.weight"),
+            (weights | {"head.weight": torch.zeros(2, 2)}, "unexpected tensors head.weight"),
+            (weights | {"lm_head.weight": torch.zeros(2, 2)}, "tensor lm_head.weight: found shape"),
             (weights | {name: weights[name][:-1].clone()}, f"tensor {name}: found shape"),
             (weights | {name: weights[name].half()}, f"tensor {name}: found torch.float16, allowed is torch.float32"),
         ):
@@ -156,6 +159,15 @@ class TestModel:
         lm = peers.with_weights(tiny, weights_of(rounded), "copy")
         assert lm.model(ids).equal(rounded.model(ids))
         assert not lm.model(ids).equal(tiny.model(ids))
+
+    def test_other_parameters_may_be_trained_too(self, tiny, rounded, random_ids, tmp_path: Path) -> None:
+        trained = tiny.model.model.norm.weight.detach() * 1.5
+        tensors = weights_of(rounded) | {"model.norm.weight": trained}
+        save_file(tensors, tmp_path / "w.safetensors")
+        lm = peers.with_weights(tiny, peers.load_weights(tmp_path / "w.safetensors", tiny.model), "copy")
+        assert lm.model.model.norm.weight.equal(trained)
+        ids = random_ids(2, 16)
+        assert not lm.model(ids).equal(rounded.model(ids))
 
     @pytest.mark.parametrize("bits", [4, 8])
     def test_activations_are_quantized_as_in_our_own_layers(self, bits: int, tiny, rounded, random_ids) -> None:
@@ -217,6 +229,47 @@ class TestScores:
             peers.compare(row, row | {"accuracy_per_sequence": [0.1]})
 
 
+class TestGoals:
+    """Verdicts on the project's goals, from paired values."""
+
+    FULL: ClassVar = {"accuracy_per_sequence": [0.5, 0.4, 0.6]}
+
+    def row(self, kept: float, path_kl: float, suffix: str = "") -> dict[str, Any]:
+        return {
+            "method": "P",
+            "setting": "s",
+            "bits_per_weight": 2.25,
+            f"accuracy{suffix}_per_sequence": [kept * a for a in self.FULL["accuracy_per_sequence"]],
+            f"path_kl{suffix}_per_sequence": [path_kl, 2 * path_kl, 3 * path_kl],
+        }
+
+    @pytest.mark.parametrize(("bits", "suffix", "bound"), [(16, "", 0.99), (4, "_a4", 0.97)])
+    def test_accuracy_kept(self, bits: int, suffix: str, bound: float, few_resamples) -> None:
+        for kept, expected in ((bound + 0.001, "met"), (bound - 0.001, "not met")):
+            goal = peers.accuracy_kept(self.row(kept, 1, suffix), self.FULL, bits)
+            assert goal["value"] == pytest.approx(kept)
+            assert goal["ci"] == pytest.approx((kept, kept))
+            assert (goal["bound"], goal["verdict"]) == (bound, expected)
+
+    def test_shares_of_a_peer(self, few_resamples) -> None:
+        ours, peer = self.row(0.98, 2.0), self.row(0.9, 8.0)
+        divergence, drop = peers.shares_of(ours, peer, self.FULL)
+        assert divergence["value"] == pytest.approx(0.25)
+        assert drop["value"] == pytest.approx(0.2)
+        assert {divergence["verdict"], drop["verdict"]} == {"met"}
+        assert [goal["verdict"] for goal in peers.shares_of(peer, ours, self.FULL)] == ["not met", "not met"]
+
+    def test_an_interval_over_the_bound_is_inconclusive(self, few_resamples) -> None:
+        ours, peer = self.row(0.98, 2.0), self.row(0.9, 2.0)
+        ours["path_kl_per_sequence"] = [1.0, 5.0, 6.1]
+        goal = peers.ahead_of(ours, peer)
+        assert goal["value"] == pytest.approx(0.1 / 3)
+        assert goal["ci"][0] < 0 < goal["ci"][1]
+        assert goal["verdict"] == "inconclusive"
+        assert peers.ahead_of(self.row(0.98, 1.9), peer)["verdict"] == "met"
+        assert peers.ahead_of(self.row(0.9, 2.1, "_a4"), self.row(0.9, 2.0, "_a4"), 4)["verdict"] == "not met"
+
+
 class TestReport:
     @pytest.fixture
     def folder(self, tiny, rounded, tmp_path: Path) -> Path:
@@ -238,6 +291,8 @@ class TestReport:
         assert [row["method"] for row in content["rows"]] == ["A", "B"]
         assert [error["error"] for error in content["errors"]] == ["RuntimeError: no"]
         assert content["hardware"]
+        assert content["full_precision"]["path_kl"] == 0
+        assert 0 < content["full_precision"]["accuracy"] < 1
         assert content["versions"]["torch"]
         assert list(tmp_path.glob(".*.tmp")) == []
 
@@ -274,6 +329,19 @@ class TestReport:
             peers.score_all(tiny, folder, report, progress=False)
         assert [row["method"] for row in read_json(report)["rows"]] == ["0", "B"]
 
+    def test_rows_whose_files_are_gone_stay(self, tiny, folder: Path, tmp_path: Path) -> None:
+        report = tmp_path / "peers.json"
+        peers.score_all(tiny, folder, report, progress=False)
+        before = read_json(report)
+        for path in [*folder.glob("a.*"), *folder.glob("c.*")]:
+            path.unlink()
+        write_result(folder, "d", load_file(folder / "b.safetensors"), method="D", made_of="8")
+        peers.score_all(tiny, folder, report, progress=False)
+        after = read_json(report)
+        assert after["rows"][:2] == before["rows"]
+        assert [row["method"] for row in after["rows"]] == ["A", "B", "D"]
+        assert after["errors"] == before["errors"]
+
     def test_an_empty_folder_is_refused(self, tiny, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="found no results, `make peers` makes them"):
             peers.score_all(tiny, tmp_path, tmp_path / "r.json", progress=False)
@@ -299,6 +367,48 @@ class TestJobs:
         bits = sum(layer.bits for layer in layers.values()) / sum(layer.weight.numel() for layer in layers.values())
         assert bits == expected.bits_per_weight
         assert all(layer.weight.equal(weights_of(expected)[f"{name}.weight"]) for name, layer in layers.items())
+
+    def test_what_is_trained_comes_with_its_losses(self, tiny, calibration, override) -> None:
+        override(
+            {
+                "quant.group_size": 16,
+                "quant.timesteps": 6,
+                "reconstruction.steps": 3,
+                "chains.steps": 4,
+                "data.sequence_length": 16,
+            }
+        )
+        how = {"reconstruction": "blocks", "transitions": "network", "training_states": "chains"}
+        layers = METHODS["thermo"](tiny, calibration, quantizer="rtn", activation_bits=4, **how)
+        assert {phase: len(losses) for phase, losses in layers.losses.items()} == {
+            "block 0": 3,
+            "block 1": 3,
+            "transitions": 4,
+        }
+        unquantized = {name for name, layer in layers.items() if layer.bits is None}
+        assert {"model.norm.weight", "lm_head.weight"} <= unquantized
+        assert {name for name in layers if name not in unquantized} == set(linear_names(tiny.model))
+
+    def test_only_what_the_report_lacks_runs(self, tiny, calibration, tmp_path: Path, monkeypatch) -> None:
+        monkeypatch.setattr(peer_jobs, "load_model", lambda name: tiny)
+        monkeypatch.setattr(peer_jobs, "calibration_states", lambda lm: calibration)
+        monkeypatch.setattr(peer_jobs, "made_of", lambda job: f"of {job.name}")
+        monkeypatch.setattr(peer_jobs, "FOLDER", tmp_path)
+        ran: list[str] = []
+
+        def run(command: list[str], **_: Any) -> SimpleNamespace:
+            ran.append(command[-1])
+            return SimpleNamespace(returncode=0)
+
+        monkeypatch.setattr(peer_jobs.subprocess, "run", run)
+        known, old, new = peer_jobs.JOBS[:3]
+        rows = [
+            {"method": j.method, "setting": j.setting, "made_of": m}
+            for j, m in ((known, f"of {known.name}"), (old, "x"))
+        ]
+        (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
+        peer_jobs.run_all([known, old, new], tmp_path / "r.json")
+        assert ran == [old.name, new.name]
 
     def test_names_are_file_names_and_differ(self) -> None:
         names = [job.name for job in peer_jobs.JOBS]

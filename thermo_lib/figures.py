@@ -125,13 +125,18 @@ def heat_maps(
 
 
 def scatters(
-    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]], *, xlabel: str, ylabel: str
+    panels: Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    log: bool = False,
 ) -> None:
-    """Points, one panel a title and one colour a series."""
+    """Points, one panel a title and one colour and marker a series."""
     _, axes = _axes(len(panels), width=5.2)
     for ax, (title, series) in zip(axes, panels.items(), strict=True):
         for number, (name, (x, y)) in enumerate(series.items()):
-            style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+            turn, color = divmod(number, len(COLORS))
+            style = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
             ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

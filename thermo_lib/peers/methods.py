@@ -2,14 +2,15 @@
 
 Only the peers' environment has these packages, so every function imports the package that it needs. An adapter takes
 the full-precision model, its calibration states and options, and returns a ``Layer`` for each linear inside the
-blocks. No calibrated method sees a causal mask: the model is run by the project itself, on its own states.
+blocks, by its name, and for each other parameter that it changed. No calibrated method sees a causal mask: the model
+is run by the project itself, on its own states.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,18 +29,25 @@ from thermo_lib.time_aware import TimeGroups
 
 @dataclass(frozen=True)
 class Layer:
-    """A quantized linear layer.
+    """A quantized linear layer, or an unquantized parameter that a method trains.
 
     Attributes:
-        weight: what its stored tensors stand for, float32 ``(out_features, in_features)``.
-        bits: of everything that is stored in the place of the weight.
+        weight: what the stored tensors stand for, float32 ``(out_features, in_features)``; the parameter.
+        bits: of everything that is stored in the place of the weight; None for a parameter that is stored as before.
     """
 
     weight: Tensor
-    bits: int
+    bits: int | None
 
 
-Layers = dict[str, Layer]
+class Layers(dict[str, Layer]):
+    """Layers by name.
+
+    Attributes:
+        losses: what was trained to the loss of each step, path KL in nats per sequence; empty for other projects.
+    """
+
+    losses: Mapping[str, list[float]] = MappingProxyType({})
 
 
 def stored_bits(*tensors: Tensor, bits: int | None = None) -> int:
@@ -57,20 +65,24 @@ def _weights(lm: DiffusionLM) -> dict[str, Tensor]:
 
 
 def thermo(lm: DiffusionLM, calibration: Calibration, **fields: Any) -> Layers:
-    """This project's quantizers; ``fields`` of ``ThermoConfig``."""
-    plain = {"num_time_groups": 1, "enable_boundary_smoothing": False, "activation_bits": 16}
-    quantized = quantized_model.quantize(lm, ThermoConfig(**plain, **fields), calibration)
-    return {
-        name: Layer(layer.weight(), stored_bits(layer.packed, layer.scale, layer.zero_point))
-        for name, layer in quantized.quantized_layers().items()
-    }
+    """This project's quantizers; ``fields`` of ``ThermoConfig``. Activation ranges, if any, are dynamic."""
+    plain = {"num_time_groups": 1, "enable_boundary_smoothing": False, "activation_ranges": "dynamic"}
+    config = ThermoConfig(**plain, **{"activation_bits": 16, **fields})
+    quantized = quantized_model.quantize(lm, config, calibration)
+    before, after = lm.model.state_dict(), quantized.model.state_dict()
+    trained = [name for name, tensor in before.items() if name in after and not tensor.equal(after[name])]
+    layers = Layers({name: Layer(after[name], None) for name in trained})
+    for name, layer in quantized.quantized_layers().items():
+        layers[name] = Layer(layer.weight(), stored_bits(layer.packed, layer.scale, layer.zero_point))
+    layers.losses = quantized.losses
+    return layers
 
 
 def hqq(lm: DiffusionLM, calibration: Calibration, *, group_size: int, axis: int) -> Layers:
     """HQQ (half-quadratic quantization, no data), scales and zero points in float16 as its layers keep them."""
     from hqq.core.quantize import Quantizer
 
-    layers = {}
+    layers = Layers()
     for name, weight in _weights(lm).items():
         codes, meta = Quantizer.quantize(weight, nbits=2, group_size=group_size, axis=axis, device="cpu")
         meta["scale"], meta["zero"] = meta["scale"].half(), meta["zero"].half()
@@ -89,7 +101,7 @@ def quanto(lm: DiffusionLM, calibration: Calibration, *, optimizer: str | None =
     chosen = getattr(library, optimizer)() if optimizer else None
     library.quantize(model, weights=library.qint2, include=linear_names(model), optimizer=chosen)
     library.freeze(model)
-    layers = {}
+    layers = Layers()
     for name in _weights(lm):
         weight = model.get_submodule(name).weight
         layers[name] = Layer(weight.dequantize().float(), stored_bits(weight._data._data, weight._scale, weight._shift))
@@ -114,7 +126,7 @@ def torchao(lm: DiffusionLM, calibration: Calibration, *, group_size: int | None
         scale_dtype=torch.float16,
     )
     quantize_(model, config, filter_fn=lambda module, name: name in names)
-    layers = {}
+    layers = Layers()
     for name in names:
         weight = model.get_submodule(name).weight
         bits = stored_bits(weight.qdata, bits=2) + stored_bits(weight.scale)
@@ -146,7 +158,7 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
     from gptqmodel.quantization.gptq import GPTQ
 
     lm = DiffusionLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name)
-    layers = {}
+    layers = Layers()
     for site in shared_inputs(lm, linear_names(lm.model)):
         configs = [QuantizeConfig(bits=2, offload_to_disk=False, **options) for _ in site]
         tasks = [GPTQ(lm.model.get_submodule(name), config) for name, config in zip(site, configs, strict=True)]
@@ -219,7 +231,7 @@ def autoround(lm: DiffusionLM, calibration: Calibration, *, scheme: str, iters: 
         alg_configs=SignRoundConfig(iters=iters, enable_alg_ext=alg_ext),
     )
     tuned, _ = tuner.quantize()
-    layers = {}
+    layers = Layers()
     for name in _weights(lm):
         layer = tuned.get_submodule(name)
         # Its packed formats hold 2-bit codes, float16 scales and a 2-bit zero point for each scale.
@@ -259,7 +271,7 @@ def llamacpp(
         mixture: Q3_K for the layers that the file type Q2_K gives more bits to.
     """
     weighting = importance(lm, calibration) if imatrix else {}
-    layers = {}
+    layers = Layers()
     for name, weight in _weights(lm).items():
         chosen = "q3_K" if mixture and name.endswith(_Q3_IN_MIXTURE) else type
         layers[name] = Layer(*ggml.round_trip(weight, chosen, weighting.get(name)))

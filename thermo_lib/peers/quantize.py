@@ -1,8 +1,9 @@
 """Quantize the reference model with every peer and setting: ``python -m thermo_lib.peers.quantize``.
 
 Runs in the peers' environment. Every setting has a process of its own, so that one that crashes or runs out of memory
-is one entry with its error; complete results are kept from run to run. Each leaves ``<name>.safetensors``, the
-dequantized float32 weights of the linears inside the blocks, and ``<name>.json``.
+is one entry with its error; complete results, and those that the report has already, are kept. Each leaves
+``<name>.safetensors``, the dequantized float32 weights of the linears inside the blocks with what else was trained, and
+``<name>.json``.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import time
@@ -27,7 +29,7 @@ from tqdm import tqdm
 from thermo_lib.calibration import Calibration, calibrate
 from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, DiffusionLM, load_model
 from thermo_lib.params import default
-from thermo_lib.peers import CHECK, FOLDER, Entry
+from thermo_lib.peers import CHECK, FOLDER, LOSS_STEPS, REPORT, Entry
 from thermo_lib.peers.methods import METHODS, compare_gptq
 from thermo_lib.report import read_json, write_json
 
@@ -85,12 +87,23 @@ def _llamacpp(setting: str, type: str, **options: Any) -> Job:
     return Job("llama.cpp", setting, "llamacpp", {"type": type, **options}, "llama-cpp-python", ("llama_cpp",))
 
 
+_HESSIAN = {"quantizer": "gptq", "hessian": "transition"}
+_CHAINS = {"training_states": "chains"}
+_ALL = {**_HESSIAN, "reconstruction": "blocks", "transitions": "network", **_CHAINS}
+
 # The settings come from each project's own documentation (its README, recipes and defaults in the pinned version);
 # where that leaves the group size open, groups of 128 are the ones nearest to this project's 2.25 bits per weight.
 JOBS = (
     _thermo("round-to-nearest", "group 128", quantizer="rtn"),
     _thermo("thermo_lib GPTQ", "group 128", quantizer="gptq"),
     _thermo("thermo_lib GPTQ", "group 128, parameters trained", quantizer="gptq", transitions="parameters"),
+    _thermo("thermo_lib", "all phases", **_ALL),
+    _thermo("thermo_lib", "all phases at W2A4", **_ALL, activation_bits=4),
+    _thermo("thermo_lib", "all phases, group = row", **_ALL, group_size=768),
+    _thermo("thermo_lib", "transition Hessian", **_HESSIAN),
+    _thermo("thermo_lib", "transition Hessian, blocks on calibration states", **_HESSIAN, reconstruction="blocks"),
+    _thermo("thermo_lib", "transition Hessian, blocks", **_HESSIAN, reconstruction="blocks", **_CHAINS),
+    _thermo("thermo_lib", "transition Hessian, network", **_HESSIAN, transitions="network", **_CHAINS),
     _hqq("group 16, axis 0", 16, 0),
     _hqq("group 64, axis 0", 64, 0),
     _hqq("group 64, axis 1", 64, 1),
@@ -137,7 +150,8 @@ def made_of(job: Job) -> str:
     for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
-    settings = [default("quant"), default("transition")] if not job.package else []
+    sections = () if job.package else ("quant", "transition", "reconstruction", "chains")
+    settings = [default(section) for section in sections]
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
     return digest.hexdigest()[:16]
 
@@ -159,20 +173,27 @@ def quantize(job: Job) -> None:
     before, start = _status("VmRSS"), time.perf_counter()
     layers = METHODS[job.adapter](lm, calibration, **job.options)
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
-    weights = {name: layer.weight.detach().float().contiguous().clone() for name, layer in layers.items()}
+    linears = {name: layer for name, layer in layers.items() if layer.bits is not None}
+    tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
     temporary = FOLDER / f".{job.name}.tmp"
-    save_file({f"{name}.weight": weight for name, weight in weights.items()}, temporary)
+    save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, temporary)
     os.replace(temporary, FOLDER / f"{job.name}.safetensors")
     entry = Entry(
         method=job.method,
         setting=job.setting,
         version=importlib.metadata.version(job.package) if job.package else "this project",
-        bits_per_weight=sum(layer.bits for layer in layers.values()) / sum(w.numel() for w in weights.values()),
+        bits_per_weight=sum(x.bits for x in linears.values()) / sum(x.weight.numel() for x in linears.values()),
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
         made_of=made_of(job),
+        losses={phase: _means(losses) for phase, losses in layers.losses.items()},
     )
     write_json(FOLDER / f"{job.name}.json", asdict(entry))
+
+
+def _means(losses: Sequence[float], count: int = LOSS_STEPS) -> list[float]:
+    """Of every ``count`` losses."""
+    return [round(statistics.fmean(losses[start : start + count]), 4) for start in range(0, len(losses), count)]
 
 
 def _failure(job: Job, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -194,10 +215,12 @@ def _complete(job: Job) -> bool:
     return "error" not in entry and entry["made_of"] == made_of(job)
 
 
-def run_all(jobs: Sequence[Job]) -> None:
-    """Run the jobs that have no complete result, each in a process of its own."""
+def run_all(jobs: Sequence[Job], report: Path = REPORT) -> None:
+    """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own."""
     calibration_states(load_model("reference"))
-    missing = [job for job in jobs if not _complete(job)]
+    rows = read_json(report)["rows"] if report.is_file() else []
+    scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
+    missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
     bar = tqdm(missing, desc="peers", unit="setting")
     for job in bar:
         bar.set_postfix_str(job.name)
@@ -221,7 +244,8 @@ def main() -> None:
         quantize(next(job for job in JOBS if job.name == arguments.only))
     else:
         run_all([job for job in JOBS if arguments.method in (None, job.method)])
-        if arguments.method is None and not (FOLDER / f"{CHECK}.json").is_file():
+        checked = (FOLDER / f"{CHECK}.json").is_file() or (REPORT.is_file() and read_json(REPORT)["gptq_check"])
+        if arguments.method is None and not checked:
             subprocess.run([sys.executable, "-m", "thermo_lib.peers.quantize", "--only", CHECK], check=True)
 
 
