@@ -77,6 +77,7 @@ ALL_BUT_TRAINING = {
     "report",
     "smoothing_study",
 }
+COMMITTED_WHOLE = ("train", "peers")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,7 @@ ALL_BUT_TRAINING = {
         ("quant.smoothing_window", {"boundary_smoothing", "report"}),
         ("quant.num_time_groups", {"boundary_smoothing", "report"}),
         ("study.reduced.seeds", {"smoothing_study"}),
+        ("peers.share", {"peers"}),
         ("targets.accuracy_gain", {"boundary_smoothing", "report", "smoothing_study"}),
         ("calibration.code_sequences", ALL_BUT_TRAINING - {"reference_model"}),
         ("quant.damping", {"int2_baseline", "boundary_smoothing", "report", "smoothing_study"}),
@@ -97,6 +99,13 @@ def test_a_changed_parameter_reruns_the_stages_that_depend_on_it(pipeline: Path,
     (pipeline / "params.yaml").write_text(change((pipeline / "params.yaml").read_text(), key))
     assert repro(pipeline) == expected
     assert repro(pipeline) == set(), "nothing changed, nothing runs"
+
+
+MODULES = {
+    path.parent.name if path.stem == "__init__" else path.stem: path
+    for path in [*(ROOT / "thermo_lib").glob("*.py"), *(ROOT / "thermo_lib").glob("*/__init__.py")]
+    if path.parent.name != "thermo_lib" or path.stem != "__init__"
+}
 
 
 def project_imports(source: str) -> set[str]:
@@ -114,8 +123,7 @@ def project_imports(source: str) -> set[str]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    modules = {path.stem for path in (ROOT / "thermo_lib").glob("*.py")}
-    return {public.get(name, name) for name in found} & modules
+    return {public.get(name, name) for name in found} & MODULES.keys()
 
 
 def closure(modules: set[str]) -> set[str]:
@@ -124,19 +132,20 @@ def closure(modules: set[str]) -> set[str]:
     while modules - seen:
         name = (modules - seen).pop()
         seen.add(name)
-        modules |= project_imports((ROOT / "thermo_lib" / f"{name}.py").read_text())
+        modules |= project_imports(MODULES[name].read_text())
     return seen
 
 
-@pytest.mark.parametrize("name", sorted(ALL_BUT_TRAINING))
+@pytest.mark.parametrize("name", sorted(STAGES.keys() - {"train"}))
 def test_a_stage_depends_on_every_module_that_its_notebook_uses(name: str) -> None:
     stage = STAGES[name]
     notebook = json.loads((ROOT / stage["deps"][0]).read_text())
     source = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
     # params.py reads params.yaml, which DVC follows by itself; notebooks.py holds no computation.
     used = closure(project_imports(source) - {"params", "notebooks"}) - {"params", "notebooks"}
-    listed = {Path(dep).stem for dep in stage["deps"] if dep.endswith(".py")}
-    assert used == listed
+    assert {MODULES[name].relative_to(ROOT).as_posix() for name in used} == {
+        d for d in stage["deps"] if d.endswith(".py")
+    }
 
 
 @pytest.mark.parametrize("name", sorted(ALL_BUT_TRAINING))
@@ -146,5 +155,7 @@ def test_a_fresh_clone_runs_every_stage_but_training(name: str) -> None:
     assert missing or any(path.startswith("artifacts/timings/") for path in STAGES[name]["deps"])
 
 
-def test_training_is_committed_whole() -> None:
-    assert not any(path.startswith("artifacts/") for path in outputs(STAGES["train"]))
+@pytest.mark.parametrize("name", COMMITTED_WHOLE)
+def test_what_a_fresh_clone_does_not_run_is_committed_whole(name: str) -> None:
+    assert not any(path.startswith("artifacts/") for path in [*outputs(STAGES[name]), *STAGES[name]["deps"]])
+    assert STAGES.keys() == ALL_BUT_TRAINING | set(COMMITTED_WHOLE)
