@@ -50,6 +50,8 @@ def test_a_default_is_checked_like_a_given_value(override: Callable[[dict[str, A
         ("smoothing_window", 0),
         ("smoothing_window", 21),
         ("smoothing_windows", 5),
+        ("average_bits", 0),
+        ("average_bits", 6.5),
         ("hessian", "fisher"),
         ("reconstruction", "layers"),
         ("transitions", "everything"),
@@ -81,6 +83,27 @@ def test_what_is_trained_does_not_depend_on_the_timestep(field: dict[str, str]) 
     assert ThermoConfig(**field, num_time_groups=3, activation_bits=4).num_time_groups == 3
     with pytest.raises(ValueError, match=f"{name}: found .* with weights that depend on the timestep"):
         ThermoConfig(**field, num_time_groups=3, activation_bits=16)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("bit_width", 8, "2 and 4"),
+        ("num_time_groups", 3, "1 at activation_bits=16"),
+        ("reconstruction", "blocks", "none and sequential"),
+        ("transitions", "codes", "none, parameters and network"),
+    ],
+)
+def test_a_trellis_has_no_codes_to_train_and_no_parameters_to_group(field: str, value: Any, allowed: str) -> None:
+    plain = {"quantizer": "trellis", "activation_bits": 16, "num_time_groups": 1}
+    assert ThermoConfig(**plain, reconstruction="sequential", average_bits=2.2).needs_calibration
+    with pytest.raises(ValueError, match=f"{field}: found {value!r}, allowed are {allowed} with quantizer='trellis'"):
+        ThermoConfig(**{**plain, field: value})
+
+
+def test_only_a_trellis_spreads_its_bits() -> None:
+    with pytest.raises(ValueError, match=r"average_bits: found 2\.2, allowed is None with quantizer='gptq'"):
+        ThermoConfig(quantizer="gptq", average_bits=2.2)
 
 
 def test_a_configuration_cannot_be_changed() -> None:

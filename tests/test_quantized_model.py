@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from thermo_lib import BoundarySmoother, Calibration, ThermoConfig, load_model, load_quantized, quantize, save_quantized
 from thermo_lib.calibration import States
 from thermo_lib.models import DiffusionLM, save_model
+from thermo_lib.quant import unpack
 from thermo_lib.quantized_model import (
     QuantizedLM,
     input_hessians,
@@ -71,6 +72,22 @@ CONFIGURATIONS = {
     "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
     "W2A16 gptq for transitions": {"quantizer": "gptq", "hessian": "transition"},
     "W2A8 reconstructed": {"activation_bits": 8, "reconstruction": "blocks"},
+    "W2A16 trellis": {"quantizer": "trellis"},
+    "W2.3A8 trellis, 3 groups, smoothed": {
+        "quantizer": "trellis",
+        "hessian": "transition",
+        "average_bits": 2.3,
+        "activation_bits": 8,
+        **SMOOTH,
+    },
+    "W2A4 trellis sequential, dynamic": {
+        "quantizer": "trellis",
+        "average_bits": 2.0,
+        "activation_bits": 4,
+        "activation_ranges": "dynamic",
+        "reconstruction": "sequential",
+    },
+    "W2A16 gptq sequential": {"quantizer": "gptq", "hessian": "transition", "reconstruction": "sequential"},
 }
 every_configuration = pytest.mark.parametrize("changes", CONFIGURATIONS.values(), ids=CONFIGURATIONS)
 
@@ -87,6 +104,7 @@ def config_of(**changes: Any) -> ThermoConfig:
 def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
     """What is trained is trained for a second."""
     steps = {"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40, "reconstruction.steps": 40}
+    steps |= {"reconstruction.sequential_steps": 20, "trellis.beam": 8}
     override(steps | {"chains.steps": 40, "reconstruction.code": 5, "data.sequence_length": 16})
 
 
@@ -267,6 +285,8 @@ class TestBitsPerWeight:
             ({"activation_bits": 8, "activation_ranges": "dynamic"}, 2 + 2),
             # One group a row: 4 * 32 + 2 * 48 + 32 = 256 groups, 256 * 32 / 8704 bits a weight
             ({"group_size": 64}, 2 + 256 * 32 / 8704),
+            # Trellis: a float16 scale a group, no zero point, 4 bits a column: (6 * 32 + 48) * 4 bits
+            ({"quantizer": "trellis", "group_size": 64}, 2 + (256 * 16 + 240 * 4) / 8704),
         ],
     )
     def test_golden(self, quantized: Quantize, changes: dict[str, Any], expected: float) -> None:
@@ -531,6 +551,47 @@ class TestDamagedFolders:
         save_file(tensors, path)
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            pytest.param(
+                lambda t: t.pop(f"{Q_PROJ}.packed_column_bits"),
+                f"missing tensors {Q_PROJ}.packed_column_bits",
+                id="bits missing",
+            ),
+            pytest.param(
+                lambda t: t[f"{Q_PROJ}.packed_column_bits"].fill_(0x72),
+                f"tensor {Q_PROJ}.packed_column_bits: found 7, allowed are 0..6",
+                id="seven bits",
+            ),
+            pytest.param(
+                lambda t: t[f"{Q_PROJ}.packed_column_bits"].fill_(0x33),
+                f"tensor {Q_PROJ}.packed: found shape",
+                id="other bits than the codes have",
+            ),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.packed_column_bits": t[f"{Q_PROJ}.packed_column_bits"].float()}),
+                f"tensor {Q_PROJ}.packed",
+                id="bits of another type",
+            ),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.weight_zero_point": torch.zeros(1, 32, 2)}),
+                f"unexpected tensors {Q_PROJ}.weight_zero_point",
+                id="zero points",
+            ),
+        ],
+    )
+    def test_damaged_streams_are_named(
+        self, quantized: Quantize, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+    ) -> None:
+        save_quantized(quantized(quantizer="trellis"), tmp_path / "q")
+        path = tmp_path / "q" / "model.safetensors"
+        tensors = load_file(path)
+        change(tensors)
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=message):
+            load_quantized(tmp_path / "q")
 
     def test_a_truncated_file_is_named(self, folder: Path) -> None:
         path = folder / "model.safetensors"
@@ -846,3 +907,61 @@ class TestReconstructBlocks:
     ) -> None:
         with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
             reconstruct_blocks(quantized(**SMOOTH), tiny, calibration)
+
+
+class TestSequential:
+    """The linears of a block quantized one after another, the rest trained for the block's output."""
+
+    GPTQ: ClassVar[dict[str, str]] = {"quantizer": "gptq", "hessian": "transition"}
+    TRELLIS: ClassVar[dict[str, str]] = {"quantizer": "trellis", "hessian": "transition"}
+
+    @pytest.mark.parametrize("how", [GPTQ, TRELLIS], ids=["gptq", "trellis"])
+    def test_it_lowers_path_kl_and_leaves_the_given_model(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, how: dict[str, str]
+    ) -> None:
+        before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+        plain, trained = quantized(**how), quantized(**how, reconstruction="sequential")
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (plain, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        assert trained.bits_per_weight == plain.bits_per_weight
+        assert all(torch.equal(before[name], tensor) for name, tensor in tiny.model.state_dict().items())
+        assert not any(p.requires_grad for lm in (tiny, trained) for p in lm.model.parameters())
+
+    def test_without_training_it_is_quantizing_block_by_block(
+        self, tiny: DiffusionLM, calibration: Calibration, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first site
+        # of the first block is the same; later ones see what is quantized already.
+        override({"reconstruction.weight_lr": 0.0, "reconstruction.scale_lr": 0.0, "reconstruction.zero_point_lr": 0.0})
+        plain, stepped = (
+            quantize(tiny, config_of(**self.GPTQ, reconstruction=r), calibration) for r in ("none", "sequential")
+        )
+        same = [
+            name
+            for name, layer in plain.quantized_layers().items()
+            if torch.equal(layer.packed, stepped.quantized_layers()[name].packed)
+        ]
+        first = "model.layers.0.self_attn"
+        assert {f"{first}.{linear}_proj" for linear in "qkv"} <= set(same)
+        assert "model.layers.1.mlp.down_proj" not in same
+
+    def test_fresh_states_need_no_calibration_to_train_on(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+        config = config_of(**self.TRELLIS, reconstruction="sequential", training_states="chains")
+        other = Calibration((calibration.parts[0][torch.arange(0, 36, 2)],), TIMESTEPS, "forward")
+        fresh = [quantize(tiny, config, given).quantized_layers() for given in (calibration, other)]
+        assert all(torch.equal(layer.packed, fresh[1][name].packed) for name, layer in fresh[0].items())
+
+    def test_the_losses_of_every_site_are_kept(self, quantized: Quantize) -> None:
+        losses = quantized(**self.TRELLIS, reconstruction="sequential").losses
+        assert len(losses) == 2 * 4
+        assert all(len(values) == 20 for values in losses.values())
+
+
+def test_average_bits_are_kept_over_all_layers_and_differ_between_them(quantized: Quantize) -> None:
+    layers = quantized(quantizer="trellis", average_bits=2.3).quantized_layers()
+    column_bits = {name: unpack(layer.packed_column_bits, 4, layer.in_features) for name, layer in layers.items()}
+    spent = sum(layers[name].out_features * int(counts.sum()) for name, counts in column_bits.items())
+    weights = sum(layer.in_features * layer.out_features for layer in layers.values())
+    assert 2.29 < spent / weights <= 2.3
+    assert len({float(counts.float().mean()) for counts in column_bits.values()}) > 3

@@ -20,7 +20,7 @@ from torch import Tensor
 from thermo_lib import generate, path_kl
 from thermo_lib.calibration import Calibration, States, trajectory_states
 from thermo_lib.models import DiffusionLM
-from thermo_lib.quant import QuantizedLinear, gptq, pack
+from thermo_lib.quant import QuantizedLinear, gptq, pack, unpack
 from thermo_lib.transition import Chains, TrainableWeight, reference_logits, token_importance
 
 MASK, LENGTH, VOCABULARY = 0, 2, 4
@@ -380,10 +380,11 @@ class TestTrainableWeight:
     ) -> None:
         trainable = TrainableWeight(layer, weight if codes else None)
         torch.testing.assert_close(trainable(), layer.weight())
-        stored = trainable.quantized()
-        assert torch.equal(pack(stored.codes, 2), layer.packed)
-        torch.testing.assert_close(stored.scale, layer.scale[0], rtol=1e-3, atol=0)
-        torch.testing.assert_close(stored.zero_point, layer.zero_point[0])
+        packed = trainable.packed()
+        assert torch.equal(packed, layer.packed) if codes else packed is None
+        scale, zero_point = trainable.stored()
+        torch.testing.assert_close(scale, layer.scale[0], rtol=1e-3, atol=0)
+        torch.testing.assert_close(zero_point, layer.zero_point[0])
 
     def test_a_code_starts_on_the_side_of_its_weight(self, layer: QuantizedLinear, weight: Tensor) -> None:
         trainable = TrainableWeight(layer, weight)
@@ -410,7 +411,7 @@ class TestTrainableWeight:
         trainable = TrainableWeight(layer, weight)
         with torch.no_grad():
             trainable.position += 9
-        assert (trainable.quantized().codes == 3).all()
+        assert (unpack(trainable.packed(), 2, 10) == 3).all()
 
     @given(seed=st.integers(0, 10_000))
     @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -418,4 +419,4 @@ class TestTrainableWeight:
         trainable = TrainableWeight(layer, weight)
         with torch.no_grad():
             trainable.position.uniform_(-0.4, 3.4, generator=torch.Generator().manual_seed(seed))
-        assert torch.equal(trainable.quantized().codes.float(), trainable.position.round().abs())
+        assert torch.equal(unpack(trainable.packed(), 2, 10).float(), trainable.position.round().abs())

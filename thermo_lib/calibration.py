@@ -271,7 +271,8 @@ Consumer = Callable[[str, Tensor, Tensor, int], None]
 
 
 @contextmanager
-def _hooks(modules: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watch_inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it is entered (``with``), hand the name and input of every module that runs to ``receive``."""
     handles = [
         module.register_forward_pre_hook(lambda _, inputs, name=name: receive(name, inputs[0]))
         for name, module in modules.items()
@@ -292,7 +293,7 @@ def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
         kept.append(x)
         groups.setdefault(id(x), []).append(name)
 
-    with torch.no_grad(), _hooks({name: lm.model.get_submodule(name) for name in names}, receive):
+    with torch.no_grad(), watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
         lm.model.hidden(torch.full((1, 2), lm.mask_token_id))
     return list(groups.values())
 
@@ -322,7 +323,7 @@ def run_states(
         consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])
 
     work = list(calibration.batches(batch_size))
-    with _hooks({name: lm.model.get_submodule(name) for name in names}, receive):
+    with watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
         for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
             part = calibration.parts[number]
             lm.set_timestep(timestep, calibration.timesteps)

@@ -6,10 +6,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from thermo_lib.params import default
 from thermo_lib.time_aware import TimeGroups
+from thermo_lib.trellis import MOST_BITS
 
-Quantizer = Literal["rtn", "least_squares", "gptq"]
+Quantizer = Literal["rtn", "least_squares", "gptq", "trellis"]
 SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
 RangeObjective = Literal["activation", "output", "path_kl"]
+Reconstruction = Literal["none", "blocks", "sequential"]
 Transitions = Literal["none", "parameters", "codes", "network"]
 TrainingStates = Literal["calibration", "chains"]
 
@@ -24,9 +26,12 @@ class ThermoConfig(BaseModel):
     Attributes:
         bit_width: bits of a weight code: 2, 4 or 8.
         quantizer: ``rtn`` (round to nearest), ``least_squares`` (scale and zero point of each group fitted for least
-            squared weight error) or ``gptq`` (arXiv 2210.17323; needs calibration).
-        hessian: tokens count in ``gptq`` all the same (``uniform``) or by what an error there costs in path KL
-            (``transition``, see ``transition.token_importance``).
+            squared weight error), ``gptq`` (arXiv 2210.17323; needs calibration) or ``trellis`` (see ``trellis``; needs
+            calibration).
+        average_bits: for ``trellis``, the mean number of bits of a code, each column having as many as it is worth;
+            None gives every column ``bit_width`` bits.
+        hessian: tokens count in ``gptq`` and ``trellis`` all the same (``uniform``) or by what an error there costs in
+            path KL (``transition``, see ``transition.token_importance``).
         group_size: weights along the input dimension that share scale and zero point; a row's last group may be
             shorter.
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
@@ -36,8 +41,9 @@ class ThermoConfig(BaseModel):
         activation_token_states: static ranges of their own for masked and for unmasked tokens.
         range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
             itself), the squared error of the layer's ``output``, or the model's ``path_kl`` (both after smoothing).
-        reconstruction: ``none``, or ``blocks``: scales, zero points and codes of the weights are trained block by
-            block for the block's output, see ``reconstruction``.
+        reconstruction: ``none``, or training for the output of each block, see ``reconstruction``: in ``blocks``, of
+            the scales, zero points and codes of all its weights, in ``sequential``, of its weights that are not
+            quantized yet, each time after some of them are.
         transitions: ``none``, or what is trained for least path KL once everything is quantized: the ``parameters``
             (weights' scales and zero points, static activation ranges), the weights' ``codes`` too, or with the
             parameters the unquantized rest of the ``network`` (norms, biases, embeddings, head), as precise as before.
@@ -59,6 +65,7 @@ class ThermoConfig(BaseModel):
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
+    average_bits: float | None = _from_params("average_bits", gt=0, le=MOST_BITS)
     hessian: Literal["uniform", "transition"] = _from_params("hessian")
     group_size: int = _from_params("group_size", ge=1)
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
@@ -66,7 +73,7 @@ class ThermoConfig(BaseModel):
     activation_group_size: int | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
-    reconstruction: Literal["none", "blocks"] = _from_params("reconstruction")
+    reconstruction: Reconstruction = _from_params("reconstruction")
     transitions: Transitions = _from_params("transitions")
     training_states: TrainingStates = _from_params("training_states")
     timesteps: int = _from_params("timesteps", ge=1)
@@ -95,13 +102,36 @@ class ThermoConfig(BaseModel):
                         f"{name}: found {getattr(self, name)!r}, allowed is 'none' with weights that depend on the "
                         f"timestep (num_time_groups={self.num_time_groups} at activation_bits=16)"
                     )
+        if self.quantizer == "trellis":
+            self._check_trellis()
+        elif self.average_bits is not None:
+            raise ValueError(
+                f"average_bits: found {self.average_bits}, allowed is None with quantizer={self.quantizer!r}"
+            )
         _ = self.time_groups  # refuses starts that don't fit
         return self
+
+    def _check_trellis(self) -> None:
+        time_dependent = self.num_time_groups > 1 and self.activation_bits == 16
+        for name, wrong, allowed in (
+            ("bit_width", self.bit_width > MOST_BITS, "2 and 4"),
+            ("num_time_groups", time_dependent, "1 at activation_bits=16"),
+            ("reconstruction", self.reconstruction == "blocks", "none and sequential"),
+            ("transitions", self.transitions == "codes", "none, parameters and network"),
+        ):
+            if wrong:
+                found = f"found {getattr(self, name)!r}, allowed are {allowed} with quantizer='trellis'"
+                raise ValueError(f"{name}: {found}")
 
     @property
     def time_groups(self) -> TimeGroups:
         """The time groups."""
         return TimeGroups(self.timesteps, self.num_time_groups, self.time_group_starts)
+
+    @property
+    def weight_groups(self) -> TimeGroups:
+        """The time groups of the weights' parameters: a single one where the activations' depend on the timestep."""
+        return self.time_groups if self.activation_bits == 16 else TimeGroups(self.timesteps, 1)
 
     @property
     def method(self) -> SmoothingMethod | None:
@@ -113,7 +143,7 @@ class ThermoConfig(BaseModel):
         """Whether any part of this configuration is fitted on calibration states."""
         static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
         trained = self.reconstruction != "none" or self.transitions != "none"
-        return self.quantizer == "gptq" or self.num_time_groups > 1 or static_activations or trained
+        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or static_activations or trained
 
     @property
     def precision(self) -> str:

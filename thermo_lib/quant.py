@@ -75,7 +75,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
     """``(codes - zero_point) * scale`` in float32.
 
     Args:
-        codes: ``(out_features, in_features)``.
+        codes: ``(out_features, in_features)``, whole numbers or others.
         scale, zero_point: ``(out_features, ceil(in_features / group_size))``.
         group_size: weights that share a scale.
     """
@@ -215,12 +215,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: f
     _check_bits(bits)
     check_weight(weight)
     check_hessian(hessian, weight.shape[1])
-    H = hessian.double().clone()
-    diagonal = H.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weight doesn't matter
-    diagonal += damping * diagonal.mean()
-    Hinv = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
-
+    Hinv = inverse_factor(hessian, damping)
     W = weight.double().clone()
     codes = torch.zeros(weight.shape, dtype=torch.uint8)
     scales, zeros = [], []
@@ -239,6 +234,20 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: f
         W[:, stop:] -= Err @ Hinv[start:stop, stop:]
     quantized = QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
     return refit(weight, quantized, hessian, ridge)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse, ``Hinv`` in GPTQ's algorithm, float64.
+
+    Args:
+        hessian: ``sum x x^T``, ``(in_features, in_features)``.
+        damping: share of the mean diagonal that is added to the diagonal.
+    """
+    H = hessian.double().clone()
+    diagonal = H.diagonal()
+    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weight doesn't matter
+    diagonal += damping * diagonal.mean()
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
 
 
 def check_hessian(hessian: Tensor, in_features: int) -> None:
@@ -343,7 +352,12 @@ class QuantizedLinear(nn.Module):
     Weight parameters are ``(rows, out_features, groups)``, at first one row. Static activation parameters are ``(rows,
     token states, channel groups)``, at first none, which means dynamic per-token ranges; with two token states the
     first belongs to unmasked tokens, the second to masked ones.
+
+    ``STORED`` names the uint8 buffers that hold the codes.
     """
+
+    STORED: tuple[str, ...] = ("packed",)
+    has_zero_point = True
 
     def __init__(
         self,
@@ -395,11 +409,14 @@ class QuantizedLinear(nn.Module):
             parameter = parameter.repeat_interleave(self.activation_group_size, 1)[:, : self.in_features]
         return parameter if self.is_masked is None else parameter[self.is_masked.long()]
 
+    def codes(self) -> Tensor:
+        """The weights before zero point and scale, ``(out_features, in_features)``."""
+        return unpack(self.packed, self.bits, self.in_features)
+
     def weight(self) -> Tensor:
         """The dequantized weight at the current timestep, float32 ``(out_features, in_features)``."""
         row = self.weight_row[self.timestep]
-        codes = unpack(self.packed, self.bits, self.in_features)
-        return dequantize(codes, self.scale[row], self.zero_point[row], self.group_size)
+        return dequantize(self.codes(), self.scale[row], self.zero_point[row], self.group_size)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the layer sees it at the current timestep, ``(..., in_features)``."""

@@ -43,6 +43,7 @@ from thermo_lib.quant import (
     pack,
     refit,
     round_to_nearest,
+    unpack,
 )
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.reconstruction import BlockStream, fit_block
@@ -57,6 +58,7 @@ from thermo_lib.transition import (
     fit_to_path_kl,
     token_importance,
 )
+from thermo_lib.trellis import MOST_BITS, TrellisLinear, allocate_bits, column_costs, trellis
 
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
@@ -90,6 +92,13 @@ class QuantizedLM(DiffusionLM):
         whole = self.config.activation_bits < 16
         return {name: _smooth(params, self.config, whole) for name, params in self.time_params.items()}
 
+    def stored_bits(self, name: str) -> int:
+        """Bits stored for the weights of a quantized layer: codes and parameters, of every time group."""
+        layer = self.quantized_layers()[name]
+        bits = sum(getattr(layer, key).numel() * 8 for key in layer.STORED)
+        parameters = len(_parameter_names("weight", self.config))
+        return bits + sum(parameters * params.scale.numel() * 16 for params in self.weight_params[name])
+
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """The quantized linears by name."""
         return {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
@@ -100,9 +109,7 @@ class QuantizedLM(DiffusionLM):
         bits, weights = 0, 0
         for name, layer in self.quantized_layers().items():
             weights += layer.in_features * layer.out_features
-            bits += layer.packed.numel() * 8
-            for params in self.weight_params[name]:
-                bits += (params.scale.numel() + params.zero_point.numel()) * 16
+            bits += self.stored_bits(name)
             for params in self.activation_params.get(name, []):
                 bits += (params.scale.numel() + params.zero_point.numel()) * 32
         return bits / weights
@@ -121,10 +128,20 @@ def _blocks(names: list[str]) -> list[list[str]]:
     return list(blocks.values())
 
 
-def _install(lm: QuantizedLM, name: str, packed: Tensor) -> None:
-    """Put a quantized layer with these codes in the place of a linear; its weight parameters are known."""
+def _layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
+    return TrellisLinear if config.quantizer == "trellis" else QuantizedLinear
+
+
+def _install(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> None:
+    """Put a quantized layer with these codes in the place of a linear; its weight parameters are known.
+
+    Args:
+        lm: the model.
+        name: of the layer.
+        stored: the layer's buffers that hold the codes.
+    """
     linear = lm.model.get_submodule(name)
-    layer = QuantizedLinear(
+    layer = _layer_type(lm.config)(
         linear.in_features,
         linear.out_features,
         bits=lm.config.bit_width,
@@ -132,7 +149,8 @@ def _install(lm: QuantizedLM, name: str, packed: Tensor) -> None:
         bias=linear.bias is not None,
         timesteps=lm.config.timesteps,
     )
-    layer.packed = packed
+    for key, tensor in stored.items():
+        setattr(layer, key, tensor)
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
     _install_weights(layer, lm.weight_params[name], lm.config)
@@ -187,31 +205,42 @@ def _table(
     return rows, torch.tensor(row_of_step, dtype=torch.int32)
 
 
-def _time_groups(config: ThermoConfig, weights: bool) -> TimeGroups:
-    """Time groups of the weights' or the activations' parameters: only one of the two depends on the timestep."""
-    grouped = (config.activation_bits == 16) == weights
-    return config.time_groups if grouped else TimeGroups(config.timesteps, 1)
-
-
 def _rounded_layer(weight: Tensor, name: str, config: ThermoConfig) -> QuantizedWeight:
     check_weight(weight, name)
     return _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
 
 
 def _calibrated_layer(
-    weight: Tensor, name: str, hessians: Tensor, config: ThermoConfig
-) -> tuple[Tensor, list[QuantizedWeight]]:
-    """Codes of one layer and its parameters for each time group, from the groups' Hessians ``(groups, in, in)``."""
-    ridge = default("quant.ridge")
+    weight: Tensor, name: str, hessians: Tensor, config: ThermoConfig, column_bits: Tensor | None = None
+) -> tuple[dict[str, Tensor], list[TimeGroupParams]]:
+    """What a layer stores as codes, and its parameters for each time group.
+
+    Args:
+        weight: of the layer.
+        name: of the layer.
+        hessians: of the time groups, ``(groups, in_features, in_features)``.
+        config: how to quantize.
+        column_bits: of the trellis.
+    """
+    ridge, damping = default("quant.ridge"), default("quant.damping")
     total = hessians.sum(0)
+    ranges = config.weight_groups.ranges
+    if config.quantizer == "trellis":
+        check_weight(weight, name)
+        coded = trellis(weight, total, column_bits, config.group_size, damping, default("trellis.beam"))
+        params = TimeGroupParams(ranges[0], coded.scale, torch.zeros_like(coded.scale), coded.group_size)
+        return {"packed": coded.packed, "packed_column_bits": pack(coded.column_bits, 4)}, [params]
     if config.quantizer == "gptq":
         check_weight(weight, name)
-        base = gptq(weight, total, config.bit_width, config.group_size, default("quant.damping"), ridge)
+        base = gptq(weight, total, config.bit_width, config.group_size, damping, ridge)
     else:
         base = _rounded_layer(weight, name, config)
-    if len(hessians) == 1:
-        return base.codes, [base]
-    return base.codes, [refit(weight, base, hessian, ridge) for hessian in hessians]
+    fitted = [base] if len(hessians) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
+    stored = {"packed": pack(base.codes, config.bit_width)}
+    return stored, [
+        TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
+        for time_range, f in zip(ranges, fitted, strict=True)
+    ]
 
 
 def input_hessians(
@@ -256,15 +285,14 @@ def _in_batches(importance: Sequence[Tensor], calibration: Calibration) -> Itera
 
 def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
     config = lm.config
-    groups = _time_groups(config, weights=True)
     names = linear_names(lm.model)
     label = f"{config.quantizer} {config.precision}"
-    if config.quantizer != "gptq" and groups.num_groups == 1:
+    if config.quantizer in _ROUNDING and config.weight_groups.num_groups == 1:
         for name in tqdm(names, desc=label, disable=not progress, leave=False):
             quantized = _rounded_layer(lm.model.get_submodule(name).weight, name, config)
             params = TimeGroupParams((0, config.timesteps), quantized.scale, quantized.zero_point, quantized.group_size)
             lm.weight_params[name] = [params]
-            _install(lm, name, pack(quantized.codes, config.bit_width))
+            _install(lm, name, {"packed": pack(quantized.codes, config.bit_width)})
         return
 
     importance: dict[str, list[Tensor]] = {}
@@ -272,18 +300,87 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
     if config.hessian == "transition":
         importance = token_importance(lm, calibration, names, default("seed"), "importance" if progress else None)
         sites = [[name] for name in names]  # the same input counts by what the output is worth
+    column_bits = _column_bits(lm, calibration, importance)
     for block in tqdm(_blocks(names), desc=label, disable=not progress, leave=False):
         site_of = {site[0]: site for site in sites if site[0] in block}
-        hessians = input_hessians(lm, calibration, list(site_of), groups, importance)
+        hessians = input_hessians(lm, calibration, list(site_of), config.weight_groups, importance)
         for first, site in site_of.items():
             for name in site:
-                weight = lm.model.get_submodule(name).weight
-                codes, fitted = _calibrated_layer(weight, name, hessians[first], config)
-                lm.weight_params[name] = [
-                    TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
-                    for time_range, f in zip(groups.ranges, fitted, strict=True)
-                ]
-                _install(lm, name, pack(codes, config.bit_width))
+                _quantize_layer(lm, name, hessians[first], column_bits)
+
+
+def _quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor, column_bits: Mapping[str, Tensor]) -> None:
+    """Quantize one linear under the Hessians of its time groups and put the quantized layer in its place."""
+    weight = lm.model.get_submodule(name).weight.detach()
+    stored, lm.weight_params[name] = _calibrated_layer(weight, name, hessians, lm.config, column_bits.get(name))
+    _install(lm, name, stored)
+
+
+def _column_bits(
+    lm: DiffusionLM, calibration: Calibration, importance: Mapping[str, Sequence[Tensor]]
+) -> dict[str, Tensor]:
+    """The bits of every column of a model that is to be trellis-coded; empty for the other quantizers.
+
+    Args:
+        lm: the model, not quantized yet, with the configuration.
+        calibration: the states.
+        importance: of the tokens, as for ``input_hessians``.
+    """
+    config = lm.config
+    if config.quantizer != "trellis":
+        return {}
+    linears = {name: lm.model.get_submodule(name) for name in linear_names(lm.model)}
+    if config.average_bits is None:
+        return {n: torch.full((linear.in_features,), config.bit_width) for n, linear in linears.items()}
+    hessians = input_hessians(lm, calibration, list(linears), config.weight_groups, importance)
+    costs = {n: column_costs(linear.weight, hessians[n][0], default("quant.damping")) for n, linear in linears.items()}
+    return allocate_bits(costs, {n: linear.out_features for n, linear in linears.items()}, config.average_bits)
+
+
+def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration: Calibration, progress: bool) -> None:
+    """Quantize the linears of each block site by site; after each, train what is left of the block for its output.
+
+    Trained are the weights that aren't quantized yet, and the scales and zero points of those that are.
+    """
+    config, settings = lm.config, default("reconstruction")
+    names = linear_names(reference.model)
+    blocks = _blocks(names)
+    outputs = [".".join(block[0].split(".")[:3]) for block in blocks]
+    importance = token_importance(
+        reference, calibration, [*names, *outputs], default("seed"), "importance" if progress else None
+    )
+    counted = importance if config.hessian == "transition" else {}
+    column_bits = _column_bits(lm, calibration, counted)
+    stream = BlockStream(reference, lm, calibration)
+    sites = shared_inputs(reference, names)
+    for site in tqdm(sites, desc=f"sequential {config.precision}", disable=not progress, leave=False):
+        number = next(i for i, block in enumerate(blocks) if site[0] in block)
+        if site[0] == blocks[number][0]:
+            stream.enter(number)
+        for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
+            _quantize_layer(lm, name, hessian[None], column_bits)
+            if config.activation_ranges == "dynamic":
+                lm.model.get_submodule(name).activation_bits = config.activation_bits
+        layers = lm.quantized_layers()
+        weights = _trainable_weights({n: layers[n] for n in blocks[number] if n in layers})
+        rest = [lm.model.get_submodule(n).weight.requires_grad_() for n in blocks[number] if n not in layers]
+        with TrainableLayers(lm, {}, weights):
+            lm.losses[", ".join(site)] = fit_block(
+                stream,
+                number,
+                importance[outputs[number]],
+                _weight_rates(weights.values(), settings) | dict.fromkeys(rest, settings["weight_lr"]),
+                steps=settings["sequential_steps"],
+                batch=settings["batch"],
+                seed=default("seed"),
+            )
+        for tensor in rest:
+            tensor.requires_grad_(False)
+        _store_weights(lm, weights)
+        if site[-1] == blocks[number][-1]:
+            stream.leave(number)
+    for layer in lm.quantized_layers().values():
+        layer.activation_bits = 16
 
 
 def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
@@ -389,18 +486,24 @@ def quantize(
         )
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
-    untrained = {**config.model_dump(), "reconstruction": "none", "transitions": "none"}
+    sequential = config.reconstruction == "sequential"
+    untrained = {**config.model_dump(), "transitions": "none"} | ({} if sequential else {"reconstruction": "none"})
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     rough = ThermoConfig(**{**untrained, "enable_boundary_smoothing": False})
     quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
     with torch.no_grad():
-        _quantize_weights(quantized, calibration, progress)
+        if sequential:
+            fresh = config.training_states == "chains"
+            states = _fresh_states(lm, config.timesteps, progress) if fresh else calibration
+            _quantize_sequentially(quantized, lm, states, progress)
+        else:
+            _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
             quantized.config = ThermoConfig(**untrained)
             _quantize_activations(quantized, lm, calibration, progress)
         elif config.method:
             quantized = resmooth(quantized, config.method)
-    if config.reconstruction != "none":
+    if config.reconstruction == "blocks":
         quantized = reconstruct_blocks(quantized, lm, calibration, states=config.training_states, progress=progress)
     if config.transitions == "none":
         return quantized
@@ -569,7 +672,9 @@ def smooth_each_layer(
     return changed
 
 
-def _trainable_weights(layers: Mapping[str, QuantizedLinear], targets: DreamModel | None) -> dict[str, TrainableWeight]:
+def _trainable_weights(
+    layers: Mapping[str, QuantizedLinear], targets: DreamModel | None = None
+) -> dict[str, TrainableWeight]:
     """The layers' weights, their codes too where the full-precision model is given."""
     return {
         name: TrainableWeight(layer, targets.get_submodule(name).weight if targets is not None else None)
@@ -581,7 +686,8 @@ def _weight_rates(weights: Iterable[TrainableWeight], settings: Mapping[str, flo
     """The learning rates of what is trained of the weights, from a section of ``params.yaml``."""
     rates: dict[nn.Parameter, float] = {}
     for weight in weights:
-        rates |= {weight.log_scale: settings["scale_lr"], weight.zero_point: settings["zero_point_lr"]}
+        rates[weight.log_scale] = settings["scale_lr"]
+        rates |= {weight.zero_point: settings["zero_point_lr"]} if weight.zero_point.requires_grad else {}
         rates |= {weight.position: settings["code_lr"]} if isinstance(weight.position, nn.Parameter) else {}
     return rates
 
@@ -589,10 +695,10 @@ def _weight_rates(weights: Iterable[TrainableWeight], settings: Mapping[str, flo
 def _store_weights(lm: QuantizedLM, weights: Mapping[str, TrainableWeight]) -> None:
     layers = lm.quantized_layers()
     for name, weight in weights.items():
-        trained = weight.quantized()
-        params = TimeGroupParams((0, lm.config.timesteps), trained.scale, trained.zero_point, trained.group_size)
+        params = TimeGroupParams((0, lm.config.timesteps), *weight.stored(), weight.group_size)
         lm.weight_params[name] = [params]
-        layers[name].packed = pack(trained.codes, trained.bits)
+        codes = weight.packed()
+        layers[name].packed = layers[name].packed if codes is None else codes
         _install_weights(layers[name], [params], lm.config)
 
 
@@ -755,11 +861,17 @@ def _network(lm: QuantizedLM) -> list[Tensor]:
     return [*lm.model.parameters(), *biases]
 
 
-def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]]) -> dict[str, Tensor]:
+def _parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
+    """The parameters of weights or activations that are stored."""
+    symmetric = kind == "weight" and config.quantizer == "trellis"
+    return ("scale",) if symmetric else ("scale", "zero_point")
+
+
+def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: ThermoConfig) -> dict[str, Tensor]:
     return {
         f"{name}.{kind}_{key}": torch.stack([getattr(p, key) for p in params]).contiguous()
         for name, params in layers.items()
-        for key in ("scale", "zero_point")
+        for key in _parameter_names(kind, config)
     }
 
 
@@ -774,10 +886,11 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
         tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
         for name, layer in layers.items():
-            tensors[f"{name}.packed"] = layer.packed
+            tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.STORED}
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
-        tensors |= _group_tensors("weight", lm.weight_params) | _group_tensors("activation", lm.activation_params)
+        for kind, params in (("weight", lm.weight_params), ("activation", lm.activation_params)):
+            tensors |= _group_tensors(kind, params, lm.config)
         save_file({k: v.clone() for k, v in tensors.items()}, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
@@ -808,25 +921,30 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in names}
     for name in names:
         expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
+        if thermo.quantizer == "trellis":
+            expected |= _expected_streams(name, model.get_submodule(name), tensors, folder)
     check_tensors(tensors, expected, folder)
     for name in names:
         linear = model.get_submodule(name)
         for kind, layers in kinds.items():
-            ranges = _time_groups(thermo, weights=kind == "weight").ranges
-            values = [tensors.pop(f"{name}.{kind}_{key}") for key in ("scale", "zero_point")]
-            if (values[0] <= 0).any():
-                found = f"found {values[0].min().item():.3g}, allowed is above 0"
+            ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
+            values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
+            scales = values["scale"]
+            if (scales <= 0).any():
+                found = f"found {scales.min().item():.3g}, allowed is above 0"
                 raise ValueError(f"{folder}: tensor {name}.{kind}_scale: {found}")
+            zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
-                for time_range, scale, zero in zip(ranges, *values, strict=True)
+                for time_range, scale, zero in zip(ranges, scales, zeros, strict=True)
             ]
-        packed = tensors.pop(f"{name}.packed")
-        if packed.dtype != torch.uint8:
-            raise ValueError(f"{folder}: tensor {name}.packed: found {packed.dtype}, expected torch.uint8")
+        stored = {key: tensors.pop(f"{name}.{key}") for key in _layer_type(thermo).STORED}
+        for key, tensor in stored.items():
+            if tensor.dtype != torch.uint8:
+                raise ValueError(f"{folder}: tensor {name}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias.copy_(tensors.pop(f"{name}.bias"))
-        _install(lm, name, packed)
+        _install(lm, name, stored)
         if thermo.activation_bits < 16:
             _install_activations(model.get_submodule(name), lm.activation_params.get(name, []), thermo)
     model.load_state_dict(tensors, strict=False)
@@ -835,13 +953,10 @@ def load_quantized(path: str | Path) -> QuantizedLM:
 
 def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
     rows, columns = linear.weight.shape
-    groups = _time_groups(config, weights=True).num_groups
+    groups = config.weight_groups.num_groups
     parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
-    expected = {
-        f"{name}.packed": torch.empty((rows, -(-columns * config.bit_width // 8)), device="meta"),
-        f"{name}.weight_scale": parameters,
-        f"{name}.weight_zero_point": parameters,
-    }
+    expected = {f"{name}.weight_{key}": parameters for key in _parameter_names("weight", config)}
+    expected[f"{name}.packed"] = torch.empty((rows, -(-columns * config.bit_width // 8)), device="meta")
     if linear.bias is not None:
         expected[f"{name}.bias"] = linear.bias
     if static:
@@ -849,4 +964,19 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
         shape = (config.num_time_groups, 1 + config.activation_token_states, channel_groups)
         per_group = torch.empty(shape, device="meta")
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
+    return expected
+
+
+def _expected_streams(name: str, linear: nn.Linear, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+    """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
+    rows, columns = linear.weight.shape
+    key = f"{name}.packed_column_bits"
+    expected = {key: torch.empty(-(-columns // 2), device="meta")}
+    found = tensors.get(key)
+    if found is not None and found.dtype == torch.uint8 and found.shape == expected[key].shape:
+        column_bits = unpack(found, 4, columns)
+        if column_bits.max() > MOST_BITS:
+            raise ValueError(f"{folder}: tensor {key}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
+        width = -(-int(column_bits.sum()) // 8)
+        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta")
     return expected

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thermo_lib.calibration import Calibration
+from thermo_lib.calibration import Calibration, watch_inputs
 from thermo_lib.models import DiffusionLM
 from thermo_lib.ranges import descent
 
@@ -49,6 +49,35 @@ class BlockStream:
     def enter(self, number: int) -> None:
         """Take the targets through a block."""
         self.targets = self._advance(self.reference.model.model.layers[number], self.targets)
+
+    @torch.no_grad()
+    def hessians(self, number: int, importance: Mapping[str, Sequence[Tensor] | None]) -> dict[str, Tensor]:
+        """``sum x x^T`` of the inputs of some linears of a block, in the quantized model as it is now.
+
+        Args:
+            number: of the block.
+            importance: the linears' names to the weights of the sum's tokens, ``(states, length)`` for each part of the
+                calibration; None counts every token 1.
+
+        Returns:
+            Name to float64 ``(in_features, in_features)``.
+        """
+        block = self.quantized.model.model.layers[number]
+        linears = {name: self.quantized.model.get_submodule(name) for name in importance}
+        found = {n: torch.zeros((m.in_features, m.in_features), dtype=torch.float64) for n, m in linears.items()}
+        at: tuple[int, Tensor] = (0, torch.empty(0))
+
+        def receive(name: str, x: Tensor) -> None:
+            x, weights = x.flatten(0, 1), importance[name]
+            weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
+            found[name] += x.T @ weighted
+
+        with watch_inputs(linears, receive):
+            for part, hidden in enumerate(self.inputs):
+                for rows in torch.arange(len(hidden)).split(64):
+                    at = (part, rows)
+                    self.run(block, part, hidden[rows])
+        return found
 
     def leave(self, number: int) -> None:
         """Take the inputs through a block, as it is quantized now."""

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from thermo_lib.calibration import Calibration, States
 from thermo_lib.diffusion import unmask_probabilities
 from thermo_lib.models import NO_PROBABILITY, DiffusionLM
-from thermo_lib.quant import QuantizedLinear, QuantizedWeight, dequantize, storable, unpack
+from thermo_lib.quant import QuantizedLinear, dequantize, pack, storable
 from thermo_lib.ranges import TrainableRanges, descent, straight_through
 
 
@@ -148,8 +148,8 @@ class TrainableWeight(nn.Module):
         super().__init__()
         self.bits, self.group_size = layer.bits, layer.group_size
         self.log_scale = nn.Parameter(layer.scale[0].float().log())
-        self.zero_point = nn.Parameter(layer.zero_point[0].float())
-        codes = unpack(layer.packed, layer.bits, layer.in_features).float()
+        self.zero_point = nn.Parameter(layer.zero_point[0].float(), requires_grad=layer.has_zero_point)
+        codes = layer.codes().float()
         if target is None:
             self.register_buffer("position", codes)
         else:
@@ -161,7 +161,9 @@ class TrainableWeight(nn.Module):
             self.position = nn.Parameter(torch.clamp(wanted, codes - _INSIDE, codes + _INSIDE))
 
     def codes(self) -> Tensor:
-        """Whole numbers in ``0..2**bits-1`` up to rounding errors, float32 ``(out_features, in_features)``."""
+        """As the layer's; trained ones are whole up to rounding errors, float32 ``(out_features, in_features)``."""
+        if not self.position.requires_grad:
+            return self.position
         return straight_through(self.position.clamp(-_INSIDE, 2**self.bits - 1 + _INSIDE), torch.round)
 
     def forward(self) -> Tensor:
@@ -169,10 +171,16 @@ class TrainableWeight(nn.Module):
         return dequantize(self.codes(), self.log_scale.exp(), self.zero_point, self.group_size)
 
     @torch.no_grad()
-    def quantized(self) -> QuantizedWeight:
-        """As it is stored."""
-        scale, zero_point = storable(self.log_scale.exp(), self.zero_point)
-        return QuantizedWeight(self.codes().round().to(torch.uint8), scale, zero_point, self.bits, self.group_size)
+    def packed(self) -> Tensor | None:
+        """The codes as they are stored, None where they weren't trained."""
+        if not self.position.requires_grad:
+            return None
+        return pack(self.codes().round().to(torch.uint8), self.bits)
+
+    @torch.no_grad()
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point as they are stored, float16 ``(out_features, groups)``."""
+        return storable(self.log_scale.exp(), self.zero_point)
 
 
 _INSIDE = 0.49  # how far a code's position may be from the code

@@ -73,7 +73,7 @@ def thermo(lm: DiffusionLM, calibration: Calibration, **fields: Any) -> Layers:
     trained = [name for name, tensor in before.items() if name in after and not tensor.equal(after[name])]
     layers = Layers({name: Layer(after[name], None) for name in trained})
     for name, layer in quantized.quantized_layers().items():
-        layers[name] = Layer(layer.weight(), stored_bits(layer.packed, layer.scale, layer.zero_point))
+        layers[name] = Layer(layer.weight(), quantized.stored_bits(name))
     layers.losses = quantized.losses
     return layers
 
