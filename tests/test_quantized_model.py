@@ -748,6 +748,22 @@ class TestOptimizeTransitions:
         assert same_norm == (what != "network")
         assert not any(p.requires_grad for p in trained.model.parameters())
 
+    def test_the_markov_term_keeps_the_ranges_of_neighbouring_groups_together(self, quantized: Quantize) -> None:
+        def jumps(weight: float) -> float:
+            changes = {"activation_bits": 4, "num_time_groups": 3, "transitions": "parameters"}
+            lm = quantized(**changes, markov_weight=weight)
+            steps = [
+                torch.stack([p.scale for p in params]).log().diff(dim=0) for params in lm.activation_params.values()
+            ]
+            return float(torch.cat(steps).square().mean())
+
+        assert jumps(10.0) < 0.2 * jumps(0.0)
+
+    def test_without_time_groups_the_markov_term_changes_nothing(self, quantized: Quantize, outputs: Outputs) -> None:
+        changes = {"activation_bits": 4, "transitions": "parameters"}
+        free, held = (quantized(**changes, markov_weight=weight) for weight in (0.0, 10.0))
+        assert torch.equal(outputs(free), outputs(held))
+
     def test_fresh_chains_need_no_calibration(
         self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs, tmp_path: Path
     ) -> None:

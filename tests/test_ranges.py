@@ -1,6 +1,7 @@
 """Static activation ranges: clipped for least error, in every granularity, and refined through the smoothing."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -177,6 +178,15 @@ class TestBestStarts:
     def test_the_starts_make_time_groups(self) -> None:
         starts = best_starts([sample_of(1, growth=1.0), sample_of(2)], TIMESTEPS, 3, 4)
         assert TimeGroups(TIMESTEPS, 3, starts).boundaries == list(starts)
+
+
+def test_the_markov_term_is_the_sum_of_squared_steps() -> None:
+    scale, zero_point = torch.tensor([1.0, 2.0, 0.5]), torch.tensor([3.0, 6.0, 6.0])
+    ranges = TrainableRanges(scale[:, None, None], zero_point[:, None, None], torch.eye(3), 4, None)
+    # Steps of log 2 and log 4 of the scale; of 3 of the 15 codes and 0 of the zero point.
+    assert ranges.roughness().item() == pytest.approx(5 * math.log(2) ** 2 + 0.2**2)
+    one = TrainableRanges(torch.ones(1, 2, 3), torch.ones(1, 2, 3), torch.ones(1, 1), 4, None)
+    assert one.roughness().item() == 0
 
 
 class TestTrainableRanges:

@@ -47,6 +47,8 @@ class ThermoConfig(BaseModel):
         transitions: ``none``, or what is trained for least path KL once everything is quantized: the ``parameters``
             (weights' scales and zero points, static activation ranges), the weights' ``codes`` too, or with the
             parameters the unquantized rest of the ``network`` (norms, biases, embeddings, head), as precise as before.
+        markov_weight: of the Markov term that is added to path KL, in nats, where ``transitions`` trains static ranges
+            of several time groups: the squared steps of their parameters from group to group.
         training_states: what reconstruction and transitions are trained on: the ``calibration`` states, or fresh
             ``chains``, which the full-precision model makes itself.
         timesteps: number of denoising steps ``T`` that the time groups divide.
@@ -65,7 +67,7 @@ class ThermoConfig(BaseModel):
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
-    average_bits: float | None = _from_params("average_bits", gt=0, le=MOST_BITS)
+    average_bits: float | None = _from_params("average_bits", ge=1, le=MOST_BITS)
     hessian: Literal["uniform", "transition"] = _from_params("hessian")
     group_size: int = _from_params("group_size", ge=1)
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
@@ -75,6 +77,7 @@ class ThermoConfig(BaseModel):
     range_objective: RangeObjective = _from_params("range_objective")
     reconstruction: Reconstruction = _from_params("reconstruction")
     transitions: Transitions = _from_params("transitions")
+    markov_weight: float = _from_params("markov_weight", ge=0)
     training_states: TrainingStates = _from_params("training_states")
     timesteps: int = _from_params("timesteps", ge=1)
     num_time_groups: int = _from_params("num_time_groups", ge=1)

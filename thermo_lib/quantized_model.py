@@ -838,12 +838,14 @@ def optimize_transitions(
     rates |= dict.fromkeys(network, default("chains.network_lr"))
     fresh = states == "chains"
     loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
+    inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
     draws = _fresh_chains(loss) if fresh else calibration_draws(loss, calibration, settings["batch"], default("seed"))
     changed.losses["transitions"] = fit_to_path_kl(
         loss,
         rates,
         draws,
         steps=default("chains.steps" if fresh else "transition.steps"),
+        penalty=lambda: config.markov_weight * sum(r.roughness() for r in inputs),
         progress=f"transitions {config.precision}" if progress else None,
     )
     for tensor in network:

@@ -235,6 +235,15 @@ class TrainableRanges(nn.Module):
         codes = (_round(x / scale) + zero_point).clamp(0, 2**self.bits - 1)
         return (codes - zero_point) * scale
 
+    def roughness(self) -> Tensor:
+        """The Markov term: squared steps from one time group to the next, summed.
+
+        Steps are those that the Markov score counts: of the scale relative to itself (of its logarithm, which for
+        small steps is the same), of the zero point as a share of the codes.
+        """
+        scales, zero_points = self.log_scale.diff(dim=0), self.zero_point.diff(dim=0) / (2**self.bits - 1)
+        return scales.square().sum() + zero_points.square().sum()
+
     def rates(self, lr: float) -> dict[nn.Parameter, float]:
         """Learning rates: scales move relatively, zero points by codes, ten times as fast."""
         return {self.log_scale: lr, self.zero_point: 10 * lr}

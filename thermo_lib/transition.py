@@ -357,6 +357,7 @@ def fit_to_path_kl(
     batches: Iterable[Batch],
     *,
     steps: int,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
     progress: str | None = None,
 ) -> list[float]:
     """Train parameters, in place, for least path KL.
@@ -366,10 +367,12 @@ def fit_to_path_kl(
         rates: every trained parameter's learning rate at the start.
         batches: states and targets, ``steps`` times at least; a batch may hold states of several lengths.
         steps: Adam steps, the learning rates falling linearly to zero.
+        penalty: what is added to path KL, a function of the parameters.
         progress: label of a progress bar; None for none.
 
     Returns:
-        The loss of each step: path KL estimated on its batch, nats per sequence, summed over lengths.
+        The loss of each step, without the penalty: path KL estimated on its batch, nats per sequence, summed over
+        lengths.
     """
     optimizer, schedule = descent(rates, steps)
     losses: list[float] = []
@@ -378,7 +381,7 @@ def fit_to_path_kl(
         for batch in tqdm(draws, total=steps, desc=progress, disable=progress is None, leave=False):
             value = torch.stack([loss(states, targets) for states, targets in batch]).sum()
             optimizer.zero_grad(set_to_none=True)
-            value.backward()
+            (value + penalty()).backward()
             optimizer.step()
             schedule.step()
             losses.append(value.item())

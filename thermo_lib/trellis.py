@@ -141,7 +141,7 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
 
     A column with ``k`` bits has the error ``4^-k`` times its cost (the distortion-rate function of a normal source), so
     the next bit goes where the cost of a weight is largest: reverse water-filling, Cover and Thomas, section 10.3.3,
-    with whole bits.
+    with whole bits, and one at least: what a column without any leaves to the others is more than its cost says.
 
     Args:
         costs: layer name to what ``column_costs`` returned.
@@ -149,21 +149,21 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
         average_bits: mean of the bits over all weights; reached from below.
 
     Returns:
-        Layer name to uint8 ``(in_features,)``, 0 to ``MOST_BITS``.
+        Layer name to uint8 ``(in_features,)``, 1 to ``MOST_BITS``.
 
     Raises:
         ValueError: an average out of range.
     """
-    if not 0 < average_bits <= MOST_BITS:
-        raise ValueError(f"average_bits: found {average_bits}, allowed is above 0 and at most {MOST_BITS}")
-    steps = 0.25 ** torch.arange(MOST_BITS)
-    saved = torch.cat([(costs[name] / rows[name])[:, None] * steps for name in costs]).flatten()
-    weights = torch.cat([torch.full((len(costs[name]) * MOST_BITS,), rows[name]) for name in costs])
+    if not 1 <= average_bits <= MOST_BITS:
+        raise ValueError(f"average_bits: found {average_bits}, allowed are 1..{MOST_BITS}")
+    more = MOST_BITS - 1  # than the first bit
+    saved = torch.cat([(costs[name] / rows[name])[:, None] * 0.25 ** torch.arange(more) for name in costs]).flatten()
+    weights = torch.cat([torch.full((len(costs[name]) * more,), rows[name]) for name in costs])
     order = saved.argsort(descending=True, stable=True)
-    budget = int(average_bits * sum(len(costs[name]) * rows[name] for name in costs))
+    budget = int((average_bits - 1) * sum(len(costs[name]) * rows[name] for name in costs))
     taken = torch.zeros(len(saved), dtype=torch.uint8)
     taken[order] = (weights[order].cumsum(0) <= budget).to(torch.uint8)
-    bits = taken.view(-1, MOST_BITS).sum(1, dtype=torch.uint8)
+    bits = 1 + taken.view(-1, more).sum(1, dtype=torch.uint8)
     return dict(zip(costs, bits.split([len(cost) for cost in costs.values()]), strict=True))
 
 
