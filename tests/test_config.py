@@ -53,6 +53,7 @@ def test_a_default_is_checked_like_a_given_value(override: Callable[[dict[str, A
         ("average_bits", 0.9),
         ("average_bits", 6.5),
         ("markov_weight", -1.0),
+        ("own_share", 1.5),
         ("hessian", "fisher"),
         ("reconstruction", "layers"),
         ("transitions", "everything"),

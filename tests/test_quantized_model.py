@@ -777,19 +777,18 @@ class TestOptimizeTransitions:
         save_quantized(trained, tmp_path / "q")
         assert torch.equal(outputs(load_quantized(tmp_path / "q")), outputs(trained))
 
-    @pytest.mark.parametrize("own", [0, 3])
+    @pytest.mark.parametrize("share", [0.0, 0.5])
     def test_chains_may_be_the_quantized_model_s_own(
         self,
         tiny: DiffusionLM,
         quantized: Quantize,
         outputs: Outputs,
         override: Callable[[dict[str, Any]], None],
-        own: int,
+        share: float,
     ) -> None:
-        override({"chains.steps": 4, "chains.own": own, "data.sequence_length": 16})
-        trained = optimize_transitions(quantized(), tiny, states="chains")
-        override({"chains.steps": 4, "chains.own": 1, "data.sequence_length": 16})
-        assert not torch.equal(outputs(trained), outputs(optimize_transitions(quantized(), tiny, states="chains")))
+        override({"chains.steps": 4, "data.sequence_length": 16})
+        trained, other = (optimize_transitions(quantized(own_share=own), tiny, states="chains") for own in (share, 1.0))
+        assert not torch.equal(outputs(trained), outputs(other))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

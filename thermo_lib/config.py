@@ -51,6 +51,8 @@ class ThermoConfig(BaseModel):
             of several time groups: the squared steps of their parameters from group to group.
         training_states: what reconstruction and transitions are trained on: the ``calibration`` states, or fresh
             ``chains``, which the full-precision model makes itself.
+        own_share: share of the chains of code in ``transitions`` that take the steps of the quantized model, as it is
+            then, instead of the full-precision model's.
         timesteps: number of denoising steps ``T`` that the time groups divide.
         num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
             parameters where activations are quantized, otherwise the weights' scales and zero points.
@@ -79,6 +81,7 @@ class ThermoConfig(BaseModel):
     transitions: Transitions = _from_params("transitions")
     markov_weight: float = _from_params("markov_weight", ge=0)
     training_states: TrainingStates = _from_params("training_states")
+    own_share: float = _from_params("own_share", ge=0, le=1)
     timesteps: int = _from_params("timesteps", ge=1)
     num_time_groups: int = _from_params("num_time_groups", ge=1)
     time_group_starts: tuple[int, ...] | None = _from_params("time_group_starts")

@@ -787,11 +787,16 @@ def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibratio
     return calibrate(lm, batches, timesteps=timesteps, source="trajectory", seed=seed, progress=progress)
 
 
-def _fresh_chains(loss: TransitionLoss) -> Iterator[Batch]:
-    """A step of chains of code, and of puzzles where the model knows them, again and again."""
+def _fresh_chains(loss: TransitionLoss, own_share: float) -> Iterator[Batch]:
+    """A step of chains of code, and of puzzles where the model knows them, again and again.
+
+    Args:
+        loss: the two models.
+        own_share: see ``ThermoConfig``.
+    """
     lm, settings, seed = loss.reference, default("chains"), default("seed")
     empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
-    chains = [Chains(loss, lambda: empty, settings["code"], settings["own"], seed)]
+    chains = [Chains(loss, lambda: empty, settings["code"], round(own_share * settings["code"]), seed)]
     if knows_tasks(lm.tokenizer):
         prompts = (row for number in itertools.count() for row in _prompts(lm, 1, (seed, number))[0])
         chains.append(Chains(loss, lambda: next(prompts), settings["puzzles"], 0, seed))
@@ -839,7 +844,11 @@ def optimize_transitions(
     fresh = states == "chains"
     loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
-    draws = _fresh_chains(loss) if fresh else calibration_draws(loss, calibration, settings["batch"], default("seed"))
+    draws = (
+        _fresh_chains(loss, config.own_share)
+        if fresh
+        else calibration_draws(loss, calibration, settings["batch"], default("seed"))
+    )
     changed.losses["transitions"] = fit_to_path_kl(
         loss,
         rates,

@@ -87,6 +87,8 @@ def key(point: Point) -> str:
     if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
         for name in ("activation_group_size", "activation_token_states", "range_objective"):
             relevant[name] = None
+    if point["transitions"] == "none" or point["num_time_groups"] == 1:
+        relevant["markov_weight"] = None
     return json.dumps(relevant, sort_keys=True)
 
 
@@ -506,6 +508,13 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             )
         ],
         "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "markov": cross(
+            seeds=axes["markov"]["seeds"],
+            activation_bits=[low],
+            transitions=["parameters"],
+            num_time_groups=axes["markov"]["num_time_groups"],
+            markov_weight=axes["markov"]["weights"],
+        ),
         "ceiling": cross(
             activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
         ),

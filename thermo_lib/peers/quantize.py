@@ -90,6 +90,11 @@ def _llamacpp(setting: str, type: str, **options: Any) -> Job:
 _HESSIAN = {"quantizer": "gptq", "hessian": "transition"}
 _CHAINS = {"training_states": "chains"}
 _ALL = {**_HESSIAN, "reconstruction": "blocks", "transitions": "network", **_CHAINS}
+_TRELLIS = {"quantizer": "trellis", "hessian": "transition", "group_size": 768}
+_SPREAD = {**_TRELLIS, "average_bits": 2.17}
+_SEQUENTIAL = {"reconstruction": "sequential", **_CHAINS}
+_NETWORK = {"transitions": "network", **_CHAINS}
+_WHOLE = {**_SPREAD, **_SEQUENTIAL, **_NETWORK}
 
 # The settings come from each project's own documentation (its README, recipes and defaults in the pinned version);
 # where that leaves the group size open, groups of 128 are the ones nearest to this project's 2.25 bits per weight.
@@ -104,6 +109,15 @@ JOBS = (
     _thermo("thermo_lib", "transition Hessian, blocks on calibration states", **_HESSIAN, reconstruction="blocks"),
     _thermo("thermo_lib", "transition Hessian, blocks", **_HESSIAN, reconstruction="blocks", **_CHAINS),
     _thermo("thermo_lib", "transition Hessian, network", **_HESSIAN, transitions="network", **_CHAINS),
+    _thermo("thermo_lib trellis", "2 bits a column", **_TRELLIS),
+    _thermo("thermo_lib trellis", "spread bits", **_SPREAD),
+    _thermo("thermo_lib trellis", "spread bits, sequential", **_SPREAD, **_SEQUENTIAL),
+    _thermo("thermo_lib trellis", "spread bits, network", **_SPREAD, **_NETWORK),
+    _thermo("thermo_lib trellis", "spread bits, network, half own chains", **_SPREAD, **_NETWORK, own_share=0.5),
+    _thermo("thermo_lib trellis", "spread bits, network, own chains", **_SPREAD, **_NETWORK, own_share=1.0),
+    _thermo("thermo_lib trellis", "all phases", **_WHOLE),
+    _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **{**_WHOLE, "average_bits": 2.02}),
+    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4),
     _hqq("group 16, axis 0", 16, 0),
     _hqq("group 64, axis 0", 64, 0),
     _hqq("group 64, axis 1", 64, 1),
