@@ -30,7 +30,7 @@ from thermo_lib.quant import (
 
 STATE_BITS = 12
 MOST_BITS = 6  # of a column
-_BLOCK = 32  # columns between two updates of all later columns
+_BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
 
 
@@ -229,8 +229,7 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
     steps: list[tuple[Tensor, Tensor]] = []  # of each column: the parents of what is kept, and their new symbols
     for start in range(0, in_features, _BLOCK):
         width = min(_BLOCK, in_features - start)
-        block, rest = W[..., :width], W[..., width:]
-        Err = torch.zeros_like(block)
+        block, rest = W[..., :width], W[..., width:]  # what is done of the block becomes its errors
         ancestor = torch.arange(block.shape[1]).expand(rows, -1)
         for offset in range(width):
             column = start + offset
@@ -244,12 +243,11 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
             parent = chosen // choices
             state, err = successors.flatten(1).gather(1, chosen), err.gather(1, chosen)
             steps.append((parent.to(torch.int32), (chosen % choices).to(torch.uint8)))
-            block, Err = _of_parents(block, parent), _of_parents(Err, parent)
-            ancestor = ancestor.gather(1, parent)
-            Err[..., offset] = err
+            block, ancestor = _of_parents(block, parent), ancestor.gather(1, parent)
+            block[..., offset] = err
             block[..., offset + 1 :] -= err[..., None] * Hinv[column, column + 1 : start + width]
         stop = start + width
-        W = _of_parents(rest, ancestor) - Err @ Hinv[start:stop, stop:]
+        W = _of_parents(rest, ancestor) - block @ Hinv[start:stop, stop:]
     at = cost.argmin(1, keepdim=True)
     symbols = torch.empty((rows, in_features), dtype=torch.uint8)
     for column in range(in_features - 1, -1, -1):
