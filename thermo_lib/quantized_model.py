@@ -365,7 +365,8 @@ def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration:
         weights = _trainable_weights({n: layers[n] for n in blocks[number] if n in layers})
         rest = [lm.model.get_submodule(n).weight.requires_grad_() for n in blocks[number] if n not in layers]
         with TrainableLayers(lm, {}, weights):
-            lm.losses[", ".join(site)] = fit_block(
+            linears = ", ".join(name.rpartition(".")[2] for name in site)
+            lm.losses[f"block {number}: {linears}"] = fit_block(
                 stream,
                 number,
                 importance[outputs[number]],
