@@ -475,15 +475,12 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         ),
         "granularity": crosses(axes["granularities"], num_time_groups=few, method=linear),
         "timesteps": [
-            *cross(seeds=side, activation_bits=[low], timesteps=axes["timesteps"], num_time_groups=few),
-            *cross(
-                seeds=side,
-                activation_bits=[low],
-                timesteps=axes["timesteps"],
-                num_time_groups=few,
-                method=["linear"],
-                smoothing_window=axes["wide_windows"],
-            ),
+            p
+            for axis in axes["timesteps"]
+            for smoothing in ({}, {"method": ["linear"], "smoothing_window": axes["wide_windows"]})
+            for p in cross(
+                seeds=axis["seeds"], activation_bits=[low], timesteps=[axis["steps"]], num_time_groups=few, **smoothing
+            )
         ],
         "quantizer": cross(
             seeds=side, activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear
