@@ -104,7 +104,7 @@ def config_of(**changes: Any) -> ThermoConfig:
 def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
     """What is trained is trained for a second."""
     steps = {"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40, "reconstruction.steps": 40}
-    steps |= {"reconstruction.sequential_steps": 20, "trellis.beam": 8}
+    steps |= {"sequential.steps": 20, "sequential.transition_steps": 20, "trellis.beam": 8}
     override(steps | {"chains.steps": 40, "reconstruction.code": 5, "data.sequence_length": 16})
 
 
@@ -948,7 +948,7 @@ class TestSequential:
     ) -> None:
         # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first site
         # of the first block is the same; later ones see what is quantized already.
-        override({"reconstruction.weight_lr": 0.0, "reconstruction.scale_lr": 0.0, "reconstruction.zero_point_lr": 0.0})
+        override({"sequential.weight_lr": 0.0, "reconstruction.scale_lr": 0.0, "reconstruction.zero_point_lr": 0.0})
         plain, stepped = (
             quantize(tiny, config_of(**self.GPTQ, reconstruction=r), calibration) for r in ("none", "sequential")
         )

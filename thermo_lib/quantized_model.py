@@ -342,7 +342,7 @@ def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration:
 
     Trained are the weights that aren't quantized yet, and the scales and zero points of those that are.
     """
-    config, settings = lm.config, default("reconstruction")
+    config, settings, sequential = lm.config, default("reconstruction"), default("sequential")
     names = linear_names(reference.model)
     blocks = _blocks(names)
     outputs = [".".join(block[0].split(".")[:3]) for block in blocks]
@@ -370,8 +370,8 @@ def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration:
                 stream,
                 number,
                 importance[outputs[number]],
-                _weight_rates(weights.values(), settings) | dict.fromkeys(rest, settings["weight_lr"]),
-                steps=settings["sequential_steps"],
+                _weight_rates(weights.values(), settings) | dict.fromkeys(rest, sequential["weight_lr"]),
+                steps=sequential["steps"],
                 batch=settings["batch"],
                 seed=default("seed"),
             )
@@ -817,8 +817,8 @@ def optimize_transitions(
     """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
 
     What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and where
-    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``
-    and ``chains`` of ``params.yaml``.
+    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``,
+    ``chains`` and ``sequential`` of ``params.yaml``.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
@@ -843,6 +843,10 @@ def optimize_transitions(
     network = [tensor.requires_grad_() for tensor in _network(changed)] if what == "network" else []
     rates |= dict.fromkeys(network, default("chains.network_lr"))
     fresh = states == "chains"
+    steps = default("chains.steps" if fresh else "transition.steps")
+    if fresh and config.reconstruction == "sequential":  # what is near its best already wants fewer and smaller steps
+        steps, factor = default("sequential.transition_steps"), default("sequential.transition_rate")
+        rates = {parameter: factor * rate for parameter, rate in rates.items()}
     loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
     draws = (
@@ -854,7 +858,7 @@ def optimize_transitions(
         loss,
         rates,
         draws,
-        steps=default("chains.steps" if fresh else "transition.steps"),
+        steps=steps,
         penalty=lambda: config.markov_weight * sum(r.roughness() for r in inputs),
         progress=f"transitions {config.precision}" if progress else None,
     )

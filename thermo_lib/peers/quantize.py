@@ -164,7 +164,7 @@ def made_of(job: Job) -> str:
     for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
-    sections = () if job.package else ("quant", "trellis", "transition", "reconstruction", "chains")
+    sections = () if job.package else ("quant", "trellis", "transition", "reconstruction", "sequential", "chains")
     settings = [default(section) for section in sections]
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
     return digest.hexdigest()[:16]
