@@ -505,13 +505,6 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             )
         ],
         "transitions": crosses(axes["transitions"], transitions=["parameters"]),
-        "markov": cross(
-            seeds=axes["markov"]["seeds"],
-            activation_bits=[low],
-            transitions=["parameters"],
-            num_time_groups=axes["markov"]["num_time_groups"],
-            markov_weight=axes["markov"]["weights"],
-        ),
         "ceiling": cross(
             activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
         ),
