@@ -494,6 +494,16 @@ class TestSaveAndLoad:
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
+def refused(folder: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+    """Change the tensors of a saved model and see it refused with the message."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    with pytest.raises(ValueError, match=message):
+        load_quantized(folder)
+
+
 class TestDamagedFolders:
     """Each kind of damage is named."""
 
@@ -545,12 +555,7 @@ class TestDamagedFolders:
     def test_a_damaged_tensor_is_named(
         self, folder: Path, change: Callable[[dict[str, Tensor]], object], message: str
     ) -> None:
-        path = folder / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-        with pytest.raises(ValueError, match=message):
-            load_quantized(folder)
+        refused(folder, change, message)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -586,12 +591,7 @@ class TestDamagedFolders:
         self, quantized: Quantize, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
     ) -> None:
         save_quantized(quantized(quantizer="trellis"), tmp_path / "q")
-        path = tmp_path / "q" / "model.safetensors"
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-        with pytest.raises(ValueError, match=message):
-            load_quantized(tmp_path / "q")
+        refused(tmp_path / "q", change, message)
 
     def test_a_truncated_file_is_named(self, folder: Path) -> None:
         path = folder / "model.safetensors"
