@@ -18,21 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import (
-    WEIGHTS_NAME,
-    DiffusionLM,
-    DreamModel,
-    check_tensors,
-    config_json,
-    model_folder,
-    read_config,
-    read_tensors,
-    read_tokenizer,
-    write_folder,
-)
+from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_expected, read_tokenizer, write_folder
 from thermo_lib.params import default
 from thermo_lib.quant import (
     QuantizedLinear,
@@ -108,7 +98,7 @@ class QuantizedLM(DiffusionLM):
         return bits / weights
 
 
-def linear_names(model: DreamModel) -> list[str]:
+def linear_names(model: MaskPredictor) -> list[str]:
     """Names of the linears that are quantized: all inside the blocks, in order."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
 
@@ -569,7 +559,9 @@ def smooth_each_layer(
     return changed
 
 
-def _trainable_weights(layers: Mapping[str, QuantizedLinear], targets: DreamModel | None) -> dict[str, TrainableWeight]:
+def _trainable_weights(
+    layers: Mapping[str, QuantizedLinear], targets: MaskPredictor | None
+) -> dict[str, TrainableWeight]:
     """The layers' weights, their codes too where the full-precision model is given."""
     return {
         name: TrainableWeight(layer, targets.get_submodule(name).weight if targets is not None else None)
@@ -778,7 +770,8 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
         tensors |= _group_tensors("weight", lm.weight_params) | _group_tensors("activation", lm.activation_params)
-        save_file({k: v.clone() for k, v in tensors.items()}, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
+        save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
         lm.tokenizer.save(str(target / "tokenizer.json"))
@@ -798,8 +791,7 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     if not isinstance(content.get("thermo_config"), dict):
         raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
     thermo = ThermoConfig(**content["thermo_config"])
-    tensors = read_tensors(folder)
-    model = DreamModel(config).eval().requires_grad_(False)
+    model = build_model(config).eval().requires_grad_(False)
     lm = QuantizedLM(model, read_tokenizer(folder), config.mask_token_id, str(path), thermo)
 
     names = linear_names(model)
@@ -808,22 +800,22 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in names}
     for name in names:
         expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
-    check_tensors(tensors, expected, folder)
+    tensors = read_expected(folder, config, expected)
     for name in names:
-        linear = model.get_submodule(name)
+        linear, stored = model.get_submodule(name), tensor_name(config, name)
         for kind, layers in kinds.items():
             ranges = _time_groups(thermo, weights=kind == "weight").ranges
             values = [tensors.pop(f"{name}.{kind}_{key}") for key in ("scale", "zero_point")]
             if (values[0] <= 0).any():
                 found = f"found {values[0].min().item():.3g}, allowed is above 0"
-                raise ValueError(f"{folder}: tensor {name}.{kind}_scale: {found}")
+                raise ValueError(f"{folder}: tensor {stored}.{kind}_scale: {found}")
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
                 for time_range, scale, zero in zip(ranges, *values, strict=True)
             ]
         packed = tensors.pop(f"{name}.packed")
         if packed.dtype != torch.uint8:
-            raise ValueError(f"{folder}: tensor {name}.packed: found {packed.dtype}, expected torch.uint8")
+            raise ValueError(f"{folder}: tensor {stored}.packed: found {packed.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias.copy_(tensors.pop(f"{name}.bias"))
         _install(lm, name, packed)
