@@ -318,12 +318,15 @@ class TestForward:
     """A loaded checkpoint computes what its architecture says, to 1e-4 in float32."""
 
     @BOTH
+    @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_logits_are_those_of_the_plain_implementation(
-        self, layout: Layout, checkpoints: dict[bool, Path], random_text: Tensor
+        self, layout: Layout, checkpoints: dict[bool, Path], random_text: Tensor, attention: str
     ) -> None:
         folder = checkpoints[layout.is_shifted]
         expected = torch.stack([plain_logits(layout, stored(folder), ids) for ids in random_text])
-        logits = load_model(str(folder)).model(random_text)
+        model = load_model(str(folder)).model
+        model.set_attn_implementation(attention)
+        logits = model(random_text)
         assert logits.dtype == torch.float32
         assert expected.std() > 1  # so that 1e-4 says something
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
@@ -341,6 +344,16 @@ class TestForward:
         for row, pad in enumerate(padding.tolist()):
             expected = plain_logits(layout, stored(folder), random_text[row, pad:])
             torch.testing.assert_close(logits[row, pad:].double(), expected, rtol=0, atol=1e-4)
+
+    @BOTH
+    def test_a_block_called_alone_sees_both_directions(self, layout: Layout, checkpoints: dict[bool, Path]) -> None:
+        backbone = load_model(str(checkpoints[layout.is_shifted])).model.model
+        states = torch.randn(1, 5, layout.hidden, generator=torch.Generator().manual_seed(6))
+        changed = states.clone()
+        changed[:, -1] += 1
+        positions = backbone.rotary_emb(states, torch.arange(5)[None])
+        outputs = [backbone.layers[0](x, position_embeddings=positions) for x in (states, changed)]
+        assert ((outputs[0] - outputs[1]).abs().amax(-1) > 1e-3).all()
 
     @BOTH
     def test_layers_are_told_which_tokens_are_masked_and_which_step_it_is(

@@ -29,6 +29,7 @@ class MaskPredictor(nn.Module):
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
+        # The configuration's is_causal reaches the blocks through the model, this one also those called alone.
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
 

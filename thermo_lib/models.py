@@ -6,8 +6,8 @@ Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), f
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from thermo_lib.architectures import (
     read_object,
     tensor_name,
 )
+from thermo_lib.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
 
 REFERENCE_DIR = Path(__file__).resolve().parent / "reference"
 WEIGHTS_NAME = "model.safetensors"
@@ -44,12 +45,29 @@ class DiffusionLM:
         tokenizer: text to token ids.
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
+        chat_template: how to write a conversation; None for a model that wasn't tuned on any.
     """
 
     model: MaskPredictor
     tokenizer: Tokenizer
     mask_token_id: int
     name: str
+    chat_template: ChatTemplate | None = field(default=None, kw_only=True)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+            add_generation_prompt: end with the opening of an answer.
+
+        Raises:
+            ValueError: the model has no chat template, or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            expected = "expected a model with chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Tell every time-aware layer which denoising step comes next.
@@ -181,17 +199,6 @@ def read_expected(folder: Path, config: PreTrainedConfig, expected: Mapping[str,
     return {name: found[stored] for stored, name in names.items()}
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The ``tokenizers`` file of a model folder."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"model: found no tokenizer.json in {folder}")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
-
-
 def model_folder(name: str) -> Path:
     """The folder of a model: the embedded reference, a local folder, or a hub id (downloaded, no code).
 
@@ -206,7 +213,7 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
         raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
@@ -228,7 +235,13 @@ def load_model(name: str = "reference") -> DiffusionLM:
     tensors = read_expected(folder, config, expected)
     # A head that is tied to the embedding is loaded with it, and may be missing.
     model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
-    return DiffusionLM(model.eval().requires_grad_(False), read_tokenizer(folder), config.mask_token_id, name)
+    return DiffusionLM(
+        model.eval().requires_grad_(False),
+        read_tokenizer(folder),
+        config.mask_token_id,
+        name,
+        chat_template=read_chat_template(folder),
+    )
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -275,7 +288,7 @@ def save_model(
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
-        lm.tokenizer.save(str(target / "tokenizer.json"))
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
         for name, text in (extra or {}).items():
             (target / name).write_text(text, encoding="utf-8")
 

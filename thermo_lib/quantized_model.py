@@ -22,7 +22,7 @@ from thermo_lib.architectures import MaskPredictor, build_model, config_json, re
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_expected, read_tokenizer, write_folder
+from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_expected, write_folder
 from thermo_lib.params import default
 from thermo_lib.quant import (
     QuantizedLinear,
@@ -37,6 +37,7 @@ from thermo_lib.quant import (
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.reconstruction import BlockStream, fit_block
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
+from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.transition import (
     Batch,
     Chains,
@@ -382,7 +383,9 @@ def quantize(
     untrained = {**config.model_dump(), "reconstruction": "none", "transitions": "none"}
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     rough = ThermoConfig(**{**untrained, "enable_boundary_smoothing": False})
-    quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
+    quantized = QuantizedLM(
+        copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough, chat_template=lm.chat_template
+    )
     with torch.no_grad():
         _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
@@ -470,7 +473,16 @@ def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
 def _copy(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
     model = copy.deepcopy(lm.model)
     parameters = dict(lm.weight_params), dict(activation_params)
-    return QuantizedLM(model, lm.tokenizer, lm.mask_token_id, lm.name, config, *parameters, dict(lm.losses))
+    return QuantizedLM(
+        model,
+        lm.tokenizer,
+        lm.mask_token_id,
+        lm.name,
+        config,
+        *parameters,
+        dict(lm.losses),
+        chat_template=lm.chat_template,
+    )
 
 
 def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> QuantizedLM:
@@ -774,7 +786,7 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
-        lm.tokenizer.save(str(target / "tokenizer.json"))
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
 
     write_folder(Path(folder), write)
 
@@ -792,7 +804,14 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
     thermo = ThermoConfig(**content["thermo_config"])
     model = build_model(config).eval().requires_grad_(False)
-    lm = QuantizedLM(model, read_tokenizer(folder), config.mask_token_id, str(path), thermo)
+    lm = QuantizedLM(
+        model,
+        read_tokenizer(folder),
+        config.mask_token_id,
+        str(path),
+        thermo,
+        chat_template=read_chat_template(folder),
+    )
 
     names = linear_names(model)
     static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
