@@ -44,7 +44,8 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Tokenizer files in Dream's layout: a small byte-level vocabulary, and the added tokens after it."""
     folder = tmp_path_factory.mktemp("dream")
     trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Merges across words and numbers, so that a wrong split before the merges gives other ids.
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     trained.train_from_iterator(
@@ -175,6 +176,10 @@ class TestChat:
         assert template.render(MESSAGES[1:], add_generation_prompt=False) == (
             "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n1 < 2?<|eot_id|>"
         )
+
+    def test_lines_with_nothing_but_a_block_leave_no_space(self) -> None:
+        source = "{% for m in messages %}\n    {% if m.role %}\n{{ m.role }}\n    {% endif %}\n{% endfor %}\n"
+        assert ChatTemplate(source).render(MESSAGES) == "system\nuser\n"
 
     def test_a_template_file_goes_first(self, folder: Path) -> None:
         (folder / "chat_template.jinja").write_text("{{ eos_token }}{{ messages | tojson }}", encoding="utf-8")
