@@ -13,6 +13,7 @@ from torch import Tensor
 
 from thermo_lib.diffusion import (
     SAMPLERS,
+    block_numbers,
     confidence,
     filter_logits,
     generate,
@@ -187,6 +188,7 @@ class TestConfidence:
         ("sampler", "expected"),
         [
             ("maskgit_plus", 0.3),  # the probability of the token that was drawn, here the second
+            ("low_confidence", 0.3),
             ("topk_margin", 0.2),  # 0.5 - 0.3
             ("entropy", -1.0296530),  # 0.5 ln 0.5 + 0.3 ln 0.3 + 0.2 ln 0.2
         ],
@@ -246,7 +248,8 @@ class TestGenerate:
     @given(masked=st.integers(1, 20), timesteps=st.integers(1, 12), sampler=st.sampled_from(CONFIDENCE_SAMPLERS))
     @example(masked=41, timesteps=41, sampler="entropy")  # in float32 41 * (1 / 41) is below 1
     def test_confidence_samplers_fill_the_scheduled_number(self, masked: int, timesteps: int, sampler: str) -> None:
-        # rho_i = 1/(T - i), so that of n masked tokens step i fills floor(n / (T - i)), and the last step all.
+        # rho_i = 1/(T - i), so that of n masked tokens step i fills floor(n / (T - i)), and the last step all; LLaDA
+        # fills ceil(n / (T - i)), the same number up to one and the remainder first instead of last.
         lm = TableLM(torch.randn(masked, 9, generator=torch.Generator().manual_seed(masked)))
         counts: list[int] = []
         generate(
@@ -258,13 +261,16 @@ class TestGenerate:
         )
         expected = [masked]
         for i in range(timesteps - 1):
-            expected.append(expected[-1] - expected[-1] // (timesteps - i))
+            left = expected[-1]
+            share = -(-left // (timesteps - i)) if sampler == "low_confidence" else left // (timesteps - i)
+            expected.append(left - share)
         assert counts == expected
 
     @pytest.mark.parametrize(
         ("sampler", "order"),
         [
             ("maskgit_plus", [0, 1, 2]),  # likeliest token: 0.60, 0.55, 0.50
+            ("low_confidence", [0, 1, 2]),
             ("topk_margin", [0, 2, 1]),  # 0.60 - 0.10, 0.55 - 0.45, 0.50 - 0.05
             ("entropy", [1, 0, 2]),  # in nats 1.23, 0.69, 1.84; the least is surest
         ],
@@ -351,3 +357,217 @@ class TestGenerate:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             generate(tiny, prompts, **{"timesteps": 2, **arguments})
+
+
+def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:
+    """The states before each step and the result, of all rows."""
+    states: list[Tensor] = []
+    result = generate(
+        lm, start, batch_size=len(start), on_state=lambda _, rows, x: states.append(x.clone()), **arguments
+    )
+    return [*states, result]
+
+
+class TestLowConfidence:
+    """LLaDA's remasking: fill every mask, keep the tokens that the model itself finds most probable."""
+
+    def test_temperature_changes_the_token_and_not_its_confidence(self) -> None:
+        # At temperature 50 all tokens are about equally likely to be drawn, and maskgit_plus is equally sure of all of
+        # them; low_confidence keeps exactly the one whose drawn token has the largest probability at temperature 1.
+        table = torch.randn(6, 9, generator=torch.Generator().manual_seed(0)) * 2
+        table[:, MASK] = -1e30
+        lm, start, kept = TableLM(table), torch.full((40, 6), MASK), []
+        uniform = torch.rand((2, 40, 6), generator=torch.Generator().manual_seed(0))[1]  # step 0 of seed 0
+        first = run_states(lm, start, timesteps=6, sampler="low_confidence", temperature=50.0)[1]
+        for row in range(40):
+            tokens, _ = sample_tokens(table, 50.0, uniform[row])
+            probability = table.softmax(-1).gather(-1, tokens[:, None]).squeeze(-1)
+            expected = torch.full((6,), MASK)
+            expected[probability.argmax()] = tokens[probability.argmax()]
+            assert torch.equal(first[row], expected)
+            kept.append(int(probability.argmax()))
+        assert len(set(kept)) > 2
+
+    @given(masked=st.integers(1, 60), steps=st.integers(1, 60))
+    def test_the_numbers_of_llada(self, masked: int, steps: int) -> None:
+        # Algorithm 5 of arXiv 2502.09992 as released: n // T at every step, one more at each of the first n % T.
+        lm = TableLM(torch.randn(masked, 5, generator=torch.Generator().manual_seed(masked)))
+        states = run_states(lm, torch.full((1, masked), MASK), timesteps=steps, sampler="low_confidence")
+        left = [int((x == MASK).sum()) for x in states]
+        filled = [before - after for before, after in itertools.pairwise(left)]
+        assert filled == [masked // steps + (i < masked % steps) for i in range(steps)]
+
+
+class TestBlocks:
+    """Blocks of masked positions are filled one after the other, left to right, whatever lies between them."""
+
+    @given(
+        rows=st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=3),
+        block_length=st.integers(1, 13),
+        steps=st.integers(1, 3),
+        sampler=st.sampled_from(SAMPLERS),
+        temperature=st.sampled_from([0.0, 1.0]),
+    )
+    def test_a_block_is_filled_before_the_next_begins(
+        self, rows: list[list[bool]], block_length: int, steps: int, sampler: str, temperature: float
+    ) -> None:
+        is_masked = torch.tensor(rows)
+        lm = TableLM(torch.randn(12, 7, generator=torch.Generator().manual_seed(0)))
+        blocks = max(1, -(-int(is_masked.sum(1).max()) // block_length))
+        states = run_states(
+            lm,
+            torch.where(is_masked, MASK, 5),
+            timesteps=steps * blocks,
+            block_length=block_length,
+            sampler=sampler,
+            temperature=temperature,
+        )
+        for number, (before, after) in enumerate(itertools.pairwise(states)):
+            for row in range(len(rows)):
+                places = is_masked[row].nonzero().flatten()
+                done, current, later = (
+                    places[: number // steps * block_length],
+                    places[number // steps * block_length :][:block_length],
+                    places[(number // steps + 1) * block_length :],
+                )
+                assert (before[row, done] != MASK).all()
+                assert (after[row, later] == MASK).all()
+                if number % steps == steps - 1:
+                    assert (after[row, current] != MASK).all()
+        assert (states[-1] != MASK).all()
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_one_block_of_everything_is_no_block(self, tiny: DiffusionLM, prompts: Tensor, sampler: str) -> None:
+        whole = generate(tiny, prompts, timesteps=4, sampler=sampler, temperature=1.0)
+        assert torch.equal(
+            generate(tiny, prompts, timesteps=4, sampler=sampler, temperature=1.0, block_length=9), whole
+        )
+        assert not torch.equal(
+            generate(tiny, prompts, timesteps=6, sampler=sampler, temperature=1.0, block_length=3), whole
+        )
+
+    def test_the_text_does_not_depend_on_the_batch_size(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        # Rows with fewer masks have fewer blocks; the timesteps are divided by those of the longest row.
+        start = prompts.clone()
+        start[0, 3:] = 7
+        texts = [
+            generate(tiny, start, timesteps=6, sampler="low_confidence", block_length=3, batch_size=size)
+            for size in (1, 2, 64)
+        ]
+        assert torch.equal(texts[0], texts[2])
+        assert torch.equal(texts[1], texts[2])
+
+    def test_the_model_is_told_the_step_of_the_whole_run(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        told: list[tuple[int, int]] = []
+        lm = TableLM(torch.zeros(14, 9))
+        lm.set_timestep = lambda *step: told.append(step)
+        generate(lm, prompts, timesteps=6, block_length=3)
+        assert told == [(i, 6) for i in range(6)]
+
+    @pytest.mark.parametrize(
+        ("block_length", "timesteps", "message"),
+        [
+            (0, 4, "block_length: found 0, allowed is at least 1"),
+            (2, 4, "timesteps: found 4, allowed are multiples of the 3 blocks"),
+            (2, 0, "timesteps: found 0, allowed is at least 1"),
+        ],
+    )
+    def test_a_value_out_of_range_is_named(self, block_length: int, timesteps: int, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(
+                TableLM(torch.zeros(5, 4)), torch.full((1, 5), MASK), timesteps=timesteps, block_length=block_length
+            )
+
+    def test_blocks_count_masked_positions_only(self) -> None:
+        is_masked = torch.tensor([[True, False, True, True, False, True, True], [False] * 6 + [True]])
+        number, steps = block_numbers(is_masked, 2, 12)
+        assert steps == 4  # 5 masks make blocks of 2, 2 and 1
+        assert number[0, is_masked[0]].tolist() == [0, 0, 1, 1, 2]
+        assert number[1, 6] == 0
+
+
+class TestHooks:
+    """Dream's hooks see each step's ids and logits, and what they return takes the place of these."""
+
+    @pytest.mark.parametrize("sampler", SAMPLERS)
+    def test_hooks_that_change_nothing_change_nothing(self, tiny: DiffusionLM, prompts: Tensor, sampler: str) -> None:
+        arguments = {"timesteps": 4, "sampler": sampler, "temperature": 1.0, "top_p": 0.9}
+        plain = generate(tiny, prompts, **arguments)
+        hooked = generate(
+            tiny,
+            prompts,
+            on_logits=lambda step, ids, logits: logits,
+            on_tokens=lambda step, ids, logits: ids,
+            **arguments,
+        )
+        assert torch.equal(hooked, plain)
+
+    def test_on_logits_sees_the_state_before_and_the_logits_where_it_is_masked(
+        self, tiny: DiffusionLM, prompts: Tensor
+    ) -> None:
+        seen: list[int] = []
+
+        def look(step: int, ids: Tensor, logits: Tensor) -> Tensor:
+            is_masked = ids == MASK
+            assert torch.equal(logits[is_masked], tiny.logits(ids, is_masked))
+            assert torch.equal(logits.isnan().any(-1), ~is_masked)
+            seen.append(step)
+            return logits
+
+        generate(tiny, prompts, timesteps=3, on_logits=look)
+        assert seen == [0, 1, 2]
+
+    def test_what_on_logits_returns_is_sampled_from(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        def only_seven(step: int, ids: Tensor, logits: Tensor) -> Tensor:
+            changed = torch.full_like(logits, -1e30)
+            changed[..., 7] = 0
+            return changed
+
+        text = generate(tiny, prompts, timesteps=3, temperature=1.0, on_logits=only_seven)
+        assert torch.equal(text, torch.where(prompts == MASK, 7, prompts))
+
+    def test_on_tokens_sees_the_state_after_the_step_and_the_changed_logits(
+        self, tiny: DiffusionLM, prompts: Tensor
+    ) -> None:
+        after: list[Tensor] = []
+        before: list[Tensor] = []
+
+        def look(step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
+            assert torch.equal(logits.isnan().any(-1), before[-1] != MASK)
+            assert logits[before[-1] == MASK].max() <= 1
+            after.append(ids.clone())
+            return ids
+
+        text = generate(
+            tiny,
+            prompts,
+            timesteps=3,
+            on_state=lambda _, rows, x: before.append(x.clone()),
+            on_logits=lambda step, ids, logits: logits.clamp(max=1),
+            on_tokens=look,
+        )
+        for state, previous in zip([*before[1:], text], after, strict=True):
+            assert torch.equal(state, previous)
+
+    def test_what_on_tokens_masks_is_filled_again(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        def remask_first(step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
+            return ids if step == 2 else torch.cat([torch.full_like(ids[:, :1], MASK), ids[:, 1:]], dim=1)
+
+        states = run_states(tiny, prompts, timesteps=3, block_length=3, on_tokens=remask_first)
+        assert (prompts[:, 0] != MASK).any()
+        assert all((x[:, 0] == MASK).all() for x in states[1:3])
+        assert not (states[3] == MASK).any()
+
+    def test_after_the_last_mask_there_are_no_logits(self, tiny: DiffusionLM) -> None:
+        seen: list[Tensor | None] = []
+        ids = torch.full((1, 4), 9)
+        generate(tiny, ids, timesteps=2, on_tokens=lambda step, x, logits: seen.append(logits) or x)
+        assert seen == [None, None]
+
+    @pytest.mark.parametrize("hook", ["on_logits", "on_tokens"])
+    @pytest.mark.parametrize(("returned", "found"), [(None, "None"), (torch.zeros(2), r"\(2,\)")])
+    def test_a_result_of_another_shape_is_refused(
+        self, tiny: DiffusionLM, prompts: Tensor, hook: str, returned: object, found: str
+    ) -> None:
+        with pytest.raises(ValueError, match=rf"{hook}: returned {found}, expected a tensor of shape \(5, 14"):
+            generate(tiny, prompts, timesteps=2, **{hook: lambda *_: returned})

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from thermo_lib import models
+from thermo_lib import architectures, models
 from thermo_lib.models import DiffusionLM, load_model, save_model
 
 RandomIds = Callable[..., Tensor]
@@ -197,7 +197,7 @@ class TestSaveAndLoad:
         evil = "modeling_evil.Evil"
         edit_config(folder, auto_map={"AutoModel": evil, "AutoConfig": evil}, trust_remote_code=True)
         loaded = load_model(str(folder))
-        assert type(loaded.model) is models.DreamModel
+        assert type(loaded.model) is architectures.DreamModel
         assert not hasattr(loaded.model.config, "auto_map")
         assert not trace.exists()
 

@@ -7,8 +7,9 @@ import torch
 from safetensors import safe_open
 
 from thermo_lib import data, load_model
+from thermo_lib.architectures import DreamModel
 from thermo_lib.evaluation import solve_puzzles
-from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, DiffusionLM, DreamModel
+from thermo_lib.models import REFERENCE_DIR, WEIGHTS_NAME, DiffusionLM
 
 LIMIT = 12 * 1000**2
 

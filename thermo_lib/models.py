@@ -1,88 +1,39 @@
-"""Diffusion language models in plain ``transformers`` modules, loaded without running checkpoint code.
+"""Diffusion language models, loaded from published checkpoints without running checkpoint code, and saved.
 
-Dream (arXiv 2508.15487) is a Qwen2 transformer with bidirectional attention that fills mask tokens;
-its logits are shifted by one: the state at position ``i - 1`` predicts token ``i``, as in the
-autoregressive model it was initialized from.
+Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
 """
 
-import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedConfig
+
+from thermo_lib.architectures import (
+    DreamConfig,
+    DreamModel,
+    MaskPredictor,
+    build_model,
+    config_json,
+    read_config,
+    read_object,
+    tensor_name,
+)
+from thermo_lib.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
 
 REFERENCE_DIR = Path(__file__).resolve().parent / "reference"
-MODEL_TYPES = ("Dream",)
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
-
-
-class DreamConfig(Qwen2Config):
-    """Qwen2's configuration with the mask token of Dream's ``config.json``."""
-
-    model_type = "Dream"
-    mask_token_id: int | None = None
-
-
-class DreamModel(Qwen2ForCausalLM):
-    """Dream's architecture: Qwen2 blocks, bidirectional attention, logits shifted by one."""
-
-    config_class = DreamConfig
-
-    def __init__(self, config: DreamConfig):
-        super().__init__(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False
-
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The last hidden states, shifted so that position ``i`` predicts token ``i``.
-
-        Args:
-            input_ids: int64 ``(batch, length)``.
-            attention_mask: bool ``(batch, length)``, False at padding; None when there is none.
-
-        Returns:
-            ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
-        """
-        is_masked = input_ids == self.config.mask_token_id
-        for module in self.modules():
-            if hasattr(module, "set_token_state"):
-                module.set_token_state(is_masked)
-        position_ids = None
-        bias = None
-        if attention_mask is not None:
-            dtype = self.lm_head.weight.dtype
-            hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-            bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
-            bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        states = self.model(
-            input_ids=input_ids,
-            attention_mask={"full_attention": bias},
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-        shifted = torch.cat([states[:, :1], states[:, :-1]], dim=1)
-        if attention_mask is None:
-            return shifted
-        # A first token has no state before it and keeps its own, with or without padding on its left.
-        after_padding = ~torch.nn.functional.pad(attention_mask.bool()[:, :-1], (1, 0))
-        return torch.where(after_padding[..., None], states, shifted)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``(batch, length, vocabulary)`` of the token at each position."""
-        return self.lm_head(self.hidden(input_ids, attention_mask))
 
 
 @dataclass
@@ -90,16 +41,33 @@ class DiffusionLM:
     """A diffusion language model with its tokenizer.
 
     Attributes:
-        model: a ``DreamModel``, its linear layers perhaps quantized.
+        model: a ``DreamModel`` or ``LLaDAModel``, its linear layers perhaps quantized.
         tokenizer: text to token ids.
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
+        chat_template: how to write a conversation; None for a model that wasn't tuned on any.
     """
 
-    model: DreamModel
+    model: MaskPredictor
     tokenizer: Tokenizer
     mask_token_id: int
     name: str
+    chat_template: ChatTemplate | None = field(default=None, kw_only=True)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+            add_generation_prompt: end with the opening of an answer.
+
+        Raises:
+            ValueError: the model has no chat template, or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            expected = "expected a model with chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Tell every time-aware layer which denoising step comes next.
@@ -149,55 +117,6 @@ def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], 
     return DreamModel(config)
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "mask_token_id",
-)
-_OPTIONAL = ("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: not JSON, or something else than an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: found invalid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
-    return content
-
-
-def read_config(folder: Path) -> DreamConfig:
-    """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
-
-    Raises:
-        ValueError: no such file, not JSON, unsupported ``model_type``, or a missing field.
-    """
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ValueError(f"model: found no config.json in {folder}")
-    content = read_object(path)
-    model_type = content.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(MODEL_TYPES)}")
-    missing = [key for key in _REQUIRED if content.get(key) is None]
-    if missing:
-        raise ValueError(f"{path}: missing {', '.join(missing)}")
-    wrong = [key for key in _REQUIRED if type(content[key]) is not int or content[key] < 0]
-    if wrong:
-        raise ValueError(f"{path}: {wrong[0]}: found {content[wrong[0]]!r}, allowed are whole numbers from 0")
-    return DreamConfig(**{key: content[key] for key in (*_REQUIRED, *_OPTIONAL) if key in content})
-
-
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder's safetensors file, or of the shards that its index names.
 
@@ -238,7 +157,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
 
 
-def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: Path) -> None:
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path) -> None:
     """Compare names, shapes and finiteness of the tensors in a checkpoint with what the model needs.
 
     Raises:
@@ -257,15 +176,26 @@ def check_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], where: 
             raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
-    """The ``tokenizers`` file of a model folder."""
-    path = folder / "tokenizer.json"
-    if not path.is_file():
-        raise ValueError(f"model: found no tokenizer.json in {folder}")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise ValueError(f"{path}: not a tokenizer file ({error})") from error
+def take_expected(
+    found: Mapping[str, Tensor], config: PreTrainedConfig, expected: Mapping[str, Tensor], where: Path
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the library's names: all that the model needs and no other.
+
+    Args:
+        found: the tensors by the names of ``config``'s architecture.
+        config: the model's configuration.
+        expected: the library's name to a tensor of the right shape; the head may be missing where it is tied.
+        where: the checkpoint.
+
+    Raises:
+        ValueError: what ``check_tensors`` raises, in the names of the checkpoint.
+    """
+    names = {tensor_name(config, name): name for name in expected}
+    head = tensor_name(config, HEAD)
+    if config.tie_word_embeddings and head not in found:
+        names.pop(head, None)
+    check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
+    return {name: found[stored] for stored, name in names.items()}
 
 
 def model_folder(name: str) -> Path:
@@ -282,7 +212,7 @@ def model_folder(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
         raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
@@ -299,14 +229,17 @@ def load_model(name: str = "reference") -> DiffusionLM:
     """
     folder = model_folder(name)
     config = read_config(folder)
-    model = DreamModel(config)
-    tensors = read_tensors(folder)
-    expected = model.state_dict()
-    if config.tie_word_embeddings and "lm_head.weight" not in tensors:
-        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", torch.empty(0))
-    check_tensors(tensors, expected, folder)
-    model.load_state_dict(tensors)
-    return DiffusionLM(model.eval().requires_grad_(False), read_tokenizer(folder), config.mask_token_id, name)
+    model = build_model(config)
+    tensors = take_expected(read_tensors(folder), config, model.state_dict(), folder)
+    # A head that is tied to the embedding is loaded with it, and may be missing.
+    model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    return DiffusionLM(
+        model.eval().requires_grad_(False),
+        read_tokenizer(folder),
+        config.mask_token_id,
+        name,
+        chat_template=read_chat_template(folder),
+    )
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -327,22 +260,6 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def config_json(config: DreamConfig, **more: Any) -> str:
-    """``config.json`` in the layout of the published Dream checkpoints."""
-    content = {
-        "architectures": ["DreamModel"],
-        "model_type": config.model_type,
-        **{key: getattr(config, key) for key in _REQUIRED},
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "hidden_act": config.hidden_act,
-        **more,
-    }
-    return json.dumps(content, indent=2) + "\n"
-
-
 def save_model(
     lm: DiffusionLM,
     folder: str | Path,
@@ -361,13 +278,15 @@ def save_model(
     """
 
     def write(target: Path) -> None:
+        config = lm.model.config
         state = {name: tensor.to(dtype).contiguous() for name, tensor in lm.model.state_dict().items()}
-        if lm.model.config.tie_word_embeddings:
-            del state["lm_head.weight"]
+        if config.tie_word_embeddings:
+            del state[HEAD]
+        state = {tensor_name(config, name): tensor for name, tensor in state.items()}
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
-        (target / "config.json").write_text(config_json(lm.model.config, torch_dtype=str(dtype).split(".")[1]))
-        lm.tokenizer.save(str(target / "tokenizer.json"))
+        (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
         for name, text in (extra or {}).items():
             (target / name).write_text(text, encoding="utf-8")
 

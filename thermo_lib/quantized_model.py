@@ -17,22 +17,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
+from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import (
-    WEIGHTS_NAME,
-    DiffusionLM,
-    DreamModel,
-    check_tensors,
-    config_json,
-    model_folder,
-    read_config,
-    read_tensors,
-    read_tokenizer,
-    write_folder,
-)
+from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_tensors, take_expected, write_folder
 from thermo_lib.params import default
 from thermo_lib.quant import (
     QuantizedLinear,
@@ -48,6 +39,7 @@ from thermo_lib.quant import (
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.reconstruction import BlockStream, fit_block
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
+from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.transition import (
     Batch,
     Chains,
@@ -115,7 +107,7 @@ class QuantizedLM(DiffusionLM):
         return bits / weights
 
 
-def linear_names(model: DreamModel) -> list[str]:
+def linear_names(model: MaskPredictor) -> list[str]:
     """Names of the linears that are quantized: all inside the blocks, in order."""
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
 
@@ -491,7 +483,9 @@ def quantize(
     untrained = {**config.model_dump(), "transitions": "none"} | ({} if sequential else {"reconstruction": "none"})
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     rough = ThermoConfig(**{**untrained, "enable_boundary_smoothing": False})
-    quantized = QuantizedLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough)
+    quantized = QuantizedLM(
+        copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough, chat_template=lm.chat_template
+    )
     with torch.no_grad():
         if sequential:
             fresh = config.training_states == "chains"
@@ -584,7 +578,16 @@ def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
 def _copy(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
     model = copy.deepcopy(lm.model)
     parameters = dict(lm.weight_params), dict(activation_params)
-    return QuantizedLM(model, lm.tokenizer, lm.mask_token_id, lm.name, config, *parameters, dict(lm.losses))
+    return QuantizedLM(
+        model,
+        lm.tokenizer,
+        lm.mask_token_id,
+        lm.name,
+        config,
+        *parameters,
+        dict(lm.losses),
+        chat_template=lm.chat_template,
+    )
 
 
 def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> QuantizedLM:
@@ -674,7 +677,7 @@ def smooth_each_layer(
 
 
 def _trainable_weights(
-    layers: Mapping[str, QuantizedLinear], targets: DreamModel | None = None
+    layers: Mapping[str, QuantizedLinear], targets: MaskPredictor | None = None
 ) -> dict[str, TrainableWeight]:
     """The layers' weights, their codes too where the full-precision model is given."""
     return {
@@ -907,10 +910,11 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
                 tensors[f"{name}.bias"] = layer.bias
         for kind, params in (("weight", lm.weight_params), ("activation", lm.activation_params)):
             tensors |= _group_tensors(kind, params, lm.config)
-        save_file({k: v.clone() for k, v in tensors.items()}, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
+        save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
-        lm.tokenizer.save(str(target / "tokenizer.json"))
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
 
     write_folder(Path(folder), write)
 
@@ -927,9 +931,16 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     if not isinstance(content.get("thermo_config"), dict):
         raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
     thermo = ThermoConfig(**content["thermo_config"])
-    tensors = read_tensors(folder)
-    model = DreamModel(config).eval().requires_grad_(False)
-    lm = QuantizedLM(model, read_tokenizer(folder), config.mask_token_id, str(path), thermo)
+    found = read_tensors(folder)
+    model = build_model(config).eval().requires_grad_(False)
+    lm = QuantizedLM(
+        model,
+        read_tokenizer(folder),
+        config.mask_token_id,
+        str(path),
+        thermo,
+        chat_template=read_chat_template(folder),
+    )
 
     names = linear_names(model)
     static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
@@ -938,17 +949,17 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     for name in names:
         expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
         if thermo.quantizer == "trellis":
-            expected |= _expected_streams(name, model.get_submodule(name), tensors, folder)
-    check_tensors(tensors, expected, folder)
+            expected |= _expected_streams(name, model.get_submodule(name), config, found, folder)
+    tensors = take_expected(found, config, expected, folder)
     for name in names:
-        linear = model.get_submodule(name)
+        linear, named = model.get_submodule(name), tensor_name(config, name)
         for kind, layers in kinds.items():
             ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             scales = values["scale"]
             if (scales <= 0).any():
-                found = f"found {scales.min().item():.3g}, allowed is above 0"
-                raise ValueError(f"{folder}: tensor {name}.{kind}_scale: {found}")
+                smallest = f"found {scales.min().item():.3g}, allowed is above 0"
+                raise ValueError(f"{folder}: tensor {named}.{kind}_scale: {smallest}")
             zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
@@ -957,7 +968,7 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         stored = {key: tensors.pop(f"{name}.{key}") for key in _layer_type(thermo).STORED}
         for key, tensor in stored.items():
             if tensor.dtype != torch.uint8:
-                raise ValueError(f"{folder}: tensor {name}.{key}: found {tensor.dtype}, expected torch.uint8")
+                raise ValueError(f"{folder}: tensor {named}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias.copy_(tensors.pop(f"{name}.bias"))
         _install(lm, name, stored)
@@ -983,16 +994,19 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
     return expected
 
 
-def _expected_streams(name: str, linear: nn.Linear, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
+def _expected_streams(
+    name: str, linear: nn.Linear, config: PreTrainedConfig, found: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
     """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
     rows, columns = linear.weight.shape
     key = f"{name}.packed_column_bits"
     expected = {key: torch.empty(-(-columns // 2), device="meta")}
-    found = tensors.get(key)
-    if found is not None and found.dtype == torch.uint8 and found.shape == expected[key].shape:
-        column_bits = unpack(found, 4, columns)
+    named = tensor_name(config, key)
+    packed = found.get(named)
+    if packed is not None and packed.dtype == torch.uint8 and packed.shape == expected[key].shape:
+        column_bits = unpack(packed, 4, columns)
         if column_bits.max() > MOST_BITS:
-            raise ValueError(f"{folder}: tensor {key}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
+            raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
         width = -(-int(column_bits.sum()) // 8)
         expected[f"{name}.packed"] = torch.empty((rows, width), device="meta")
     return expected

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from thermo_lib.architectures import DreamModel, read_object
 from thermo_lib.evaluation import (
     Suite,
     accuracy_interval,
@@ -28,7 +29,7 @@ from thermo_lib.evaluation import (
     path_kl_interval,
     verdict,
 )
-from thermo_lib.models import DiffusionLM, DreamModel, check_tensors, read_object, read_safetensors
+from thermo_lib.models import DiffusionLM, check_tensors, read_safetensors
 from thermo_lib.params import default
 from thermo_lib.quant import fake_quantize_per_token
 from thermo_lib.quantized_model import linear_names

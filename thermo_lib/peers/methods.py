@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thermo_lib import quant, quantized_model
+from thermo_lib.architectures import DreamModel
 from thermo_lib.calibration import Calibration, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig
-from thermo_lib.models import DiffusionLM, DreamModel
+from thermo_lib.models import DiffusionLM
 from thermo_lib.params import default
 from thermo_lib.peers import ggml
 from thermo_lib.quantized_model import input_hessians, linear_names
