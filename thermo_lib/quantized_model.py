@@ -6,7 +6,6 @@ give it.
 """
 
 import copy
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +26,6 @@ from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_tens
 from thermo_lib.params import default
 from thermo_lib.quant import (
     QuantizedLinear,
-    QuantizedWeight,
     check_weight,
     gptq,
     least_squares,
@@ -38,15 +36,16 @@ from thermo_lib.quant import (
 )
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.reconstruction import BlockStream, fit_block
+from thermo_lib.snapshots import Snapshot, digest, named, part_of
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
 from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.transition import (
     Batch,
+    CalibrationDraws,
     Chains,
     TrainableLayers,
     TrainableWeight,
     TransitionLoss,
-    calibration_draws,
     fit_to_path_kl,
     token_importance,
 )
@@ -112,12 +111,12 @@ def linear_names(model: MaskPredictor) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
 
 
-def _blocks(names: list[str]) -> list[list[str]]:
-    """Layer names by block, e.g. all of ``model.layers.0``."""
+def _blocks(names: list[str]) -> dict[str, list[str]]:
+    """Block name, e.g. ``model.layers.0``, to the names of its layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    return list(blocks.values())
+    return blocks
 
 
 def _layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
@@ -197,37 +196,31 @@ def _table(
     return rows, torch.tensor(row_of_step, dtype=torch.int32)
 
 
-def _rounded_layer(weight: Tensor, name: str, config: ThermoConfig) -> QuantizedWeight:
-    check_weight(weight, name)
-    return _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
-
-
-def _calibrated_layer(
-    weight: Tensor, name: str, hessians: Tensor, config: ThermoConfig, column_bits: Tensor | None = None
+def _coded_layer(
+    weight: Tensor, name: str, hessians: Tensor | None, config: ThermoConfig, column_bits: Tensor | None = None
 ) -> tuple[dict[str, Tensor], list[TimeGroupParams]]:
     """What a layer stores as codes, and its parameters for each time group.
 
     Args:
         weight: of the layer.
         name: of the layer.
-        hessians: of the time groups, ``(groups, in_features, in_features)``.
+        hessians: of the time groups, ``(groups, in_features, in_features)``; None for a data-free quantizer and a
+            single time group.
         config: how to quantize.
         column_bits: of the trellis.
     """
+    check_weight(weight, name)
     ridge, damping = default("quant.ridge"), default("quant.damping")
-    total = hessians.sum(0)
     ranges = config.weight_groups.ranges
     if config.quantizer == "trellis":
-        check_weight(weight, name)
-        coded = trellis(weight, total, column_bits, config.group_size, damping, default("trellis.beam"))
+        coded = trellis(weight, hessians.sum(0), column_bits, config.group_size, damping, default("trellis.beam"))
         params = TimeGroupParams(ranges[0], coded.scale, torch.zeros_like(coded.scale), coded.group_size)
         return {"packed": coded.packed, "packed_column_bits": pack(coded.column_bits, 4)}, [params]
     if config.quantizer == "gptq":
-        check_weight(weight, name)
-        base = gptq(weight, total, config.bit_width, config.group_size, damping, ridge)
+        base = gptq(weight, hessians.sum(0), config.bit_width, config.group_size, damping, ridge)
     else:
-        base = _rounded_layer(weight, name, config)
-    fitted = [base] if len(hessians) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
+        base = _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
+    fitted = [base] if len(ranges) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
     stored = {"packed": pack(base.codes, config.bit_width)}
     return stored, [
         TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
@@ -281,10 +274,7 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
     label = f"{config.quantizer} {config.precision}"
     if config.quantizer in _ROUNDING and config.weight_groups.num_groups == 1:
         for name in tqdm(names, desc=label, disable=not progress, leave=False):
-            quantized = _rounded_layer(lm.model.get_submodule(name).weight, name, config)
-            params = TimeGroupParams((0, config.timesteps), quantized.scale, quantized.zero_point, quantized.group_size)
-            lm.weight_params[name] = [params]
-            _install(lm, name, {"packed": pack(quantized.codes, config.bit_width)})
+            _quantize_layer(lm, name, None, {})
         return
 
     importance: dict[str, list[Tensor]] = {}
@@ -293,7 +283,7 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
         importance = token_importance(lm, calibration, names, default("seed"), "importance" if progress else None)
         sites = [[name] for name in names]  # the same input counts by what the output is worth
     column_bits = _column_bits(lm, calibration, importance)
-    for block in tqdm(_blocks(names), desc=label, disable=not progress, leave=False):
+    for block in tqdm(_blocks(names).values(), desc=label, disable=not progress, leave=False):
         site_of = {site[0]: site for site in sites if site[0] in block}
         hessians = input_hessians(lm, calibration, list(site_of), config.weight_groups, importance)
         for first, site in site_of.items():
@@ -301,10 +291,10 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
                 _quantize_layer(lm, name, hessians[first], column_bits)
 
 
-def _quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor, column_bits: Mapping[str, Tensor]) -> None:
-    """Quantize one linear under the Hessians of its time groups and put the quantized layer in its place."""
+def _quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor | None, column_bits: Mapping[str, Tensor]) -> None:
+    """Quantize one linear, under the Hessians of its time groups if any, and put the quantized layer in its place."""
     weight = lm.model.get_submodule(name).weight.detach()
-    stored, lm.weight_params[name] = _calibrated_layer(weight, name, hessians, lm.config, column_bits.get(name))
+    stored, lm.weight_params[name] = _coded_layer(weight, name, hessians, lm.config, column_bits.get(name))
     _install(lm, name, stored)
 
 
@@ -329,51 +319,114 @@ def _column_bits(
     return allocate_bits(costs, {n: linear.out_features for n, linear in linears.items()}, config.average_bits)
 
 
-def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration: Calibration, progress: bool) -> None:
-    """Quantize the linears of each block site by site; after each, train what is left of the block for its output.
+def _quantize_sequentially(
+    lm: QuantizedLM, reference: DiffusionLM, calibration: Calibration, snapshot: Snapshot | None, progress: bool
+) -> None:
+    """Quantize site after site, each time training the rest of the block for the block's output.
 
-    Trained are the weights that aren't quantized yet, and the scales and zero points of those that are.
+    A site are the linears that share an input. What isn't quantized yet of the block, and the scales of what is, make
+    up for the errors so far.
     """
-    config, settings, sequential = lm.config, default("reconstruction"), default("sequential")
+    config = lm.config
     names = linear_names(reference.model)
     blocks = _blocks(names)
-    outputs = [".".join(block[0].split(".")[:3]) for block in blocks]
     importance = token_importance(
-        reference, calibration, [*names, *outputs], default("seed"), "importance" if progress else None
+        reference, calibration, [*names, *blocks], default("seed"), "importance" if progress else None
     )
     counted = importance if config.hessian == "transition" else {}
     column_bits = _column_bits(lm, calibration, counted)
     stream = BlockStream(reference, lm, calibration)
-    sites = shared_inputs(reference, names)
-    for site in tqdm(sites, desc=f"sequential {config.precision}", disable=not progress, leave=False):
-        number = next(i for i, block in enumerate(blocks) if site[0] in block)
-        if site[0] == blocks[number][0]:
+    _go_on(lm, snapshot)
+    if config.activation_ranges == "dynamic":
+        for layer in lm.quantized_layers().values():
+            layer.activation_bits = config.activation_bits
+    for site in tqdm(
+        shared_inputs(reference, names), desc=f"sequential {config.precision}", disable=not progress, leave=False
+    ):
+        number, (block, linears) = next((i, b) for i, b in enumerate(blocks.items()) if site[0] in b[1])
+        if site[0] == linears[0]:
             stream.enter(number)
-        for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
-            _quantize_layer(lm, name, hessian[None], column_bits)
-            if config.activation_ranges == "dynamic":
-                lm.model.get_submodule(name).activation_bits = config.activation_bits
-        layers = lm.quantized_layers()
-        weights = _trainable_weights({n: layers[n] for n in blocks[number] if n in layers})
-        rest = [lm.model.get_submodule(n).weight.requires_grad_() for n in blocks[number] if n not in layers]
-        with TrainableLayers(lm, {}, weights):
-            linears = ", ".join(name.rpartition(".")[2] for name in site)
-            lm.losses[f"block {number}: {linears}"] = fit_block(
-                stream,
-                number,
-                importance[outputs[number]],
-                _weight_rates(weights.values(), settings) | dict.fromkeys(rest, sequential["weight_lr"]),
-                steps=sequential["steps"],
-                batch=settings["batch"],
-                seed=default("seed"),
-            )
-        for tensor in rest:
-            tensor.requires_grad_(False)
-        _store_weights(lm, weights)
-        if site[-1] == blocks[number][-1]:
+        phase = f"block {number}: {', '.join(name.rpartition('.')[2] for name in site)}"
+        if phase not in lm.losses:
+            for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
+                _quantize_layer(lm, name, hessian[None], column_bits)
+                if config.activation_ranges == "dynamic":
+                    lm.model.get_submodule(name).activation_bits = config.activation_bits
+            lm.losses[phase] = _fit_rest(lm, stream, number, linears, importance[block])
+            _keep(lm, snapshot)
+        if site[-1] == linears[-1]:
             stream.leave(number)
     for layer in lm.quantized_layers().values():
         layer.activation_bits = 16
+
+
+def _fit_rest(
+    lm: QuantizedLM, stream: BlockStream, number: int, linears: Sequence[str], importance: Sequence[Tensor]
+) -> list[float]:
+    """Train a block's linears that aren't quantized yet, and the scales of those that are; the loss of each step."""
+    settings, sequential = default("reconstruction"), default("sequential")
+    layers = lm.quantized_layers()
+    weights = _trainable_weights({name: layers[name] for name in linears if name in layers})
+    rest = [lm.model.get_submodule(name).weight.requires_grad_() for name in linears if name not in layers]
+    with TrainableLayers(lm, {}, weights):
+        losses = fit_block(
+            stream,
+            number,
+            importance,
+            _weight_rates(weights.values(), settings) | dict.fromkeys(rest, sequential["weight_lr"]),
+            steps=sequential["steps"],
+            batch=settings["batch"],
+            seed=default("seed"),
+        )
+    for tensor in rest:
+        tensor.requires_grad_(False)
+    _store_weights(lm, weights)
+    return losses
+
+
+def _snapshot(
+    resume: str | Path | None,
+    phase: str,
+    config: ThermoConfig,
+    reference: DiffusionLM,
+    calibration: Calibration | None,
+    start: DiffusionLM | None = None,
+) -> Snapshot | None:
+    """Where a phase of training is kept, under a digest of all that it depends on; None without a folder."""
+    if resume is None:
+        return None
+    sections = ("quant", "trellis", "reconstruction", "sequential", "chains", "transition", "seed")
+    run = digest(
+        config.model_dump(mode="json"),
+        {section: default(section) for section in sections},
+        *(lm.model.state_dict() for lm in (reference, start) if lm is not None),
+        calibration.tensors() if calibration is not None else None,
+    )
+    return Snapshot(Path(resume) / f"{phase}.safetensors", run)
+
+
+def _keep(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
+    """Take a snapshot of a model some of whose sites or blocks have been trained."""
+    if snapshot is not None:
+        losses = {phase: torch.tensor(values, dtype=torch.float64) for phase, values in lm.losses.items()}
+        snapshot.save(named("model", lm.model.state_dict()) | named("losses", losses))
+
+
+def _go_on(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
+    """Bring a model to where the last snapshot was taken."""
+    state = snapshot.load() if snapshot is not None else {}
+    if not state:
+        return
+    model = part_of(state, "model")
+    for name, layer in list(lm.model.named_modules()):
+        if f"{name}.packed" not in model:
+            continue
+        scale, zero_point = (model[f"{name}.{key}"][0] for key in ("scale", "zero_point"))
+        lm.weight_params[name] = [TimeGroupParams((0, lm.config.timesteps), scale, zero_point, lm.config.group_size)]
+        if not isinstance(layer, QuantizedLinear):
+            _install(lm, name, {key: model[f"{name}.{key}"] for key in _layer_type(lm.config).STORED})
+    lm.model.load_state_dict(model)
+    lm.losses |= {phase: values.tolist() for phase, values in part_of(state, "losses").items()}
 
 
 def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
@@ -447,7 +500,7 @@ def _quantize_activations(
             fit_to_path_kl(
                 loss,
                 {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
-                calibration_draws(loss, calibration, settings["path_kl_batch"], default("seed")),
+                CalibrationDraws(loss, calibration, settings["path_kl_batch"], default("seed")),
                 steps=settings["path_kl_steps"],
                 progress=f"path KL {lm.config.precision}" if progress else None,
             )
@@ -457,19 +510,26 @@ def _quantize_activations(
 
 
 def quantize(
-    lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | None = None, *, progress: bool = False
+    lm: DiffusionLM,
+    config: ThermoConfig,
+    calibration: Calibration | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: bool = False,
 ) -> QuantizedLM:
     """Quantize a full-precision model into a new one; the given model stays as it is.
 
     Args:
         lm: the full-precision model.
         config: how to quantize.
-        calibration: states to fit on; needed by ``gptq``, time groups and static activation ranges.
+        calibration: states to fit on; needed by ``gptq``, ``trellis``, time groups and static activation ranges.
+        resume: folder where training (reconstruction and transitions) keeps snapshots; the same call goes on from
+            them, with the same result. They stay when it is done.
         progress: show bars.
 
     Raises:
-        ValueError: the model is quantized already, the configuration needs calibration and there is none, or a
-            weight holds NaN or infinity.
+        ValueError: the model is quantized already, the configuration needs calibration and there is none, a weight
+            holds NaN or infinity, or ``resume`` has a snapshot of another run.
     """
     if config.needs_calibration and calibration is None:
         raise ValueError(
@@ -489,8 +549,9 @@ def quantize(
     with torch.no_grad():
         if sequential:
             fresh = config.training_states == "chains"
-            states = _fresh_states(lm, config.timesteps, progress) if fresh else calibration
-            _quantize_sequentially(quantized, lm, states, progress)
+            states = _fresh_states(lm, "sequential", config.timesteps, progress) if fresh else calibration
+            snapshot = _snapshot(resume, "sequential", config, lm, calibration)
+            _quantize_sequentially(quantized, lm, states, snapshot, progress)
         else:
             _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
@@ -498,12 +559,12 @@ def quantize(
             _quantize_activations(quantized, lm, calibration, progress)
         elif config.method:
             quantized = resmooth(quantized, config.method)
+    how = {"states": config.training_states, "resume": resume, "progress": progress}
     if config.reconstruction == "blocks":
-        quantized = reconstruct_blocks(quantized, lm, calibration, states=config.training_states, progress=progress)
+        quantized = reconstruct_blocks(quantized, lm, calibration, **how)
     if config.transitions == "none":
         return quantized
-    how = {"what": config.transitions, "states": config.training_states}
-    return optimize_transitions(quantized, lm, calibration, **how, progress=progress)
+    return optimize_transitions(quantized, lm, calibration, what=config.transitions, **how)
 
 
 _ACTIVATIONS = frozenset(
@@ -712,6 +773,7 @@ def reconstruct_blocks(
     calibration: Calibration | None = None,
     *,
     states: TrainingStates = "calibration",
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> QuantizedLM:
     """Train scales, zero points and codes of the weights block by block for the block's output.
@@ -724,39 +786,47 @@ def reconstruct_blocks(
         reference: the full-precision model.
         calibration: states to train on; not needed with chains.
         states: ``calibration``, or the states of fresh ``chains``, as many as the section says.
+        resume: see ``quantize``.
         progress: show bars.
 
     Raises:
-        ValueError: time-dependent weights, unknown ``states``, or missing calibration.
+        ValueError: time-dependent weights, unknown ``states``, missing calibration, or a snapshot of another run in
+            ``resume``.
     """
     config = _trained_config(lm, calibration, states, reconstruction="blocks")
     settings = default("reconstruction")
+    snapshot = _snapshot(resume, "blocks", config, reference, calibration, lm)
     changed = _copy(lm, config, lm.activation_params)
     if states == "chains":
-        calibration = _fresh_states(reference, config.timesteps, progress)
+        calibration = _fresh_states(reference, "reconstruction", config.timesteps, progress)
     blocks = _blocks(linear_names(reference.model))
-    names = [".".join(block[0].split(".")[:3]) for block in blocks]
-    importance = token_importance(reference, calibration, names, default("seed"), "importance" if progress else None)
+    importance = token_importance(
+        reference, calibration, list(blocks), default("seed"), "importance" if progress else None
+    )
+    _go_on(changed, snapshot)
     layers = changed.quantized_layers()
     static = changed.config.activation_ranges == "static"
     for layer in layers.values():
         layer.activation_bits = 16 if static else changed.config.activation_bits
     stream = BlockStream(reference, changed, calibration)
-    for number, (name, block) in enumerate(zip(names, blocks, strict=True)):
+    for number, (block, linears) in enumerate(blocks.items()):
         stream.enter(number)
-        weights = _trainable_weights({linear: layers[linear] for linear in block}, reference.model)
-        with TrainableLayers(changed, {}, weights):
-            changed.losses[f"block {number}"] = fit_block(
-                stream,
-                number,
-                importance[name],
-                _weight_rates(weights.values(), settings),
-                steps=settings["steps"],
-                batch=settings["batch"],
-                seed=default("seed"),
-                progress=f"block {number} of {len(blocks)}" if progress else None,
-            )
-        _store_weights(changed, weights)
+        phase = f"block {number}"
+        if phase not in changed.losses:
+            weights = _trainable_weights({name: layers[name] for name in linears}, reference.model)
+            with TrainableLayers(changed, {}, weights):
+                changed.losses[phase] = fit_block(
+                    stream,
+                    number,
+                    importance[block],
+                    _weight_rates(weights.values(), settings),
+                    steps=settings["steps"],
+                    batch=settings["batch"],
+                    seed=default("seed"),
+                    progress=f"{phase} of {len(blocks)}" if progress else None,
+                )
+            _store_weights(changed, weights)
+            _keep(changed, snapshot)
         stream.leave(number)
     for layer in layers.values():
         layer.activation_bits = changed.config.activation_bits
@@ -781,9 +851,9 @@ def _prompts(lm: DiffusionLM, count: int, seed: tuple[int, ...]) -> tuple[Tensor
     return ids.masked_fill(is_answer, lm.mask_token_id), is_answer
 
 
-def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibration:
-    """States of trajectories that the evaluation's and the calibration's seeds don't make."""
-    settings, seed = default("reconstruction"), default("seed") + 2
+def _fresh_states(lm: DiffusionLM, section: str, timesteps: int, progress: bool) -> Calibration:
+    """States of trajectories that the evaluation's and the calibration's seeds don't make, as many as a section says."""
+    settings, seed = default(section), default("seed") + 2
     empty = torch.full((settings["code"], default("data.sequence_length")), lm.mask_token_id)
     batches: list[tuple[Tensor, Tensor | None]] = [(empty, None)]
     if knows_tasks(lm.tokenizer):
@@ -791,21 +861,39 @@ def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibratio
     return calibrate(lm, batches, timesteps=timesteps, source="trajectory", seed=seed, progress=progress)
 
 
-def _fresh_chains(loss: TransitionLoss, own_share: float) -> Iterator[Batch]:
-    """A step of chains of code, and of puzzles where the model knows them, again and again.
+class _FreshChains:
+    """Chains of code, and of puzzles where the model knows them, a step of all at a time; see ``transition.Draws``.
 
     Args:
         loss: the two models.
         own_share: see ``ThermoConfig``.
     """
-    lm, settings, seed = loss.reference, default("chains"), default("seed")
-    empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
-    chains = [Chains(loss, lambda: empty, settings["code"], round(own_share * settings["code"]), seed)]
-    if knows_tasks(lm.tokenizer):
-        prompts = (row for number in itertools.count() for row in _prompts(lm, 1, (seed, number))[0])
-        chains.append(Chains(loss, lambda: next(prompts), settings["puzzles"], 0, seed))
-    while True:
-        yield [chain.step() for chain in chains]
+
+    def __init__(self, loss: TransitionLoss, own_share: float):
+        lm, settings, seed = loss.reference, default("chains"), default("seed")
+        empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
+        self.chains = [Chains(loss, lambda _: empty, settings["code"], round(own_share * settings["code"]), seed)]
+        if knows_tasks(lm.tokenizer):
+
+            def prompt(number: int) -> Tensor:
+                turn, task = divmod(number, len(TASKS))
+                return _prompts(lm, 1, (seed, turn))[0][task]
+
+            self.chains.append(Chains(loss, prompt, settings["puzzles"], 0, seed))
+
+    def step(self) -> Batch:
+        """The present states of all chains and their targets."""
+        return [chain.step() for chain in self.chains]
+
+    def state(self) -> dict[str, Tensor]:
+        """Of all chains."""
+        states = (named(str(number), chain.state()) for number, chain in enumerate(self.chains))
+        return {key: value for state in states for key, value in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        for number, chain in enumerate(self.chains):
+            chain.restore(part_of(state, str(number)))
 
 
 def optimize_transitions(
@@ -815,13 +903,14 @@ def optimize_transitions(
     *,
     what: Transitions = "parameters",
     states: TrainingStates = "calibration",
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> QuantizedLM:
     """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
 
     What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and where
-    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``,
-    ``chains`` and ``sequential`` of ``params.yaml``.
+    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``
+    and ``chains`` of ``params.yaml``.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
@@ -829,10 +918,12 @@ def optimize_transitions(
         calibration: states to train on; not needed with chains.
         what: ``parameters``, ``codes`` or ``network``, see ``ThermoConfig.transitions``.
         states: ``calibration`` or fresh ``chains``.
+        resume: see ``quantize``.
         progress: show a bar.
 
     Raises:
-        ValueError: time-dependent weights, an unknown ``what`` or ``states``, or missing calibration.
+        ValueError: time-dependent weights, an unknown ``what`` or ``states``, missing calibration, or a snapshot of
+            another run in ``resume``.
     """
     if what == "none":
         raise ValueError("what: found 'none', allowed are parameters, codes, network")
@@ -847,15 +938,12 @@ def optimize_transitions(
     rates |= dict.fromkeys(network, default("chains.network_lr"))
     fresh = states == "chains"
     steps = default("chains.steps" if fresh else "transition.steps")
-    if fresh and config.reconstruction == "sequential":  # what is near its best already wants fewer and smaller steps
-        steps, factor = default("sequential.transition_steps"), default("sequential.transition_rate")
-        rates = {parameter: factor * rate for parameter, rate in rates.items()}
     loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
     draws = (
-        _fresh_chains(loss, config.own_share)
+        _FreshChains(loss, config.own_share)
         if fresh
-        else calibration_draws(loss, calibration, settings["batch"], default("seed"))
+        else CalibrationDraws(loss, calibration, settings["batch"], default("seed"))
     )
     changed.losses["transitions"] = fit_to_path_kl(
         loss,
@@ -863,6 +951,7 @@ def optimize_transitions(
         draws,
         steps=steps,
         penalty=lambda: config.markov_weight * sum(r.roughness() for r in inputs),
+        snapshot=_snapshot(resume, "transitions", config, reference, calibration, lm),
         progress=f"transitions {config.precision}" if progress else None,
     )
     for tensor in network:

@@ -4,7 +4,6 @@ A point is a set of ``ThermoConfig`` fields and the seed of its calibration data
 inputs, so any two can be compared sequence by sequence.
 """
 
-import hashlib
 import itertools
 import json
 import shlex
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +40,7 @@ from thermo_lib.quantized_model import (
 )
 from thermo_lib.ranges import best_starts
 from thermo_lib.report import read_json, write_json
+from thermo_lib.snapshots import digest
 from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
 
@@ -187,7 +186,7 @@ class Grid:
     def __init__(self, path: str | Path, reference: DiffusionLM):
         self.path, self.reference = Path(path), reference
         self.made_of = {
-            "weights": _digest(reference),
+            "weights": digest(reference.model.state_dict()),
             "evaluation": default("evaluation"),
             "ranges": default("ranges"),
             "transition": default("transition"),
@@ -409,14 +408,6 @@ COLUMNS = {
     "95 % ": ("path_kl_change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
     "Markov": ("markov_score", "{:.3f}"),
 }
-
-
-def _digest(lm: DiffusionLM) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
