@@ -852,7 +852,7 @@ def _prompts(lm: DiffusionLM, count: int, seed: tuple[int, ...]) -> tuple[Tensor
 
 
 def _fresh_states(lm: DiffusionLM, section: str, timesteps: int, progress: bool) -> Calibration:
-    """States that the evaluation's and the calibration's seeds don't make, of as many trajectories as a section says."""
+    """States that no seed of evaluation or calibration makes, of as many trajectories as a section says."""
     settings, seed = default(section), default("seed") + 2
     empty = torch.full((settings["code"], default("data.sequence_length")), lm.mask_token_id)
     batches: list[tuple[Tensor, Tensor | None]] = [(empty, None)]
