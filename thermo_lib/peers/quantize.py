@@ -164,10 +164,25 @@ def made_of(job: Job) -> str:
     for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
-    sections = () if job.package else ("quant", "trellis", "transition", "reconstruction", "sequential", "chains")
-    settings = [default(section) for section in sections]
+    settings = {section: default(section) for section in _sections(job)}
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _sections(job: Job) -> list[str]:
+    """The sections of ``params.yaml`` that a result depends on."""
+    if job.package:
+        return []
+    phases = {name: job.options.get(name, "none") for name in ("reconstruction", "transitions")}
+    used = {
+        "quant": True,
+        "trellis": job.options["quantizer"] == "trellis",
+        "reconstruction": phases["reconstruction"] != "none",
+        "sequential": phases["reconstruction"] == "sequential",
+        "transition": phases["transitions"] != "none",
+        "chains": phases["transitions"] != "none" and job.options.get("training_states") == "chains",
+    }
+    return [section for section, is_used in used.items() if is_used]
 
 
 def _status(key: str) -> int:
