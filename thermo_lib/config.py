@@ -37,6 +37,8 @@ class ThermoConfig(BaseModel):
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
         activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
             min-max).
+        activation_clip: how far a ``dynamic`` range reaches, as a share of the way from zero to the token's extremes;
+            what lies beyond is clipped (to 0.9 of it in QuaRot, arXiv 2404.00456).
         activation_group_size: neighbouring input channels that share a static range; None for all of them.
         activation_token_states: static ranges of their own for masked and for unmasked tokens.
         range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
@@ -74,6 +76,7 @@ class ThermoConfig(BaseModel):
     group_size: int = _from_params("group_size", ge=1)
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
+    activation_clip: float = _from_params("activation_clip", gt=0, le=1)
     activation_group_size: int | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
@@ -100,6 +103,11 @@ class ThermoConfig(BaseModel):
             raise ValueError(
                 f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
                 "which has no parameters to group"
+            )
+        if self.activation_ranges == "static" and self.activation_clip != 1:
+            raise ValueError(
+                f"activation_clip: found {self.activation_clip}, allowed is 1 with activation_ranges='static', "
+                "whose ranges are fitted"
             )
         if self.num_time_groups > 1 and self.activation_bits == 16:
             for name in ("reconstruction", "transitions"):

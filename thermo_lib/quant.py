@@ -327,9 +327,9 @@ def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Te
     return (quantize_codes(x, scale, zero_point, bits) - zero_point) * scale
 
 
-def fake_quantize_per_token(x: Tensor, bits: int) -> Tensor:
-    """Quantize and dequantize each token in its own min-max range (dynamic ranges, nothing stored)."""
-    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+def fake_quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Quantize and dequantize each token in its own min-max range, times ``clip`` (dynamic ranges, nothing stored)."""
+    low, high = clip * x.amin(-1, keepdim=True).clamp(max=0), clip * x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
     return fake_quantize(x, scale, (-low / scale).round(), bits)
 
@@ -375,6 +375,7 @@ class QuantizedLinear(nn.Module):
         _check_bits(bits)
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
+        self.activation_clip = 1.0  # of dynamic ranges
         self.timesteps, self.timestep = timesteps, 0
         self.activation_group_size = activation_group_size or in_features
         self.is_masked: Tensor | None = None
@@ -423,7 +424,7 @@ class QuantizedLinear(nn.Module):
         if self.activation_bits == 16:
             return x
         if not len(self.activation_scale):
-            return fake_quantize_per_token(x, self.activation_bits)
+            return fake_quantize_per_token(x, self.activation_bits, self.activation_clip)
         row = self.activation_row[self.timestep]
         scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
         return fake_quantize(x, scale, zero_point, self.activation_bits)

@@ -156,7 +156,7 @@ def _install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], conf
 
 
 def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    layer.activation_bits = config.activation_bits
+    layer.activation_bits, layer.activation_clip = config.activation_bits, config.activation_clip
     layer.activation_group_size = config.activation_group_size or layer.in_features
     if config.activation_ranges == "static":
         rows, row_of_step = _table(params, config, whole_zero_points=True)
@@ -339,7 +339,7 @@ def _quantize_sequentially(
     _go_on(lm, snapshot)
     if config.activation_ranges == "dynamic":
         for layer in lm.quantized_layers().values():
-            layer.activation_bits = config.activation_bits
+            _install_activations(layer, [], config)
     for site in tqdm(
         shared_inputs(reference, names), desc=f"sequential {config.precision}", disable=not progress, leave=False
     ):
@@ -351,7 +351,7 @@ def _quantize_sequentially(
             for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
                 _quantize_layer(lm, name, hessian[None], column_bits)
                 if config.activation_ranges == "dynamic":
-                    lm.model.get_submodule(name).activation_bits = config.activation_bits
+                    _install_activations(lm.model.get_submodule(name), [], config)
             lm.losses[phase] = _fit_rest(lm, stream, number, linears, importance[block])
             _keep(lm, snapshot)
         if site[-1] == linears[-1]:
@@ -571,6 +571,7 @@ _ACTIVATIONS = frozenset(
     {
         "activation_bits",
         "activation_ranges",
+        "activation_clip",
         "activation_group_size",
         "activation_token_states",
         "range_objective",

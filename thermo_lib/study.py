@@ -86,6 +86,8 @@ def key(point: Point) -> str:
     if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
         for name in ("activation_group_size", "activation_token_states", "range_objective"):
             relevant[name] = None
+    if point["activation_bits"] == 16 or point["activation_ranges"] == "static":
+        relevant["activation_clip"] = None
     if point["transitions"] == "none" or point["num_time_groups"] == 1:
         relevant["markov_weight"] = None
     return json.dumps(relevant, sort_keys=True)

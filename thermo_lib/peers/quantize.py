@@ -117,7 +117,7 @@ JOBS = (
     _thermo("thermo_lib trellis", "spread bits, network, own chains", **_SPREAD, **_NETWORK, own_share=1.0),
     _thermo("thermo_lib trellis", "all phases", **_WHOLE),
     _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **{**_WHOLE, "average_bits": 2.02}),
-    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4),
+    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4, activation_clip=0.9),
     _hqq("group 16, axis 0", 16, 0),
     _hqq("group 64, axis 0", 64, 0),
     _hqq("group 64, axis 1", 64, 1),
@@ -215,6 +215,7 @@ def quantize(job: Job) -> None:
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
         made_of=made_of(job),
+        activation_clip=job.options.get("activation_clip", 1.0),
         losses={phase: _means(losses) for phase, losses in layers.losses.items()},
     )
     write_json(FOLDER / f"{job.name}.json", asdict(entry))
