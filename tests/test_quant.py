@@ -397,6 +397,18 @@ class TestActivations:
         assert (quantized[:, ::5] == 0).all()
         assert all(len(row.unique()) <= 2**bits for row in quantized)
 
+    @given(bits=st.integers(3, 8), seed=seeds, clip=st.floats(0.5, 0.95))
+    def test_a_clipped_range_is_finer_inside_and_holds_what_is_outside(self, bits: int, seed: int, clip: float) -> None:
+        x = weights(5, 40, seed)
+        low, high = (clip * end for end in (x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)))
+        step = (high - low) / (2**bits - 1)
+        quantized = fake_quantize_per_token(x, bits, clip)
+        inside = (x > low + step) & (x < high - step)
+        assert ((quantized - x).abs() <= step / 2 * (1 + 1e-4) + 1e-6)[inside].all()
+        assert (quantized >= low - step).all()
+        assert (quantized <= high + step).all()
+        assert torch.equal(fake_quantize_per_token(x, bits, 1.0), fake_quantize_per_token(x, bits))
+
     def test_a_token_of_zeros_stays_zero(self) -> None:
         assert torch.equal(fake_quantize_per_token(torch.zeros(2, 4), 2), torch.zeros(2, 4))
 

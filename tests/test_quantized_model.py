@@ -80,6 +80,7 @@ CONFIGURATIONS = {
     "W2A4 fitted to the output": {"activation_bits": 4, "range_objective": "output", **SMOOTH},
     "W2A4 fitted to path KL": {"activation_bits": 4, "range_objective": "path_kl", **SMOOTH},
     "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
+    "W2A4 dynamic, clipped": {"activation_bits": 4, "activation_ranges": "dynamic", "activation_clip": 0.9},
     "W2A16 gptq for transitions": {"quantizer": "gptq", "hessian": "transition"},
     "W2A8 reconstructed": {"activation_bits": 8, "reconstruction": "blocks"},
     "W2A16 trellis": {"quantizer": "trellis"},

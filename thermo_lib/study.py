@@ -86,7 +86,7 @@ def key(point: Point) -> str:
     if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
         for name in ("activation_group_size", "activation_token_states", "range_objective"):
             relevant[name] = None
-    if point["activation_bits"] == 16 or point["activation_ranges"] == "static":
+    if point["activation_bits"] == 16:
         relevant["activation_clip"] = None
     if point["transitions"] == "none" or point["num_time_groups"] == 1:
         relevant["markov_weight"] = None
@@ -498,6 +498,12 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             )
         ],
         "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "markov": cross(
+            activation_bits=[low],
+            transitions=["parameters"],
+            num_time_groups=axes["markov"]["num_time_groups"],
+            markov_weight=axes["markov"]["weights"],
+        ),
         "ceiling": cross(
             activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
         ),
