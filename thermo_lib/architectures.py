@@ -50,7 +50,7 @@ class MaskPredictor(nn.Module):
         position_ids = None
         bias = None
         if attention_mask is not None:
-            dtype = self.lm_head.weight.dtype
+            dtype = self.model.norm.weight.dtype
             hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
             bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
             bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)

@@ -34,6 +34,8 @@ class ThermoConfig(BaseModel):
             path KL (``transition``, see ``transition.token_importance``).
         group_size: weights along the input dimension that share scale and zero point; a row's last group may be
             shorter.
+        embedding_bits: 16 leaves embeddings and head as they are; 8 stores codes in groups of ``group_size``, by
+            ``rtn`` where that is the quantizer and else by ``least_squares``, once everything else is done.
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
         activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
             min-max).
@@ -74,6 +76,7 @@ class ThermoConfig(BaseModel):
     average_bits: float | None = _from_params("average_bits", ge=1, le=MOST_BITS)
     hessian: Literal["uniform", "transition"] = _from_params("hessian")
     group_size: int = _from_params("group_size", ge=1)
+    embedding_bits: Literal[16, 8] = _from_params("embedding_bits")
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
     activation_clip: float = _from_params("activation_clip", gt=0, le=1)

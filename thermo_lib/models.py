@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.architectures import (
@@ -240,7 +240,8 @@ def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -
     """
     for name in list(tensors):
         model.load_state_dict({name: tensors.pop(name).to(dtype)}, strict=False, assign=True)
-    model.tie_weights()
+    if isinstance(model.lm_head, nn.Linear):
+        model.tie_weights()
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its numbers are in no checkpoint
     model.eval().requires_grad_(False)
 

@@ -5,6 +5,7 @@ A weight ``w`` has the code ``q = clamp(round(w / scale + zero_point), 0, 2^bits
 the input dimension and are stored as float16. A row's last group may be shorter than the others.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -162,14 +163,23 @@ def least_squares_parameters(weight: Tensor, bits: int, iterations: int = 8) -> 
     return best_scale, best_zero
 
 
-def _by_groups(weight: Tensor, bits: int, group_size: int, parameters) -> QuantizedWeight:
-    codes, scales, zeros = [], [], []
-    for group in weight.float().split(group_size, dim=1):
-        scale, zero = parameters(group, bits)
-        codes.append(quantize_codes(group, scale.float(), zero.float(), bits).to(torch.uint8))
-        scales.append(scale)
-        zeros.append(zero)
-    return QuantizedWeight(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
+_AT_A_TIME = 2**17  # weights that are quantized together: what is computed of them stays in the processor's cache
+
+
+def _by_groups(
+    weight: Tensor, bits: int, group_size: int, parameters: Callable[[Tensor, int], tuple[Tensor, Tensor]]
+) -> QuantizedWeight:
+    groups = -(-weight.shape[1] // group_size)
+    codes = torch.empty(weight.shape, dtype=torch.uint8)
+    scale, zero_point = (torch.empty((len(weight), groups), dtype=torch.float16) for _ in range(2))
+    for rows in torch.arange(len(weight)).split(max(1, _AT_A_TIME // group_size)):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for number, group in enumerate(weight[rows].float().split(group_size, dim=1)):
+            s, z = parameters(group.contiguous(), bits)
+            columns = slice(number * group_size, number * group_size + group.shape[1])
+            codes[rows, columns] = quantize_codes(group, s.float(), z.float(), bits).to(torch.uint8)
+            scale[rows, number], zero_point[rows, number] = s[:, 0], z[:, 0]
+    return QuantizedWeight(codes, scale, zero_point, bits, group_size)
 
 
 def round_to_nearest(weight: Tensor, bits: int, group_size: int) -> QuantizedWeight:
@@ -334,6 +344,10 @@ def fake_quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
     return fake_quantize(x, scale, (-low / scale).round(), bits)
 
 
+_ALL = slice(None)
+_DENSE = 2**24  # weights of a layer that are dequantized at a time
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer that computes from packed weights, with parameters that may depend on the timestep.
 
@@ -410,14 +424,14 @@ class QuantizedLinear(nn.Module):
             parameter = parameter.repeat_interleave(self.activation_group_size, 1)[:, : self.in_features]
         return parameter if self.is_masked is None else parameter[self.is_masked.long()]
 
-    def codes(self) -> Tensor:
-        """The weights before zero point and scale, ``(out_features, in_features)``."""
-        return unpack(self.packed, self.bits, self.in_features)
+    def codes(self, rows: slice = _ALL) -> Tensor:
+        """The weights before zero point and scale, of some rows, ``(out_features, in_features)``."""
+        return unpack(self.packed[rows], self.bits, self.in_features)
 
-    def weight(self) -> Tensor:
-        """The dequantized weight at the current timestep, float32 ``(out_features, in_features)``."""
+    def weight(self, rows: slice = _ALL) -> Tensor:
+        """The dequantized weight at the current timestep, or some of its rows, float32 ``(rows, in_features)``."""
         row = self.weight_row[self.timestep]
-        return dequantize(self.codes(), self.scale[row], self.zero_point[row], self.group_size)
+        return dequantize(self.codes(rows), self.scale[row, rows], self.zero_point[row, rows], self.group_size)
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the layer sees it at the current timestep, ``(..., in_features)``."""
@@ -432,9 +446,42 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         x = self.quantized_input(x)
-        return F.linear(x, self.weight().to(x.dtype), self.bias)
+        rows = max(1, _DENSE // self.in_features)
+        if rows >= self.out_features:
+            return F.linear(x, self.weight().to(x.dtype), self.bias)
+        parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
+        product = torch.cat([F.linear(x, self.weight(part).to(x.dtype)) for part in parts], -1)
+        return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
         """The layer's size and precision, for ``print(model)``."""
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{size}, bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """A table of token embeddings as packed codes; only the rows that are looked up are dequantized.
+
+    Args:
+        num_embeddings, embedding_dim: size of the table.
+        bits: bits of a code.
+        group_size: neighbours in a row that share scale and zero point.
+        dtype: of the embeddings.
+
+    ``packed``, ``scale`` and ``zero_point`` are those of a ``QuantizedLinear`` of as many rows.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int, dtype: torch.dtype):
+        super().__init__()
+        _check_bits(bits)
+        self.embedding_dim, self.bits, self.group_size, self.dtype = embedding_dim, bits, group_size, dtype
+        groups = -(-embedding_dim // group_size)
+        packed_width = -(-embedding_dim * bits // 8)
+        self.register_buffer("packed", torch.zeros((num_embeddings, packed_width), dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones((1, num_embeddings, groups), dtype=torch.float16))
+        self.register_buffer("zero_point", torch.zeros((1, num_embeddings, groups), dtype=torch.float16))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids, any shape, to embeddings ``(..., embedding_dim)``."""
+        codes = unpack(self.packed[ids], self.bits, self.embedding_dim)
+        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], self.group_size).to(self.dtype)

@@ -22,9 +22,10 @@ from thermo_lib.architectures import MaskPredictor, build_model, config_json, re
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_tensors, take_expected, write_folder
+from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, fill, model_folder, read_tensors, take_expected, write_folder
 from thermo_lib.params import default
 from thermo_lib.quant import (
+    QuantizedEmbedding,
     QuantizedLinear,
     check_weight,
     gptq,
@@ -51,6 +52,7 @@ from thermo_lib.transition import (
 )
 from thermo_lib.trellis import MOST_BITS, TrellisLinear, allocate_bits, column_costs, trellis
 
+TABLES = ("model.embed_tokens", "lm_head")
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
 
@@ -91,8 +93,9 @@ class QuantizedLM(DiffusionLM):
         return bits + sum(parameters * params.scale.numel() * 16 for params in self.weight_params[name])
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
-        """The quantized linears by name."""
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        """The quantized linears inside the blocks by name."""
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        return {name: layer for name, layer in layers.items() if name not in TABLES}
 
     @property
     def bits_per_weight(self) -> float:
@@ -226,6 +229,52 @@ def _coded_layer(
         TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
         for time_range, f in zip(ranges, fitted, strict=True)
     ]
+
+
+def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
+    """What is stored of a weight that is quantized without calibration.
+
+    Args:
+        weight: some rows of it, ``(rows, in_features)``.
+        name: for errors.
+        config: how to quantize.
+        bits: of a code.
+
+    Returns:
+        ``packed`` ``(rows, bytes)``, ``weight_scale`` and ``weight_zero_point`` ``(1, rows, groups)``.
+    """
+    check_weight(weight, name)
+    found = _ROUNDING.get(config.quantizer, least_squares)(weight, bits, config.group_size)
+    parameters = {"weight_scale": found.scale[None], "weight_zero_point": found.zero_point[None]}
+    return {"packed": pack(found.codes, bits), **parameters}
+
+
+def _code_tables(lm: QuantizedLM) -> None:
+    """Put codes in the place of embeddings and head, if the configuration says so."""
+    if lm.config.embedding_bits == 16:
+        return
+    for name in TABLES:
+        if name == "lm_head" and lm.model.config.tie_word_embeddings:
+            continue
+        weight = lm.model.get_submodule(name).weight.detach()
+        _install_table(lm, name, coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits))
+
+
+def _install_table(
+    lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
+    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size}
+    rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
+    for table in TABLES if lm.model.config.tie_word_embeddings else (name,):
+        if table == "lm_head":
+            module = QuantizedLinear(columns, rows, bias=False, **how)
+        else:
+            module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
+        module.packed = stored["packed"]
+        module.scale, module.zero_point = stored["weight_scale"], stored["weight_zero_point"]
+        parent, _, child = table.rpartition(".")
+        setattr(lm.model.get_submodule(parent), child, module)
 
 
 def input_hessians(
@@ -562,9 +611,10 @@ def quantize(
     how = {"states": config.training_states, "resume": resume, "progress": progress}
     if config.reconstruction == "blocks":
         quantized = reconstruct_blocks(quantized, lm, calibration, **how)
-    if config.transitions == "none":
-        return quantized
-    return optimize_transitions(quantized, lm, calibration, what=config.transitions, **how)
+    if config.transitions != "none":
+        quantized = optimize_transitions(quantized, lm, calibration, what=config.transitions, **how)
+    _code_tables(quantized)
+    return quantized
 
 
 _ACTIVATIONS = frozenset(
@@ -992,12 +1042,17 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
 
     def write(target: Path) -> None:
         layers = lm.quantized_layers()
-        inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
+        coded = TABLES if lm.config.embedding_bits < 16 else ()
+        inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
+        tables = {n: lm.model.get_submodule(n) for n in (coded[:1] if lm.model.config.tie_word_embeddings else coded)}
         tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
         for name, layer in layers.items():
             tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.STORED}
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
+        for name, table in tables.items():
+            values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
+            tensors |= named(name, values)
         for kind, params in (("weight", lm.weight_params), ("activation", lm.activation_params)):
             tensors |= _group_tensors(kind, params, lm.config)
         stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
@@ -1009,8 +1064,12 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     write_folder(Path(folder), write)
 
 
-def load_quantized(path: str | Path) -> QuantizedLM:
-    """Load what ``save_quantized`` wrote; it computes bit for bit what the saved model computed.
+def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> QuantizedLM:
+    """Load what ``save_quantized`` or ``quantize_checkpoint`` wrote, computing bit for bit what was saved.
+
+    Args:
+        path: the folder.
+        dtype: of what isn't quantized, and of the computation.
 
     Raises:
         ValueError: not a folder of a quantized model, or damaged; the message says where and why.
@@ -1022,7 +1081,8 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
     thermo = ThermoConfig(**content["thermo_config"])
     found = read_tensors(folder)
-    model = build_model(config).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = build_model(config)
     lm = QuantizedLM(
         model,
         read_tokenizer(folder),
@@ -1035,7 +1095,11 @@ def load_quantized(path: str | Path) -> QuantizedLM:
     names = linear_names(model)
     static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if static else {})
-    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in names}
+    tables = TABLES[: 1 if config.tie_word_embeddings else 2] if thermo.embedding_bits < 16 else ()
+    coded = {*names, *(TABLES if tables else ())}
+    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
+    for name in tables:
+        expected |= _expected_codes(name, config.vocab_size, config.hidden_size, thermo, thermo.embedding_bits)
     for name in names:
         expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
         if thermo.quantizer == "trellis":
@@ -1060,20 +1124,20 @@ def load_quantized(path: str | Path) -> QuantizedLM:
             if tensor.dtype != torch.uint8:
                 raise ValueError(f"{folder}: tensor {named}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
-            linear.bias.copy_(tensors.pop(f"{name}.bias"))
+            linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         _install(lm, name, stored)
         if thermo.activation_bits < 16:
             _install_activations(model.get_submodule(name), lm.activation_params.get(name, []), thermo)
-    model.load_state_dict(tensors, strict=False)
+    for name in tables:
+        keys = ("packed", "weight_scale", "weight_zero_point")
+        _install_table(lm, name, {key: tensors.pop(f"{name}.{key}") for key in keys}, dtype)
+    fill(model, tensors, dtype)
     return lm
 
 
 def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
     rows, columns = linear.weight.shape
-    groups = config.weight_groups.num_groups
-    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
-    expected = {f"{name}.weight_{key}": parameters for key in _parameter_names("weight", config)}
-    expected[f"{name}.packed"] = torch.empty((rows, -(-columns * config.bit_width // 8)), device="meta")
+    expected = _expected_codes(name, rows, columns, config, config.bit_width)
     if linear.bias is not None:
         expected[f"{name}.bias"] = linear.bias
     if static:
@@ -1082,6 +1146,14 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
         per_group = torch.empty(shape, device="meta")
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
+
+
+def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
+    groups = config.weight_groups.num_groups if name not in TABLES else 1
+    names = _parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
+    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
+    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta")
+    return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
 
 
 def _expected_streams(

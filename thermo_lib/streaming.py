@@ -1,0 +1,223 @@
+"""Quantize a checkpoint tensor by tensor, so that memory doesn't grow with the model.
+
+For quantizers that need no calibration. Weights are read from the safetensors shards in the rows that are quantized
+together, and written in shards again. A run that was stopped goes on after the last complete shard.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from thermo_lib.architectures import build_model, config_json, read_config, read_object, tensor_name
+from thermo_lib.config import ThermoConfig
+from thermo_lib.models import (
+    INDEX_NAME,
+    check_finite,
+    check_shapes,
+    model_folder,
+    open_safetensors,
+    replace_folder,
+    stored_names,
+    weight_files,
+)
+from thermo_lib.quantized_model import TABLES, coded_weight, linear_names
+from thermo_lib.report import write_json
+from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
+
+RUN_NAME = "run.json"
+_SHARD_BYTES = 2**29  # of a shard before it is full
+_ROWS_BYTES = 2**26  # of the rows that are read at a time
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A tensor of the source.
+
+    Attributes:
+        key: its name there.
+        name: the library's name.
+        path: the file.
+        shape: of the tensor.
+        bits: of its codes; None where it is copied.
+        size: about so many bytes are written for it.
+    """
+
+    key: str
+    name: str
+    path: Path
+    shape: tuple[int, ...]
+    bits: int | None
+    size: int
+
+
+def quantize_checkpoint(
+    source: str | Path, output: str | Path, config: ThermoConfig, *, progress: bool = False
+) -> None:
+    """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
+
+    Until it is complete, the new folder is beside ``output`` under the name ``.<output>.partial``, and an earlier
+    ``output`` stays as it was. A run that was stopped at any moment goes on from there with the same result.
+
+    Args:
+        source: a folder in the layout of Dream or LLaDA, or a hub id.
+        output: folder to write.
+        config: how to quantize, without calibration.
+        progress: show a bar.
+
+    Raises:
+        ValueError: a configuration that needs calibration, a damaged source, or an unfinished run of another source or
+            configuration.
+        OSError: no space left, or no right to write.
+    """
+    if config.needs_calibration:
+        raise ValueError(
+            f"config: found quantizer={config.quantizer!r}, activation_bits={config.activation_bits} "
+            f"({config.activation_ranges}), num_time_groups={config.num_time_groups}, which need calibration; allowed "
+            "are rtn and least_squares, one time group, and 16 activation bits or dynamic ranges"
+        )
+    folder, output = model_folder(str(source)), Path(output)
+    model_config = read_config(folder)
+    tasks = _tasks(folder, model_config, config)
+    tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
+    partial = output.with_name(f".{output.name}.partial")
+    _begin(partial, _run(folder, config))
+    shards = _shards(tasks)
+    weight_map: dict[str, str] = {}
+    with tqdm(
+        total=sum(t.size for t in tasks), desc="quantize", unit="B", unit_scale=True, disable=not progress
+    ) as bar:
+        for number, shard in enumerate(shards, 1):
+            path = partial / f"model-{number:05}-of-{len(shards):05}.safetensors"
+            if not path.is_file():
+                _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config).items()})
+            with open_safetensors(path) as file:
+                weight_map |= dict.fromkeys(file.keys(), path.name)
+            bar.update(sum(task.size for task in shard))
+    total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
+    write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    text = config_json(model_config, thermo_config=config.model_dump(mode="json"))
+    (partial / "config.json").write_text(text, encoding="utf-8")
+    save_tokenizer(tokenizer, chat_template, partial)
+    (partial / RUN_NAME).unlink()
+    replace_folder(output, partial)
+
+
+def _tasks(folder: Path, model_config: PreTrainedConfig, config: ThermoConfig) -> list[_Task]:
+    """The tensors of a checkpoint, file by file; their names and shapes are those that the model needs."""
+    with torch.device("meta"):
+        model = build_model(model_config)
+    expected = model.state_dict()
+    found: dict[str, tuple[Path, list[int], int]] = {}
+    for path in weight_files(folder):
+        with open_safetensors(path) as file:
+            for key in sorted(file.keys()):
+                part = file.get_slice(key)
+                found[key] = path, part.get_shape(), _itemsize(part.get_dtype())
+    names = stored_names(found, model_config, expected)
+    check_shapes(
+        {key: shape for key, (_, shape, _) in found.items()}, {k: expected[n] for k, n in names.items()}, folder
+    )
+    linears = {f"{name}.weight" for name in linear_names(model)}
+    tables = {f"{name}.weight" for name in TABLES} if config.embedding_bits < 16 else set()
+    tasks = []
+    for key, (path, shape, itemsize) in found.items():
+        name, count = names[key], 1
+        for length in shape:
+            count *= length
+        bits = config.bit_width if name in linears else config.embedding_bits if name in tables else None
+        size = count * itemsize if bits is None else count * bits // 8 + 4 * count // config.group_size
+        tasks.append(_Task(key, name, path, tuple(shape), bits, size))
+    return tasks
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a number, from a safetensors type such as ``BF16``."""
+    return int("".join(c for c in dtype if c.isdigit()) or 8) // 8
+
+
+def _shards(tasks: list[_Task]) -> list[list[_Task]]:
+    """Tasks whose results are written to one file."""
+    shards: list[list[_Task]] = [[]]
+    for task in tasks:
+        if shards[-1] and sum(t.size for t in shards[-1]) + task.size > _SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(task)
+    return shards
+
+
+def _rows(file: safe_open, task: _Task) -> Iterator[Tensor]:
+    """A tensor in parts of its rows."""
+    part = file.get_slice(task.key)
+    if len(task.shape) < 2:
+        yield part[:]
+        return
+    step = max(1, _ROWS_BYTES // (4 * task.shape[1]))
+    for start in range(0, task.shape[0], step):
+        yield part[start : start + step]
+
+
+def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -> dict[str, Tensor]:
+    """What is stored of a tensor, by the checkpoint's names."""
+    with open_safetensors(task.path) as file:
+        if task.bits is None:
+            parts = list(_rows(file, task))
+            for part in parts:
+                check_finite(part, task.key, task.path)
+            return {task.key: torch.cat(parts) if len(parts) > 1 else parts[0].clone()}
+        coded = [coded_weight(rows, task.key, config, task.bits) for rows in _rows(file, task)]
+    name = task.name.removesuffix(".weight")
+    return {
+        tensor_name(model_config, f"{name}.{key}"): torch.cat([part[key] for part in coded], dim=-2) for key in coded[0]
+    }
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        kept = "complete shards are kept, the same call goes on after them"
+        raise OSError(f"output: could not write {path} ({error}); {kept}") from error
+
+
+def _run(folder: Path, config: ThermoConfig) -> dict[str, Any]:
+    """What the result of a run depends on."""
+    run: dict[str, Any] = {"configuration": config.model_dump(mode="json")}
+    for path in [folder / "config.json", *weight_files(folder)]:
+        about = path.stat()
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else about.st_size
+            file.seek(0)
+            start = hashlib.sha256(file.read(min(8 + length, about.st_size))).hexdigest()
+        run[path.name] = [about.st_size, about.st_mtime_ns, start]
+    return run
+
+
+def _begin(partial: Path, run: dict[str, Any]) -> None:
+    """Make the working folder, or go on in it if it is of the same run."""
+    path = partial / RUN_NAME
+    if path.is_file():
+        earlier = read_object(path)
+        changed = sorted(key for key in earlier.keys() | run.keys() if earlier.get(key) != run.get(key))
+        if changed:
+            found = f"found an unfinished run of another {', '.join(changed)} in {partial}"
+            raise ValueError(f"output: {found}; delete that folder, or bring back what has changed")
+        return
+    partial.mkdir(parents=True, exist_ok=True)
+    for leftover in partial.iterdir():  # of a run that was stopped between its last file and its end, or its first
+        leftover.unlink()
+    write_json(path, run)
