@@ -5,7 +5,6 @@ together, and written in shards again. A run that was stopped goes on after the 
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
