@@ -304,13 +304,12 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
 
 def replace_folder(folder: Path, complete: Path) -> None:
     """Put a complete folder in the place of another, which may not exist, beside it."""
+    retired = complete.with_name(f"{complete.name}.old")
     if folder.exists():
-        retired = complete.with_name(f"{complete.name}.old")
+        shutil.rmtree(retired, ignore_errors=True)  # of a run that was stopped here
         os.replace(folder, retired)
-        os.replace(complete, folder)
-        shutil.rmtree(retired)
-    else:
-        os.replace(complete, folder)
+    os.replace(complete, folder)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def save_model(

@@ -170,10 +170,13 @@ def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -
     """What is stored of a tensor, by the checkpoint's names."""
     with open_safetensors(task.path) as file:
         if task.bits is None:
-            parts = list(_rows(file, task))
-            for part in parts:
-                check_finite(part, task.key, task.path)
-            return {task.key: torch.cat(parts) if len(parts) > 1 else parts[0].clone()}
+            part = file.get_slice(task.key)
+            whole, start = torch.empty(task.shape, dtype=part[:1].dtype), 0
+            for rows in _rows(file, task):
+                check_finite(rows, task.key, task.path)
+                whole[start : start + len(rows)] = rows
+                start += len(rows)
+            return {task.key: whole}
         coded = [coded_weight(rows, task.key, config, task.bits) for rows in _rows(file, task)]
     name = task.name.removesuffix(".weight")
     return {
