@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from nbformat import v4, write
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from thermo_lib import (
     ThermoConfig,
@@ -237,7 +237,7 @@ class TestGenerate:
         assert out == lm.tokenizer.decode(filled[0, len(prompt) :].tolist()) + "\n"
         assert "generate" in err
 
-    def test_the_text_ends_before_the_end_token(self, run: Run, folder: Path, tmp_path: Path) -> None:
+    def test_the_text_ends_before_a_special_token(self, run: Run, folder: Path, tmp_path: Path) -> None:
         lm = load_model(str(folder))
         masked = torch.full((1, 7), lm.mask_token_id)
         masked[0, 0] = start = lm.tokenizer.token_to_id("a")
@@ -245,8 +245,8 @@ class TestGenerate:
         assert answer[3] not in answer[:3]
         assert lm.tokenizer.encode("a").ids == [start]
         shutil.copytree(folder, tmp_path / "ending")
-        path = tmp_path / "ending/config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": answer[3]}), encoding="utf-8")
+        lm.tokenizer.add_special_tokens([AddedToken(lm.tokenizer.id_to_token(answer[3]), special=True)])
+        lm.tokenizer.save(str(tmp_path / "ending/tokenizer.json"))
         status, out, _ = run(
             *("generate", "--model", tmp_path / "ending", "--prompt", "a", "--max-new-tokens", 6, "--timesteps", 3),
             *("--sampler", "origin", "--temperature", 1e3),

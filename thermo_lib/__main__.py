@@ -7,6 +7,7 @@
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Sequence
@@ -155,7 +156,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    """Print a model's continuation of a text."""
+    """Print a model's continuation of a text, up to the first special token."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
     lm = _load(arguments.model, arguments.dtype)
@@ -174,10 +175,9 @@ def run_generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         progress="generate",
     )
-    answer, end = filled[0, len(prompt) :].tolist(), lm.model.config.eos_token_id
-    if end in answer:
-        answer = answer[: answer.index(end)]
-    print(lm.tokenizer.decode(answer))
+    special = {number for number, token in lm.tokenizer.get_added_tokens_decoder().items() if token.special}
+    answer = itertools.takewhile(lambda token: token not in special, filled[0, len(prompt) :].tolist())
+    print(lm.tokenizer.decode(list(answer)))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
