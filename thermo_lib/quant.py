@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thermo_lib import planes
+
 BIT_WIDTHS = (2, 4, 8)
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 LARGEST = 65504.0  # the largest float16
@@ -412,11 +414,14 @@ class QuantizedLinear(nn.Module):
     token states, channel groups)``, at first none, which means dynamic per-token ranges; with two token states the
     first belongs to unmasked tokens, the second to masked ones.
 
-    ``STORED`` names the uint8 buffers that hold the codes.
+    ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they are as ``pack`` makes them;
+    then inputs of less than float32 are multiplied block by block as in ``thermo_lib.planes``, and if ``compiled`` is
+    set, with a compiled loop.
     """
 
     STORED: tuple[str, ...] = ("packed",)
     has_zero_point = True
+    has_planes = True
 
     def __init__(
         self,
@@ -436,6 +441,7 @@ class QuantizedLinear(nn.Module):
         self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
         self.activation_clip = 1.0  # of dynamic ranges
         self.timesteps, self.timestep = timesteps, 0
+        self.compiled = False
         self.activation_group_size = activation_group_size or in_features
         self.is_masked: Tensor | None = None
         groups = -(-in_features // group_size)
@@ -491,6 +497,11 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         x = self.quantized_input(x)
+        if x.dtype != torch.float32 and self.has_planes and planes.fits(self.in_features, self.bits, self.group_size):
+            row = self.weight_row[self.timestep]
+            parameters = self.packed, self.scale[row], self.zero_point[row]
+            product = planes.linear(x, *parameters, self.bits, compiled=self.compiled)
+            return product if self.bias is None else product + self.bias
         rows = max(1, _DENSE // self.in_features)
         if rows >= self.out_features:
             return F.linear(x, self.weight().to(x.dtype), self.bias)

@@ -301,6 +301,7 @@ class TrellisLinear(QuantizedLinear):
 
     STORED = ("packed", "packed_column_bits")
     has_zero_point = False
+    has_planes = False
 
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
