@@ -30,6 +30,7 @@ from thermo_lib import __main__ as command_line
 from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
 from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.params import default
+from thermo_lib.streaming import calibration_states
 from thermo_lib.transition import PathKL
 
 TINY_PARAMS = {
@@ -186,9 +187,22 @@ class TestQuantize:
                 model.set_timestep(timestep, 4)
             assert torch.equal(found.model(ids), expected.model(ids))
 
+    def test_layerwise_it_is_calibrated_on_the_forward_process(self, run: Run, folder: Path) -> None:
+        fields = {"quantizer": "gptq", "group_size": 16, "timesteps": 4}
+        words = [f"{name}={value}" for name, value in fields.items()]
+        assert run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", 6, *words)[0] == 0
+        config = ThermoConfig(activation_bits=16, num_time_groups=1, **fields)
+        states = calibration_states(folder, 4, 6, default("seed"))
+        expected, found = quantize(load_model(str(folder)), config, states), load_quantized("calibrated")
+        ids = torch.arange(12)[None]
+        assert torch.equal(found.model(ids), expected.model(ids))
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            (["--layerwise", "4"], "layerwise: found quantizer='least_squares', which needs no calibration states"),
+            (["--layerwise", "0", "quantizer=gptq"], "states: found 0, allowed are 1.."),
+            (["--layerwise", "4", "quantizer=gptq", "activation_bits=4"], "activation_ranges: found 'static'"),
             (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
             (["seed=1"], "NAME one of bit_width"),
             (["bit_width=3"], "bit_width"),

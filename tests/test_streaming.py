@@ -17,9 +17,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from thermo_lib import ThermoConfig, load_model, load_quantized, quantize, save_quantized, streaming
+from thermo_lib import (
+    Calibration,
+    ThermoConfig,
+    calibrate,
+    load_model,
+    load_quantized,
+    quantize,
+    save_quantized,
+    streaming,
+)
 from thermo_lib.architectures import build_model, read_config
-from thermo_lib.streaming import quantize_checkpoint
+from thermo_lib.streaming import calibration_states, quantize_checkpoint
 
 SMALL = {"group_size": 16, "activation_bits": 16, "num_time_groups": 1}
 ALL_IN_TWO = 2**12  # bytes of a shard: every checkpoint here takes several
@@ -64,6 +73,15 @@ def output(tmp_path: Path) -> Path:
     return path
 
 
+def states_of(source: Path) -> Calibration:
+    """Random calibration states at all of 8 timesteps, in two lengths."""
+    lm, generator = load_model(str(source)), torch.Generator().manual_seed(0)
+    batches = [
+        (torch.randint(0, lm.model.config.vocab_size - 1, (3, length), generator=generator), None) for length in (7, 5)
+    ]
+    return calibrate(lm, batches, timesteps=8, source="forward", seed=0, progress=False)
+
+
 def unfinished(output: Path) -> Path:
     return output.with_name(f".{output.name}.partial")
 
@@ -99,6 +117,31 @@ class TestResult:
             assert torch.equal(streamed[name], tensor), name
         for name in ("config.json", "tokenizer.json"):
             assert (tmp_path / "streamed" / name).read_text() == (tmp_path / "in memory" / name).read_text()
+        assert not unfinished(tmp_path / "streamed").exists()
+
+    @BOTH
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"quantizer": "gptq"},
+            {"quantizer": "gptq", "embedding_bits": 8, "activation_bits": 4, "activation_ranges": "dynamic"},
+            {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
+            {"quantizer": "least_squares", "num_time_groups": 2},
+            {"quantizer": "trellis"},
+        ],
+        ids=str,
+    )
+    def test_block_by_block_it_is_the_model_that_is_calibrated_in_memory(
+        self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any]
+    ) -> None:
+        source, config = write(layout), configured(timesteps=8, **fields)
+        calibration = states_of(source)
+        quantize_checkpoint(source, tmp_path / "streamed", config, calibration)
+        save_quantized(quantize(load_model(str(source)), config, calibration), tmp_path / "in memory")
+        streamed, expected = state(tmp_path / "streamed"), state(tmp_path / "in memory")
+        assert streamed.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(streamed[name], tensor), name
         assert not unfinished(tmp_path / "streamed").exists()
 
     def test_a_tied_head_shares_the_codes(self, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -183,11 +226,19 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
         assert not unfinished(output).exists()
 
+    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
     def test_every_single_write_may_be_the_last(
-        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+        self,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        quantizer: str,
     ) -> None:
-        source = write()
-        quantize_checkpoint(source, tmp_path / "whole", configured())
+        """The same call goes on each time; its work is repeated at most for one shard, or one block."""
+        source, config = write(), configured(quantizer=quantizer, timesteps=8)
+        calibration = states_of(source) if config.needs_calibration else None
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
         rename, left = os.replace, 0
 
         def limited(old: Any, new: Any) -> None:
@@ -203,7 +254,7 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
             with monkeypatch.context() as patch:
                 patch.setattr(os, "replace", limited)
                 try:
-                    quantize_checkpoint(source, output, configured())
+                    quantize_checkpoint(source, output, config, calibration)
                 except KeyboardInterrupt:
                     stops += 1
                 else:
@@ -274,19 +325,48 @@ def _stop_at_second(function: Callable[..., Any]) -> Callable[..., Any]:
 
 class TestBadSource:
     @pytest.mark.parametrize(
-        ("fields", "found"),
+        ("fields", "reason"),
         [
-            ({"quantizer": "gptq"}, "quantizer='gptq'"),
-            ({"activation_bits": 8}, r"activation_bits=8 \(static\)"),
-            ({"num_time_groups": 2}, "num_time_groups=2"),
+            ({"quantizer": "gptq"}, "calibration: found None, required by quantizer='gptq'"),
+            ({"num_time_groups": 2}, "calibration: found None, .*num_time_groups=2"),
+            ({"activation_bits": 8}, "activation_ranges: found 'static', allowed block by block is dynamic"),
+            ({"quantizer": "gptq", "hessian": "transition"}, "hessian: found 'transition'"),
+            ({"quantizer": "trellis", "average_bits": 2.2}, "average_bits: found 2.2"),
+            ({"reconstruction": "blocks"}, "reconstruction: found 'blocks'"),
+            ({"transitions": "network"}, "transitions: found 'network'"),
         ],
+        ids=str,
     )
-    def test_what_needs_calibration_is_refused(
-        self, write: Callable[..., Path], output: Path, fields: dict[str, Any], found: str
+    def test_what_needs_calibration_or_the_whole_model_is_refused(
+        self, write: Callable[..., Path], output: Path, fields: dict[str, Any], reason: str
     ) -> None:
-        with pytest.raises(ValueError, match=f"config: found .*{found}.*need calibration"):
+        with pytest.raises(ValueError, match=reason):
             quantize_checkpoint(write(), output, configured(**fields))
         assert not unfinished(output).exists()
+
+    def test_another_calibration_is_refused(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config, calibration)
+        (first, second), rows = calibration.parts, torch.arange(8)
+        with pytest.raises(ValueError, match="output: found an unfinished run of another calibration"):
+            quantize_checkpoint(source, output, config, Calibration((first[rows], second), 8, "forward"))
+        quantize_checkpoint(source, output, config, calibration)
+
+    def test_calibration_states_need_no_weights(self, write: Callable[..., Path]) -> None:
+        source = write()
+        for path in source.glob("*.safetensors"):
+            path.unlink()
+        states = calibration_states(source, 8, 12, seed=0)
+        assert len(states) == 12
+        assert states.parts[0].timestep.unique().tolist() == list(range(8))
+        with pytest.raises(ValueError, match="states: found 0, allowed are 1"):
+            calibration_states(source, 8, 0, seed=0)
 
     @BOTH
     def test_damaged_tensors_are_named_in_the_names_of_the_checkpoint(

@@ -35,11 +35,12 @@ from thermo_lib.evaluation import (
     smoothing_overhead,
     summarize,
 )
+from thermo_lib.layerwise import check_layerwise
 from thermo_lib.models import DiffusionLM, load_model, model_folder, weight_files
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
 from thermo_lib.quantized_model import load_quantized, quantize, resmooth, save_quantized
-from thermo_lib.streaming import quantize_checkpoint
+from thermo_lib.streaming import calibration_states, quantize_checkpoint
 from thermo_lib.study import COLUMNS, Grid, configuration, point, slices, summary
 from thermo_lib.time_aware import METHODS, WINDOWED
 
@@ -56,6 +57,13 @@ def _parser() -> argparse.ArgumentParser:
     writer = commands.add_parser("quantize", help="write a quantized folder")
     writer.add_argument("--model", **some_model)
     writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
+    writer.add_argument(
+        "--layerwise",
+        type=int,
+        metavar="STATES",
+        help="calibrate block by block in little memory, on so many states of the forward process (the model as a "
+        "whole, on its own trajectories)",
+    )
     without_data = " ".join(f"{name}={value}" for name, value in _WITHOUT_DATA.items())
     writer.add_argument("fields", **some_fields, help=f"of ThermoConfig ({without_data}, else as in params.yaml)")
 
@@ -139,12 +147,18 @@ def _load(name: str, dtype: str) -> DiffusionLM:
 
 
 def run_quantize(arguments: argparse.Namespace) -> None:
-    """Quantize a checkpoint, tensor by tensor where it needs no calibration."""
+    """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
     config = ThermoConfig(**_WITHOUT_DATA | _read_fields("quantize", arguments.fields, list(ThermoConfig.model_fields)))
     if _is_quantized(arguments.model):
         raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
     start = time.perf_counter()
-    if config.needs_calibration:
+    if arguments.layerwise is not None:
+        if not config.needs_calibration:
+            raise ValueError(f"layerwise: found quantizer={config.quantizer!r}, which needs no calibration states")
+        check_layerwise(config)
+        calibration = calibration_states(arguments.model, config.timesteps, arguments.layerwise, default("seed"))
+        quantize_checkpoint(arguments.model, arguments.output, config, calibration, progress=True)
+    elif config.needs_calibration:
         reproducible()
         lm = load_model(arguments.model)
         calibration = calibrate(lm, timesteps=config.timesteps)

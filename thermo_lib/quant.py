@@ -315,6 +315,9 @@ def check_hessian(hessian: Tensor, in_features: int) -> None:
         raise ValueError("hessian: found NaN or infinity in the calibration inputs, expected finite numbers")
 
 
+_REFITTED = 2**28  # numbers of a matrix (rows, in_features, groups) that is held at a time
+
+
 def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: float) -> QuantizedWeight:
     """Scale and zero point of least output error for fixed codes, in closed form.
 
@@ -332,12 +335,29 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
         does a row whose error would grow.
     """
     check_hessian(hessian, weight.shape[1])
-    out_features, in_features = weight.shape
-    group_size = quantized.group_size
     groups = quantized.scale.shape[1]
-    pad = groups * group_size - in_features
-    H = F.pad(hessian.double(), (0, pad, 0, pad))
-    codes = F.pad(quantized.codes.double(), (0, pad)).view(out_features, groups, group_size)
+    pad = groups * quantized.group_size - weight.shape[1]
+    H = F.pad(hessian.double(), (0, pad, 0, pad)) if pad else hessian.double()
+    rows = max(1, _REFITTED // H[0].numel() // groups)
+    tensors = (weight, quantized.codes, quantized.scale, quantized.zero_point)
+    parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    fitted = [_refit(*part, H, ridge) for part in parts]
+    scale, zero_point = (torch.cat(parameter) for parameter in zip(*fitted, strict=True))
+    return QuantizedWeight(quantized.codes, scale, zero_point, quantized.bits, quantized.group_size)
+
+
+def _refit(
+    weight: Tensor,
+    codes: Tensor,
+    old_scale: Tensor,
+    old_zero: Tensor,
+    H: Tensor,
+    ridge: float,
+) -> tuple[Tensor, Tensor]:
+    """``refit`` for some rows: their scales and zero points; ``H`` is padded to whole groups."""
+    out_features, groups = old_scale.shape
+    group_size, pad = len(H) // groups, len(H) - weight.shape[1]
+    codes = F.pad(codes.double(), (0, pad)).view(out_features, groups, group_size)
     columns = H.view(-1, groups, group_size)
 
     # D = [codes of each group | ones of each group]; HD and D^T H D without forming D.
@@ -352,31 +372,25 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     H_weight = (F.pad(weight.double(), (0, pad)) @ H).view(out_features, groups, group_size)
     b = torch.cat([(codes * H_weight).sum(-1), H_weight.sum(-1)], -1)  # (out, 2 groups)
 
-    scale = quantized.scale.double()
-    start = torch.cat([scale, -scale * quantized.zero_point.double()], -1)
+    scale = old_scale.double()
+    start = torch.cat([scale, -scale * old_zero.double()], -1)
     # A trace of ridge keeps the system solvable where the data leaves a parameter undecided.
     strength = max(ridge, 1e-12) * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
     theta = torch.linalg.solve(A + torch.diag_embed(strength.expand(-1, 2 * groups)), b + strength * start)
     new_scale, offset = theta[:, :groups], theta[:, groups:]
     usable = new_scale > SMALLEST_SCALE
-    new_zero = torch.where(usable, -offset / new_scale, quantized.zero_point.double())
+    new_zero = torch.where(usable, -offset / new_scale, old_zero.double())
     usable &= new_zero.abs() < LARGEST_ZERO_POINT
     stored_scale, stored_zero = storable(new_scale.float(), new_zero.float())
-    stored_scale = torch.where(usable, stored_scale, quantized.scale)
-    stored_zero = torch.where(usable, stored_zero, quantized.zero_point)
+    stored_scale = torch.where(usable, stored_scale, old_scale)
+    stored_zero = torch.where(usable, stored_zero, old_zero)
 
     def error(scale: Tensor, zero_point: Tensor) -> Tensor:  # of each row, up to a constant
         parameters = torch.cat([scale.double(), -scale.double() * zero_point.double()], -1)
         return torch.einsum("og,ogh,oh->o", parameters, A, parameters) - 2 * (b * parameters).sum(-1)
 
-    better = error(stored_scale, stored_zero) <= error(quantized.scale, quantized.zero_point)
-    return QuantizedWeight(
-        quantized.codes,
-        torch.where(better[:, None], stored_scale, quantized.scale),
-        torch.where(better[:, None], stored_zero, quantized.zero_point),
-        quantized.bits,
-        group_size,
-    )
+    better = (error(stored_scale, stored_zero) <= error(old_scale, old_zero))[:, None]
+    return torch.where(better, stored_scale, old_scale), torch.where(better, stored_zero, old_zero)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

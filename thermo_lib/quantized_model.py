@@ -323,7 +323,7 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
     label = f"{config.quantizer} {config.precision}"
     if config.quantizer in _ROUNDING and config.weight_groups.num_groups == 1:
         for name in tqdm(names, desc=label, disable=not progress, leave=False):
-            _quantize_layer(lm, name, None, {})
+            quantize_layer(lm, name, None, {})
         return
 
     importance: dict[str, list[Tensor]] = {}
@@ -337,10 +337,10 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
         hessians = input_hessians(lm, calibration, list(site_of), config.weight_groups, importance)
         for first, site in site_of.items():
             for name in site:
-                _quantize_layer(lm, name, hessians[first], column_bits)
+                quantize_layer(lm, name, hessians[first], column_bits)
 
 
-def _quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor | None, column_bits: Mapping[str, Tensor]) -> None:
+def quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor | None, column_bits: Mapping[str, Tensor]) -> None:
     """Quantize one linear, under the Hessians of its time groups if any, and put the quantized layer in its place."""
     weight = lm.model.get_submodule(name).weight.detach()
     stored, lm.weight_params[name] = _coded_layer(weight, name, hessians, lm.config, column_bits.get(name))
@@ -398,7 +398,7 @@ def _quantize_sequentially(
         phase = f"block {number}: {', '.join(name.rpartition('.')[2] for name in site)}"
         if phase not in lm.losses:
             for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
-                _quantize_layer(lm, name, hessian[None], column_bits)
+                quantize_layer(lm, name, hessian[None], column_bits)
                 if config.activation_ranges == "dynamic":
                     _install_activations(lm.model.get_submodule(name), [], config)
             lm.losses[phase] = _fit_rest(lm, stream, number, linears, importance[block])
@@ -1034,6 +1034,13 @@ def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: 
     }
 
 
+def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
+    """What is stored of a quantized layer's weights: codes, and parameters of the time groups before smoothing."""
+    layer = lm.model.get_submodule(name)
+    codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
+    return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
+
+
 def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
 
@@ -1047,14 +1054,13 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         tables = {n: lm.model.get_submodule(n) for n in (coded[:1] if lm.model.config.tie_word_embeddings else coded)}
         tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
         for name, layer in layers.items():
-            tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.STORED}
+            tensors |= stored_tensors(lm, name)
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
         for name, table in tables.items():
             values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
             tensors |= named(name, values)
-        for kind, params in (("weight", lm.weight_params), ("activation", lm.activation_params)):
-            tensors |= _group_tensors(kind, params, lm.config)
+        tensors |= _group_tensors("activation", lm.activation_params, lm.config)
         stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)

@@ -1,12 +1,12 @@
-"""Quantize a checkpoint tensor by tensor, so that memory doesn't grow with the model.
+"""Quantize a checkpoint in little memory: tensor by tensor, or block by block where calibration needs activations.
 
-For quantizers that need no calibration. Weights are read from the safetensors shards in the rows that are quantized
-together, and written in shards again. A run that was stopped goes on after the last complete shard.
+Weights are read from the safetensors shards, without calibration in the rows that are quantized together, and written
+in shards again. A run that was stopped goes on after the last complete shard.
 """
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,13 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import build_model, config_json, read_config, read_object, tensor_name
+from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, read_object, tensor_name
+from thermo_lib.calibration import Calibration, calibrate, calibration_batches
 from thermo_lib.config import ThermoConfig
+from thermo_lib.layerwise import check_layerwise, coded_blocks
 from thermo_lib.models import (
     INDEX_NAME,
+    DiffusionLM,
     check_finite,
     check_shapes,
     model_folder,
@@ -30,11 +33,14 @@ from thermo_lib.models import (
     stored_names,
     weight_files,
 )
-from thermo_lib.quantized_model import TABLES, coded_weight, linear_names
+from thermo_lib.params import default
+from thermo_lib.quantized_model import TABLES, QuantizedLM, coded_weight, linear_names
 from thermo_lib.report import write_json
+from thermo_lib.snapshots import Snapshot, digest
 from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 
 RUN_NAME = "run.json"
+STATES_NAME = "states.safetensors"
 _SHARD_BYTES = 2**29  # of a shard before it is full
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
 
@@ -61,7 +67,12 @@ class _Task:
 
 
 def quantize_checkpoint(
-    source: str | Path, output: str | Path, config: ThermoConfig, *, progress: bool = False
+    source: str | Path,
+    output: str | Path,
+    config: ThermoConfig,
+    calibration: Calibration | None = None,
+    *,
+    progress: bool = False,
 ) -> None:
     """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
 
@@ -71,33 +82,49 @@ def quantize_checkpoint(
     Args:
         source: a folder in the layout of Dream or LLaDA, or a hub id.
         output: folder to write.
-        config: how to quantize, without calibration.
+        config: how to quantize; with calibration, what ``layerwise.check_layerwise`` allows.
+        calibration: states for ``gptq``, ``trellis`` and time groups, e.g. by the forward process, see
+            ``calibration_states``.
         progress: show a bar.
 
     Raises:
-        ValueError: a configuration that needs calibration, a damaged source, or an unfinished run of another source or
-            configuration.
+        ValueError: a configuration that needs calibration and there is none, or that needs the whole model; a damaged
+            source, or an unfinished run of another source, configuration or calibration.
         OSError: no space left, or no right to write.
     """
     if config.needs_calibration:
-        raise ValueError(
-            f"config: found quantizer={config.quantizer!r}, activation_bits={config.activation_bits} "
-            f"({config.activation_ranges}), num_time_groups={config.num_time_groups}, which need calibration; allowed "
-            "are rtn and least_squares, one time group, and 16 activation bits or dynamic ranges"
-        )
+        check_layerwise(config)
+        if calibration is None:
+            raise ValueError(
+                f"calibration: found None, required by quantizer={config.quantizer!r}, "
+                f"num_time_groups={config.num_time_groups}; without it use rtn or least_squares and one time group"
+            )
     folder, output = model_folder(str(source)), Path(output)
     model_config = read_config(folder)
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
     partial = output.with_name(f".{output.name}.partial")
-    _begin(partial, _run(folder, config))
-    shards = _shards(tasks)
+    run = _run(folder, config, calibration)
+    _begin(partial, run)
+    blocks = _by_block(tasks) if config.needs_calibration else []
+    inside = {task.key for block in blocks for task in block}
+    shards = blocks + _shards([task for task in tasks if task.key not in inside])
+    paths = [partial / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     with tqdm(
         total=sum(t.size for t in tasks), desc="quantize", unit="B", unit_scale=True, disable=not progress
     ) as bar:
-        for number, shard in enumerate(shards, 1):
-            path = partial / f"model-{number:05}-of-{len(shards):05}.safetensors"
+        if not all(path.is_file() for path in paths[: len(blocks)]):
+            rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})  # as ``quantize`` fits
+            lm = QuantizedLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(source), rough)
+            snapshot = Snapshot(partial / STATES_NAME, digest(run))
+            for number, tensors in coded_blocks(lm, _reader(tasks), calibration, snapshot):
+                bar.n = sum(task.size for block in blocks[: number + 1] for task in block)
+                bar.refresh()
+                if not paths[number].is_file():
+                    _write(paths[number], {tensor_name(model_config, name): t for name, t in tensors.items()})
+        bar.n = 0
+        for shard, path in zip(shards, paths, strict=True):
             if not path.is_file():
                 _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config).items()})
             with open_safetensors(path) as file:
@@ -108,14 +135,64 @@ def quantize_checkpoint(
     text = config_json(model_config, thermo_config=config.model_dump(mode="json"))
     (partial / "config.json").write_text(text, encoding="utf-8")
     save_tokenizer(tokenizer, chat_template, partial)
+    (partial / STATES_NAME).unlink(missing_ok=True)
     (partial / RUN_NAME).unlink()
     replace_folder(output, partial)
 
 
-def _tasks(folder: Path, model_config: PreTrainedConfig, config: ThermoConfig) -> list[_Task]:
-    """The tensors of a checkpoint, file by file; their names and shapes are those that the model needs."""
+def _skeleton(model_config: PreTrainedConfig) -> MaskPredictor:
+    """A model without weights: only its position embeddings, which no checkpoint holds, are there."""
     with torch.device("meta"):
         model = build_model(model_config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model_config)
+    return model.eval()
+
+
+def calibration_states(source: str | Path, timesteps: int, count: int, seed: int) -> Calibration:
+    """Calibration states that need no weights: code, masked by the forward process at every timestep's ratio.
+
+    Args:
+        source: a folder in the layout of Dream or LLaDA, or a hub id.
+        timesteps: ``T``.
+        count: states, spread evenly over the timesteps.
+        seed: of the text and of the masks.
+    """
+    most = timesteps * default("calibration.code_sequences")
+    if not 1 <= count <= most:
+        raise ValueError(f"states: found {count}, allowed are 1..{most}")
+    folder = model_folder(str(source))
+    model_config = read_config(folder)
+    lm = DiffusionLM(_skeleton(model_config), read_tokenizer(folder), model_config.mask_token_id, str(source))
+    code, *_ = calibration_batches(lm, seed)
+    (states,) = calibrate(lm, [code], timesteps=timesteps, source="forward", seed=seed).parts
+    return Calibration((states[torch.arange(count) * len(states.ids) // count],), timesteps, "forward")
+
+
+def _by_block(tasks: list[_Task]) -> list[list[_Task]]:
+    """The linears of each block."""
+    blocks: dict[int, list[_Task]] = {}
+    for task in tasks:
+        if task.bits is not None and ".layers." in task.name:
+            blocks.setdefault(int(task.name.split(".")[2]), []).append(task)
+    return [blocks[number] for number in sorted(blocks)]
+
+
+def _reader(tasks: list[_Task]) -> Callable[[str], Tensor]:
+    """Reads a tensor by the library's name."""
+    known = {task.name: task for task in tasks}
+
+    def read(name: str) -> Tensor:
+        with open_safetensors(known[name].path) as file:
+            tensor = file.get_tensor(known[name].key)
+        check_finite(tensor, known[name].key, known[name].path)
+        return tensor
+
+    return read
+
+
+def _tasks(folder: Path, model_config: PreTrainedConfig, config: ThermoConfig) -> list[_Task]:
+    """The tensors of a checkpoint, file by file; their names and shapes are those that the model needs."""
+    model = _skeleton(model_config)
     expected = model.state_dict()
     found: dict[str, tuple[Path, list[int], int]] = {}
     for path in weight_files(folder):
@@ -196,9 +273,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise OSError(f"output: could not write {path} ({error}); {kept}") from error
 
 
-def _run(folder: Path, config: ThermoConfig) -> dict[str, Any]:
+def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) -> dict[str, Any]:
     """What the result of a run depends on."""
     run: dict[str, Any] = {"configuration": config.model_dump(mode="json")}
+    if calibration is not None:
+        run["calibration"] = digest(calibration.tensors())
     for path in [folder / "config.json", *weight_files(folder)]:
         about = path.stat()
         with path.open("rb") as file:
