@@ -44,7 +44,7 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(IN_VENV) $(PYTEST) --ignore=tests/test_notebooks.py
+	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/test_notebooks.py
 	$(IN_VENV) $(PYTEST) --nbval --nbval-current-env notebooks/executed
 	$(IN_VENV) $(PYTEST) tests/test_notebooks.py
 

@@ -487,7 +487,7 @@ class TestSaveAndLoad:
 
     def test_a_folder_of_a_full_precision_model_is_refused(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         save_model(tiny, tmp_path / "m")
-        with pytest.raises(ValueError, match="found no thermo_config, expected a folder that save_quantized wrote"):
+        with pytest.raises(ValueError, match="quantization_config: found None, expected an object with quant_method 'thermo'"):
             load_quantized(tmp_path / "m")
 
     def test_a_folder_of_a_quantized_model_is_no_full_precision_model(
@@ -617,22 +617,24 @@ class TestDamagedFolders:
             load_quantized(folder)
 
     @pytest.mark.parametrize(
-        ("thermo_config", "message"),
+        ("changed", "message"),
         [
             ({**BASE, "bit_width": 3}, "bit_width"),
             ({**BASE, "surplus": 1}, "surplus"),
             ({**BASE, "num_time_groups": 7}, "num_time_groups: found 7"),
             ({**BASE, "bit_width": 4}, "missing tensors|unexpected tensors|found shape"),
-            ([], "thermo_config"),
-            (None, "thermo_config"),
+            ({**BASE, "quant_method": "gptq"}, "quantization_config: found .*gptq.*expected .*'thermo'"),
+            ([], "quantization_config: found "),
+            (None, "quantization_config: found None"),
         ],
     )
     def test_a_configuration_that_is_not_the_model_s_is_refused(
-        self, folder: Path, thermo_config: object, message: str
+        self, folder: Path, changed: object, message: str
     ) -> None:
         path = folder / "config.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**content, "thermo_config": thermo_config}), encoding="utf-8")
+        changed = {"quant_method": "thermo", **changed} if changed else changed
+        path.write_text(json.dumps({**content, "quantization_config": changed}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)
 

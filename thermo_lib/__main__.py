@@ -137,7 +137,7 @@ def _read_fields(command: str, words: Sequence[str], allowed: Sequence[str]) -> 
 
 
 def _is_quantized(name: str) -> bool:
-    return "thermo_config" in read_object(model_folder(name) / "config.json")
+    return "quantization_config" in read_object(model_folder(name) / "config.json")
 
 
 def _load(name: str, dtype: str) -> DiffusionLM:

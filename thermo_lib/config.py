@@ -1,8 +1,9 @@
 """Configuration of a quantized model; every default comes from ``params.yaml``."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from thermo_lib.params import default
 from thermo_lib.time_aware import TimeGroups
@@ -20,8 +21,8 @@ def _from_params(key: str, **limits: Any) -> Any:
     return Field(default_factory=lambda: default(f"quant.{key}"), validate_default=True, **limits)
 
 
-class ThermoConfig(BaseModel):
-    """How to quantize a diffusion language model.
+class ThermoConfig(BaseModel, QuantizationConfigMixin):
+    """How to quantize a diffusion language model; also a ``quantization_config`` of ``transformers``.
 
     Attributes:
         bit_width: bits of a weight code: 2, 4 or 8.
@@ -70,6 +71,7 @@ class ThermoConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    quant_method: ClassVar[str] = "thermo"
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
@@ -140,6 +142,23 @@ class ThermoConfig(BaseModel):
                 found = f"found {getattr(self, name)!r}, allowed are {allowed} with quantizer='trellis'"
                 raise ValueError(f"{name}: {found}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as ``config.json`` holds them, with ``quant_method``."""
+        return {"quant_method": self.quant_method, **self.model_dump(mode="json")}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The inverse of ``to_dict``; other arguments are given back, if asked for.
+
+        Raises:
+            ValueError: another method, or a wrong field.
+        """
+        if not isinstance(config_dict, dict) or config_dict.get("quant_method") != cls.quant_method:
+            expected = f"expected an object with quant_method {cls.quant_method!r}"
+            raise ValueError(f"quantization_config: found {config_dict!r:.80}, {expected}")
+        config = cls(**{name: value for name, value in config_dict.items() if name != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
+
     @property
     def time_groups(self) -> TimeGroups:
         """The time groups."""
@@ -156,11 +175,15 @@ class ThermoConfig(BaseModel):
         return self.smoothing_method if self.enable_boundary_smoothing else None
 
     @property
+    def has_static_ranges(self) -> bool:
+        """Whether ranges of activations are stored."""
+        return self.activation_bits < 16 and self.activation_ranges == "static"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any part of this configuration is fitted on calibration states."""
-        static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
         trained = self.reconstruction != "none" or self.transitions != "none"
-        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or static_activations or trained
+        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or self.has_static_ranges or trained
 
     @property
     def precision(self) -> str:

@@ -24,13 +24,12 @@ _BATCH = 64  # states of a batch at most, as in ``run_states``
 
 def check_layerwise(config: ThermoConfig) -> None:
     """Raise ValueError unless a configuration needs nothing but the inputs of one linear after another."""
-    static = config.activation_bits < 16 and config.activation_ranges == "static"
     for name, wrong, allowed in (
         ("hessian", config.hessian != "uniform", "uniform"),
         ("average_bits", config.average_bits is not None, "None"),
         ("reconstruction", config.reconstruction != "none", "none"),
         ("transitions", config.transitions != "none", "none"),
-        ("activation_ranges", static, "dynamic, or 16 activation bits"),
+        ("activation_ranges", config.has_static_ranges, "dynamic, or 16 activation bits"),
     ):
         if wrong:
             found = f"found {getattr(config, name)!r}, allowed block by block is {allowed}"

@@ -6,7 +6,6 @@ give it.
 """
 
 import copy
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, tensor_name
+from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, read_object, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
@@ -168,6 +167,13 @@ def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], 
         layer.activation_row = row_of_step
 
 
+def install_dynamic_ranges(lm: QuantizedLM) -> None:
+    """Quantize the inputs of all quantized linears in ranges of each token, if the configuration says so."""
+    if lm.config.activation_bits < 16 and not lm.config.has_static_ranges:
+        for layer in lm.quantized_layers().values():
+            _install_activations(layer, [], lm.config)
+
+
 def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_points: bool) -> list[TimeGroupParams]:
     """One entry a timestep, as the layer uses it.
 
@@ -249,20 +255,15 @@ def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> 
     return {"packed": pack(found.codes, bits), **parameters}
 
 
-def _code_tables(lm: QuantizedLM) -> None:
+def code_tables(lm: QuantizedLM) -> None:
     """Put codes in the place of embeddings and head, if the configuration says so."""
-    if lm.config.embedding_bits == 16:
-        return
-    for name in TABLES:
-        if name == "lm_head" and lm.model.config.tie_word_embeddings:
-            continue
+    for name in coded_tables(lm.model, lm.config):
         weight = lm.model.get_submodule(name).weight.detach()
-        _install_table(lm, name, coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits))
+        stored = coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits)
+        _install_table(lm, name, stored, lm.model.model.norm.weight.dtype)
 
 
-def _install_table(
-    lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype = torch.float32
-) -> None:
+def _install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
     how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size}
     rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
@@ -386,9 +387,7 @@ def _quantize_sequentially(
     column_bits = _column_bits(lm, calibration, counted)
     stream = BlockStream(reference, lm, calibration)
     _go_on(lm, snapshot)
-    if config.activation_ranges == "dynamic":
-        for layer in lm.quantized_layers().values():
-            _install_activations(layer, [], config)
+    install_dynamic_ranges(lm)
     for site in tqdm(
         shared_inputs(reference, names), desc=f"sequential {config.precision}", disable=not progress, leave=False
     ):
@@ -613,7 +612,7 @@ def quantize(
         quantized = reconstruct_blocks(quantized, lm, calibration, **how)
     if config.transitions != "none":
         quantized = optimize_transitions(quantized, lm, calibration, what=config.transitions, **how)
-    _code_tables(quantized)
+    code_tables(quantized)
     return quantized
 
 
@@ -1041,6 +1040,23 @@ def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
     return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
 
 
+def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
+    """All that is stored of a quantized model, by the library's names."""
+    layers = lm.quantized_layers()
+    coded = TABLES if lm.config.embedding_bits < 16 else ()
+    inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
+    tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
+    for name, layer in layers.items():
+        tensors |= stored_tensors(lm, name)
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias
+    for name in coded_tables(lm.model, lm.config):
+        table = lm.model.get_submodule(name)
+        values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
+        tensors |= named(name, values)
+    return tensors | _group_tensors("activation", lm.activation_params, lm.config)
+
+
 def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
 
@@ -1048,23 +1064,11 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """
 
     def write(target: Path) -> None:
-        layers = lm.quantized_layers()
-        coded = TABLES if lm.config.embedding_bits < 16 else ()
-        inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
-        tables = {n: lm.model.get_submodule(n) for n in (coded[:1] if lm.model.config.tie_word_embeddings else coded)}
-        tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
-        for name, layer in layers.items():
-            tensors |= stored_tensors(lm, name)
-            if layer.bias is not None:
-                tensors[f"{name}.bias"] = layer.bias
-        for name, table in tables.items():
-            values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
-            tensors |= named(name, values)
-        tensors |= _group_tensors("activation", lm.activation_params, lm.config)
+        tensors = model_tensors(lm)
         stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
-        (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
+        (target / "config.json").write_text(config_json(lm.model.config, quantization_config=lm.config.to_dict()))
         save_tokenizer(lm.tokenizer, lm.chat_template, target)
 
     write_folder(Path(folder), write)
@@ -1082,10 +1086,10 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     """
     folder = model_folder(str(path))
     config = read_config(folder)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(content.get("thermo_config"), dict):
-        raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
-    thermo = ThermoConfig(**content["thermo_config"])
+    try:
+        thermo = ThermoConfig.from_dict(read_object(folder / "config.json").get("quantization_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
     found = read_tensors(folder)
     with torch.device("meta"):
         model = build_model(config)
@@ -1097,29 +1101,69 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
         thermo,
         chat_template=read_chat_template(folder),
     )
+    tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
+    install(lm, tensors, folder, dtype)
+    fill(model, tensors, dtype)
+    return lm
 
-    names = linear_names(model)
-    static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
-    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if static else {})
-    tables = TABLES[: 1 if config.tie_word_embeddings else 2] if thermo.embedding_bits < 16 else ()
+
+def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
+    """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
+    if config.embedding_bits == 16:
+        return ()
+    return TABLES[:1] if model.config.tie_word_embeddings else TABLES
+
+
+def expected_tensors(
+    model: MaskPredictor, thermo: ThermoConfig, found: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """What is stored of a quantized model.
+
+    Args:
+        model: the model, not quantized.
+        thermo: how it was quantized.
+        found: stored tensors by the checkpoint's names; of a trellis the sizes depend on ``packed_column_bits``.
+        folder: for errors.
+
+    Returns:
+        The library's name to a tensor of the right shape, on the meta device.
+    """
+    names, tables = linear_names(model), coded_tables(model, thermo)
     coded = {*names, *(TABLES if tables else ())}
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
     for name in tables:
-        expected |= _expected_codes(name, config.vocab_size, config.hidden_size, thermo, thermo.embedding_bits)
+        sizes = model.config.vocab_size, model.config.hidden_size
+        expected |= _expected_codes(name, *sizes, thermo, thermo.embedding_bits)
     for name in names:
-        expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
+        expected |= _expected_tensors(name, model.get_submodule(name), thermo, thermo.has_static_ranges)
         if thermo.quantizer == "trellis":
-            expected |= _expected_streams(name, model.get_submodule(name), config, found, folder)
-    tensors = take_expected(found, config, expected, folder)
-    for name in names:
-        linear, named = model.get_submodule(name), tensor_name(config, name)
+            expected |= _expected_streams(name, model.get_submodule(name), model.config, found, folder)
+    return expected
+
+
+def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Put what is stored of quantized linears and tables into a model that isn't quantized yet.
+
+    Args:
+        lm: the model, with the configuration.
+        tensors: by the library's name; those that are installed are taken out.
+        folder: for errors.
+        dtype: of what isn't quantized, and of the computation.
+
+    Raises:
+        ValueError: codes of another type, or a scale that isn't positive.
+    """
+    config, thermo = lm.model.config, lm.config
+    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
+    for name in linear_names(lm.model):
+        linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
         for kind, layers in kinds.items():
             ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             scales = values["scale"]
             if (scales <= 0).any():
                 smallest = f"found {scales.min().item():.3g}, allowed is above 0"
-                raise ValueError(f"{folder}: tensor {named}.{kind}_scale: {smallest}")
+                raise ValueError(f"{folder}: tensor {stored_name}.{kind}_scale: {smallest}")
             zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
@@ -1128,17 +1172,15 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
         stored = {key: tensors.pop(f"{name}.{key}") for key in _layer_type(thermo).STORED}
         for key, tensor in stored.items():
             if tensor.dtype != torch.uint8:
-                raise ValueError(f"{folder}: tensor {named}.{key}: found {tensor.dtype}, expected torch.uint8")
+                raise ValueError(f"{folder}: tensor {stored_name}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         _install(lm, name, stored)
         if thermo.activation_bits < 16:
-            _install_activations(model.get_submodule(name), lm.activation_params.get(name, []), thermo)
-    for name in tables:
+            _install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
+    for name in coded_tables(lm.model, thermo):
         keys = ("packed", "weight_scale", "weight_zero_point")
         _install_table(lm, name, {key: tensors.pop(f"{name}.{key}") for key in keys}, dtype)
-    fill(model, tensors, dtype)
-    return lm
 
 
 def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def quantize_checkpoint(
             bar.update(sum(task.size for task in shard))
     total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
     write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    text = config_json(model_config, thermo_config=config.model_dump(mode="json"))
+    text = config_json(model_config, quantization_config=config.to_dict())
     (partial / "config.json").write_text(text, encoding="utf-8")
     save_tokenizer(tokenizer, chat_template, partial)
     (partial / STATES_NAME).unlink(missing_ok=True)
