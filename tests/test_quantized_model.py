@@ -487,7 +487,7 @@ class TestSaveAndLoad:
 
     def test_a_folder_of_a_full_precision_model_is_refused(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         save_model(tiny, tmp_path / "m")
-        with pytest.raises(ValueError, match="quantization_config: found None, expected an object with quant_method 'thermo'"):
+        with pytest.raises(ValueError, match="quantization_config: found None, expected an object"):
             load_quantized(tmp_path / "m")
 
     def test_a_folder_of_a_quantized_model_is_no_full_precision_model(

@@ -146,6 +146,7 @@ class TestResult:
 
     def test_a_tied_head_shares_the_codes(self, write: Callable[..., Path], tmp_path: Path) -> None:
         source = write(DREAM, tie_word_embeddings=True)
+        quantize_checkpoint(source, tmp_path / "copy", configured(embedding_bits=8))
         head = shard_of(source, "lm_head.weight")
         tensors = load_file(head)
         del tensors["lm_head.weight"]
@@ -153,6 +154,7 @@ class TestResult:
         quantize_checkpoint(source, tmp_path / "streamed", configured(embedding_bits=8))
         model = load_quantized(tmp_path / "streamed").model
         assert model.lm_head.packed is model.model.embed_tokens.packed
+        assert files(tmp_path / "copy") == files(tmp_path / "streamed"), "a copy of the tied head is left out"
 
     def test_shards_hold_what_their_index_says(self, write: Callable[..., Path], tmp_path: Path) -> None:
         quantize_checkpoint(write(), tmp_path / "streamed", configured())

@@ -104,6 +104,9 @@ class ThermoQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
+        if not isinstance(model, MaskPredictor):
+            supported = ", ".join(architecture.model.__name__ for architecture in ARCHITECTURES.values())
+            raise ValueError(f"model: found {type(model).__name__}, supported are {supported}")
         self.lm = QuantizedLM(
             model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
         )

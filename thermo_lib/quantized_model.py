@@ -21,7 +21,16 @@ from thermo_lib.architectures import MaskPredictor, build_model, config_json, re
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, fill, model_folder, read_tensors, take_expected, write_folder
+from thermo_lib.models import (
+    HEAD,
+    WEIGHTS_NAME,
+    DiffusionLM,
+    fill,
+    model_folder,
+    read_tensors,
+    take_expected,
+    write_folder,
+)
 from thermo_lib.params import default
 from thermo_lib.quant import (
     QuantizedEmbedding,
@@ -1046,6 +1055,8 @@ def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
     coded = TABLES if lm.config.embedding_bits < 16 else ()
     inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
     tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
+    if lm.model.config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
     for name, layer in layers.items():
         tensors |= stored_tensors(lm, name)
         if layer.bias is not None:

@@ -23,6 +23,7 @@ from thermo_lib.calibration import Calibration, calibrate, calibration_batches
 from thermo_lib.config import ThermoConfig
 from thermo_lib.layerwise import check_layerwise, coded_blocks
 from thermo_lib.models import (
+    HEAD,
     INDEX_NAME,
     DiffusionLM,
     check_finite,
@@ -209,6 +210,8 @@ def _tasks(folder: Path, model_config: PreTrainedConfig, config: ThermoConfig) -
     tasks = []
     for key, (path, shape, itemsize) in found.items():
         name, count = names[key], 1
+        if name == HEAD and model_config.tie_word_embeddings:
+            continue  # a copy of the embeddings, whatever it holds
         for length in shape:
             count *= length
         bits = config.bit_width if name in linears else config.embedding_bits if name in tables else None
