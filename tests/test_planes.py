@@ -52,16 +52,17 @@ def test_plane_weight_is_the_weight_with_its_columns_in_plane_order(
 ) -> None:
     layer = layer_of(rows, groups, bits, seed=seed)
     layer.scale = torch.rand(layer.scale.shape, generator=torch.Generator().manual_seed(seed)).half()
-    found = planes.plane_weight(layer.packed, layer.scale[0], layer.zero_point[0], bits, dtype)
-    assert found.equal(planes.plane_order(layer.weight().to(dtype), bits))
+    found = torch.empty((rows, 8 // bits, groups, 2 * bits), dtype=dtype)  # 16 weights have as many bytes
+    planes.plane_weight(layer.packed, layer.scale[0].float(), layer.zero_point[0].float(), bits, found)
+    assert found.flatten(1).equal(planes.plane_order(layer.weight().to(dtype), bits))
 
 
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
-@pytest.mark.parametrize("block", [1, 100, 2**21])
+@pytest.mark.parametrize("rows", [1, 3, 512])
 def test_linear_is_the_product_with_the_dequantized_weight(
-    bits: int, block: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planes, "_BLOCK", block)
+    monkeypatch.setattr(planes, "_NUMBERS", rows * 48)
     layer, x = layer_of(11, 3, bits), whole_numbers(2, 5, 48)
     assert layer(x).equal(F.linear(x.double(), layer.weight().double()).to(torch.bfloat16))
 
@@ -84,19 +85,17 @@ def test_bias_is_added() -> None:
 
 
 def test_only_a_block_of_the_weight_is_ever_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planes, "_BLOCK", 64)
+    monkeypatch.setattr(planes, "_NUMBERS", 3 * 32)
     sizes = []
 
-    def recorded(*arguments: object) -> Tensor:
-        weight = whole(*arguments)
-        sizes.append(weight.numel())
-        return weight
+    def recorded(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+        plane_weight(packed, scale, zero_point, bits, out)
+        sizes.append(out.numel())
 
-    whole = planes.plane_weight
+    plane_weight = planes.plane_weight
     monkeypatch.setattr(planes, "plane_weight", recorded)
     layer_of(11, 2, 2)(whole_numbers(3, 32))
-    assert sum(sizes) == 11 * 32
-    assert max(sizes) <= 64
+    assert sizes == [3 * 32, 3 * 32, 3 * 32, 2 * 32]
 
 
 @pytest.mark.parametrize(("in_features", "group_size"), [(40, 16), (30, 6)])

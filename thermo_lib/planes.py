@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_BLOCK = 2**21  # weights that are dequantized at a time on a CPU
-_BLOCK_ON_GPU = 2**26  # there a launch costs more than a trip to memory
-
-PlaneWeight = Callable[[Tensor, Tensor, Tensor, int, torch.dtype], Tensor]
+_ROWS = 512  # of a weight that are dequantized at a time on a CPU
+_NUMBERS = 2**21  # the same uncompiled, which goes over them several times
+_ROWS_ON_GPU = 2**14  # there a launch costs more than a trip to memory
 
 
 def fits(in_features: int, bits: int, group_size: int) -> bool:
@@ -34,40 +33,34 @@ def plane_order(x: Tensor, bits: int) -> Tensor:
     return x.unflatten(-1, (-1, 8 // bits)).transpose(-1, -2).flatten(-2)
 
 
-def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
     """``(codes - zero_point) * scale`` of some rows, computed in float32, columns in ``plane_order``.
 
     Args:
         packed: uint8 ``(rows, in_features * bits / 8)``.
-        scale, zero_point: ``(rows, groups)``.
+        scale, zero_point: float32 ``(rows, groups)``.
         bits: of a code.
-        dtype: of the result.
-
-    Returns:
-        ``(rows, in_features)``.
+        out: takes the result, ``(rows, 8 / bits, groups, bytes of a group)``.
     """
-    grouped = packed.unflatten(1, (scale.shape[1], -1))
-    rows, groups, width = grouped.shape
-    planes = torch.empty((rows, 8 // bits, groups, width), device=packed.device)
+    grouped = packed.view(len(packed), scale.shape[1], -1)
+    planes = torch.empty(out.shape, device=out.device)
     for plane in range(8 // bits):
         planes[:, plane] = (grouped >> plane * bits) & (2**bits - 1)
-    planes -= zero_point.float()[:, None, :, None]
-    planes *= scale.float()[:, None, :, None]
-    return planes.to(dtype).flatten(1)
-
-
-def _plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
-    """``plane_weight`` as one expression, which a compiler fuses into one loop."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    grouped = packed.unflatten(1, (scale.shape[1], -1))[:, None]
-    codes = (grouped >> shifts[:, None, None]) & (2**bits - 1)
-    weight = (codes.float() - zero_point.float()[:, None, :, None]) * scale.float()[:, None, :, None]
-    return weight.to(dtype).flatten(1)
+    planes -= zero_point[:, None, :, None]
+    planes *= scale[:, None, :, None]
+    out.copy_(planes)
 
 
 @functools.cache
-def _compiled() -> PlaneWeight:
-    return torch.compile(_plane_weight, dynamic=True)  # on demand: this alone takes seconds
+def _compiled(bits: int, width: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """``plane_weight`` for groups of ``width`` bytes as one loop; with the width known it fills vector registers."""
+
+    def fused(packed: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor) -> None:
+        shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+        codes = (packed.view(len(packed), 1, -1, width) >> shifts[:, None, None]) & (2**bits - 1)
+        out.copy_((codes.float() - zero_point[:, None, :, None]) * scale[:, None, :, None])
+
+    return torch.compile(fused, dynamic=True)  # on demand: this alone takes seconds
 
 
 def linear(
@@ -77,18 +70,26 @@ def linear(
 
     Args:
         x: bfloat16 or float16 ``(..., in_features)``.
-        packed, scale, zero_point: the weight's, see ``plane_weight``; its columns and groups ``fits``.
+        packed: the weight's codes, uint8 ``(out_features, in_features * bits / 8)``.
+        scale, zero_point: ``(out_features, groups)``, so that it ``fits``.
         bits: of a code.
         compiled: dequantize in a fused loop that ``torch.compile`` makes on first use.
 
     Returns:
         ``(..., out_features)``.
     """
-    dequantize = _compiled() if compiled else plane_weight
+    groups = scale.shape[1]
+    width = packed.shape[1] // groups
+    dequantize = _compiled(bits, width) if compiled else functools.partial(plane_weight, bits=bits)
     x = plane_order(x, bits)
-    rows = max(1, (_BLOCK_ON_GPU if x.is_cuda else _BLOCK) // x.shape[-1])
-    blocks = zip(packed.split(rows), scale.split(rows), zero_point.split(rows), strict=True)
-    products = [F.linear(x, dequantize(*block, bits, x.dtype)) for block in blocks]
+    most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
+    rows = max(1, min(most, len(packed)))
+    weight = torch.empty((rows, 8 // bits, groups, width), dtype=x.dtype, device=x.device)
+    products = []
+    for codes, *parameters in zip(packed.split(rows), scale.split(rows), zero_point.split(rows), strict=True):
+        dense = weight[: len(codes)]
+        dequantize(codes, *(parameter.float() for parameter in parameters), out=dense)
+        products.append(F.linear(x, dense.flatten(1)))
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
@@ -104,9 +105,9 @@ def compile_linears(model: nn.Module) -> None:
     if not layers:
         raise ValueError("compile: found no quantized linears, expected a quantized model")
     device = layers[0].packed.device
-    example = torch.zeros((2, 32), dtype=torch.uint8, device=device), *torch.ones((2, 2, 2), device=device)
+    packed, parameters = torch.zeros((2, 32), dtype=torch.uint8, device=device), torch.ones((2, 2, 2), device=device)
     try:
-        _compiled()(*example, 2, torch.bfloat16)
+        _compiled(2, 16)(packed, *parameters, torch.empty((2, 4, 2, 16), device=device))
     except RuntimeError as error:
         raise ValueError(f"compile: found no working compiler for device {device} ({error})") from error
     for layer in layers:
