@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from distributed import Client, LocalCluster
 from layouts import BOTH, DREAM, DREAM_7B, LLADA_8B, Layout, stored
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -422,3 +423,86 @@ class TestBadSource:
         with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle, convert it"):
             quantize_checkpoint(source, output, configured())
         assert files(output) == {"config.json": b"earlier"}
+
+
+@pytest.fixture(scope="class")
+def cluster() -> Iterator[LocalCluster]:
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        yield cluster
+
+
+class TestCluster:
+    """The same files from several processes."""
+
+    def test_the_files_are_those_of_one_process(
+        self, cluster: LocalCluster, write: Callable[..., Path], tmp_path: Path, output: Path
+    ) -> None:
+        source, config = write(), configured(embedding_bits=8)
+        quantize_checkpoint(source, tmp_path / "alone", config)
+        with Client(cluster) as client:
+            quantize_checkpoint(source, output, config, client=client)
+        assert files(output) == files(tmp_path / "alone")
+        assert not unfinished(output).exists()
+
+    def test_a_killed_worker_costs_time_only(
+        self,
+        cluster: LocalCluster,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The first worker that begins the second shard dies in the middle of it, with half a file written."""
+        source, config = write(), configured()
+        quantize_checkpoint(source, tmp_path / "alone", config)
+        monkeypatch.setattr(streaming, "_write_shard", KillsOnce(tmp_path / "killed"))
+        with Client(cluster) as client:
+            quantize_checkpoint(source, output, config, client=client)
+        assert (tmp_path / "killed").exists()
+        assert files(output) == files(tmp_path / "alone")
+
+    def test_a_shard_that_kills_every_worker_is_an_error(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, config = write(), configured()
+        with monkeypatch.context() as patch, Client(cluster) as client:
+            patch.setattr(streaming, "_write_shard", KillsOnce(None))
+            with pytest.raises(OSError, match="scheduler: every worker that tried a shard was lost"):
+                quantize_checkpoint(source, output, config, client=client)
+        assert files(output) == {"config.json": b"earlier"}
+        quantize_checkpoint(source, output, config)  # goes on alone
+
+    def test_an_error_of_a_worker_is_the_callers(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path
+    ) -> None:
+        source = write()
+        path = shard_of(source, "model.norm.weight")
+        tensors = load_file(path)
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, path)
+        with Client(cluster) as client, pytest.raises(ValueError, match=r"model\.norm\.weight: found NaN or infinity"):
+            quantize_checkpoint(source, output, configured(), client=client)
+
+    def test_with_calibration_it_is_refused(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path
+    ) -> None:
+        source = write()
+        with Client(cluster) as client, pytest.raises(ValueError, match="client: found one, allowed is None"):
+            quantize_checkpoint(
+                source, output, configured(quantizer="gptq", timesteps=8), states_of(source), client=client
+            )
+
+
+class KillsOnce:
+    """``_write_shard``, but the process dies at the second shard: the first time, or always if there is no marker."""
+
+    def __init__(self, marker: Path | None):
+        self.marker, self.write_shard = marker, streaming._write_shard
+
+    def __call__(self, path: Path, *arguments: Any) -> None:
+        if path.name.startswith("model-00002") and not (self.marker and self.marker.exists()):
+            if self.marker:
+                self.marker.touch()
+            path.with_suffix(".half.tmp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.write_shard(path, *arguments)

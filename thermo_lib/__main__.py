@@ -1,4 +1,4 @@
-"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``benchmark``, ``study``, ``point``.
+"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``lm-eval``, ``benchmark``, ...
 
 ``quantize`` writes a quantized folder, which ``generate`` and ``evaluate`` take as well as a full-precision one.
 ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
@@ -7,10 +7,10 @@
 """
 
 import argparse
-import itertools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ import yaml
 from tqdm import tqdm
 
 from thermo_lib import report
-from thermo_lib.architectures import read_object
 from thermo_lib.calibration import calibrate
 from thermo_lib.config import ThermoConfig
 from thermo_lib.diffusion import SAMPLERS, generate
@@ -36,10 +35,10 @@ from thermo_lib.evaluation import (
     summarize,
 )
 from thermo_lib.layerwise import check_layerwise
-from thermo_lib.models import DiffusionLM, load_model, model_folder, weight_files
+from thermo_lib.models import load_model, weight_files
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
-from thermo_lib.quantized_model import load_quantized, quantize, resmooth, save_quantized
+from thermo_lib.quantized_model import is_quantized, load_any, quantize, resmooth, save_quantized
 from thermo_lib.streaming import calibration_states, quantize_checkpoint
 from thermo_lib.study import COLUMNS, Grid, configuration, point, slices, summary
 from thermo_lib.time_aware import METHODS, WINDOWED
@@ -63,6 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STATES",
         help="calibrate block by block in little memory, on so many states of the forward process (the model as a "
         "whole, on its own trajectories)",
+    )
+    writer.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a dask cluster, e.g. tcp://host:8786, or 'local' for one of processes",
     )
     without_data = " ".join(f"{name}={value}" for name, value in _WITHOUT_DATA.items())
     writer.add_argument("fields", **some_fields, help=f"of ThermoConfig ({without_data}, else as in params.yaml)")
@@ -120,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
 
+    harness = commands.add_parser(
+        "lm-eval", help="lm_eval's own command line, with the model 'thermo' (what follows goes to it)", add_help=False
+    )
+    harness.add_argument("arguments", nargs=argparse.REMAINDER)
+
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
     return parser
@@ -136,21 +145,35 @@ def _read_fields(command: str, words: Sequence[str], allowed: Sequence[str]) -> 
     return fields
 
 
-def _is_quantized(name: str) -> bool:
-    return "quantization_config" in read_object(model_folder(name) / "config.json")
+@contextmanager
+def cluster_client(address: str) -> Iterator[Any]:
+    """A client of the ``dask.distributed`` cluster at an address, or of a local one with a process for each core.
 
+    Raises:
+        OSError: no scheduler answers there.
+    """
+    from distributed import Client, LocalCluster
 
-def _load(name: str, dtype: str) -> DiffusionLM:
-    """A model, full precision or quantized."""
-    load = load_quantized if _is_quantized(name) else load_model
-    return load(name, dtype=getattr(torch, dtype))
+    if address == "local":
+        with LocalCluster(threads_per_worker=1) as cluster, Client(cluster) as client:
+            yield client
+    else:
+        try:
+            client = Client(address, timeout="10s")
+        except (ValueError, OSError) as error:
+            raise OSError(f"scheduler: found no dask scheduler at {address!r} ({error})") from error
+        with client:
+            yield client
 
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
     config = ThermoConfig(**_WITHOUT_DATA | _read_fields("quantize", arguments.fields, list(ThermoConfig.model_fields)))
-    if _is_quantized(arguments.model):
+    if is_quantized(arguments.model):
         raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
+    if arguments.scheduler is not None and config.needs_calibration:
+        found = f"found {arguments.scheduler!r} with quantizer={config.quantizer!r}"
+        raise ValueError(f"scheduler: {found}, allowed is a quantizer without calibration")
     start = time.perf_counter()
     if arguments.layerwise is not None:
         if not config.needs_calibration:
@@ -163,6 +186,10 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         lm = load_model(arguments.model)
         calibration = calibrate(lm, timesteps=config.timesteps)
         save_quantized(quantize(lm, config, calibration, progress=True), arguments.output)
+    elif arguments.scheduler is not None:
+        with cluster_client(arguments.scheduler) as client:
+            print(f"dashboard: {client.dashboard_link}")
+            quantize_checkpoint(arguments.model, arguments.output, config, client=client, progress=True)
     else:
         quantize_checkpoint(arguments.model, arguments.output, config, progress=True)
     size = sum(path.stat().st_size for path in weight_files(arguments.output))
@@ -173,7 +200,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Print a model's continuation of a text, up to the first special token."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
-    lm = _load(arguments.model, arguments.dtype)
+    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
     filled = generate(
@@ -189,20 +216,18 @@ def run_generate(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         progress="generate",
     )
-    special = {number for number, token in lm.tokenizer.get_added_tokens_decoder().items() if token.special}
-    answer = itertools.takewhile(lambda token: token not in special, filled[0, len(prompt) :].tolist())
-    print(lm.tokenizer.decode(list(answer)))
+    print(lm.decode(filled[0, len(prompt) :]))
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
     """Print a model's scores on the project's held-out code, against the full-precision model's trajectories."""
-    quantized = _is_quantized(arguments.model)
+    quantized = is_quantized(arguments.model)
     if quantized and arguments.reference is None:
         raise ValueError(
             "reference: found none, expected the full-precision model that the quantized one was made from"
         )
     reproducible()
-    lm = _load(arguments.model, arguments.dtype)
+    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
     reference = (
         lm if arguments.reference is None else load_model(arguments.reference, dtype=getattr(torch, arguments.dtype))
     )
@@ -273,6 +298,16 @@ def run_point(arguments: argparse.Namespace) -> None:
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
 
 
+def run_harness(arguments: Sequence[str]) -> None:
+    """Hand over to ``lm_eval``, once it knows the model ``thermo``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from thermo_lib import harness  # noqa: F401 - registers the model
+
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()
+
+
 _RUN = {
     "quantize": run_quantize,
     "generate": run_generate,
@@ -286,8 +321,12 @@ _RUN = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     transformers.logging.set_verbosity_error()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(argv)
+        if words[:1] == ["lm-eval"]:  # its own options are none of ours
+            run_harness(words[1:])
+            return 0
+        arguments = _parser().parse_args(words)
         if arguments.command == "tidy":
             tidy(arguments.notebook)
         else:

@@ -3,6 +3,7 @@
 Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
@@ -70,6 +71,11 @@ class DiffusionLM:
             raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
+    def decode(self, ids: Tensor) -> str:
+        """Text of token ids ``(length,)``, up to the first special token."""
+        special = {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in special, ids.tolist())))
+
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Tell every time-aware layer which denoising step comes next.
 
@@ -92,11 +98,13 @@ class DiffusionLM:
             at: bool ``(batch, length)``, True at ``n`` positions.
 
         Returns:
-            ``(n, vocabulary)`` in row-major order of ``at``.
+            ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
+            model's.
         """
-        logits = self.model.lm_head(self.model.hidden(ids)[at])
+        device = self.model.device
+        logits = self.model.lm_head(self.model.hidden(ids.to(device))[at.to(device)])
         logits[:, self.mask_token_id] = NO_PROBABILITY
-        return logits
+        return logits.to(ids.device)
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:

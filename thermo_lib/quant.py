@@ -376,7 +376,7 @@ def _refit(
     start = torch.cat([scale, -scale * old_zero.double()], -1)
     # A trace of ridge keeps the system solvable where the data leaves a parameter undecided.
     strength = max(ridge, 1e-12) * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
-    theta = torch.linalg.solve(A + torch.diag_embed(strength.expand(-1, 2 * groups)), b + strength * start)
+    theta = _solve(A + torch.diag_embed(strength.expand(-1, 2 * groups)), b + strength * start)
     new_scale, offset = theta[:, :groups], theta[:, groups:]
     usable = new_scale > SMALLEST_SCALE
     new_zero = torch.where(usable, -offset / new_scale, old_zero.double())
@@ -391,6 +391,21 @@ def _refit(
 
     better = (error(stored_scale, stored_zero) <= error(old_scale, old_zero))[:, None]
     return torch.where(better, stored_scale, old_scale), torch.where(better, stored_zero, old_zero)
+
+
+_SAFE = 64  # unknowns that torch solves on several threads here
+
+
+def _solve(A: Tensor, b: Tensor) -> Tensor:
+    """``torch.linalg.solve``; large systems on one thread: on more, torch 2.13's float64 LU fails on them, or hangs."""
+    if A.shape[-1] <= _SAFE:
+        return torch.linalg.solve(A, b)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return torch.linalg.solve(A, b)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:

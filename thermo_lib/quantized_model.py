@@ -26,6 +26,7 @@ from thermo_lib.models import (
     WEIGHTS_NAME,
     DiffusionLM,
     fill,
+    load_model,
     model_folder,
     read_tensors,
     take_expected,
@@ -1116,6 +1117,17 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     install(lm, tensors, folder, dtype)
     fill(model, tensors, dtype)
     return lm
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a model is quantized, by its ``config.json``."""
+    return "quantization_config" in read_object(model_folder(name) / "config.json")
+
+
+def load_any(name: str, *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """A model, full precision or quantized; raises what ``load_model`` and ``load_quantized`` raise."""
+    load = load_quantized if is_quantized(name) else load_model
+    return load(name, dtype=dtype)
 
 
 def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:

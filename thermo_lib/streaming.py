@@ -6,10 +6,11 @@ in shards again. A run that was stopped goes on after the last complete shard.
 
 import hashlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -40,8 +41,12 @@ from thermo_lib.report import write_json
 from thermo_lib.snapshots import Snapshot, digest
 from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 
+if TYPE_CHECKING:
+    from distributed import Client
+
 RUN_NAME = "run.json"
 STATES_NAME = "states.safetensors"
+_KEPT = "complete shards are kept, the same call goes on after them"
 _SHARD_BYTES = 2**29  # of a shard before it is full
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
 
@@ -73,6 +78,7 @@ def quantize_checkpoint(
     config: ThermoConfig,
     calibration: Calibration | None = None,
     *,
+    client: "Client | None" = None,
     progress: bool = False,
 ) -> None:
     """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
@@ -86,12 +92,14 @@ def quantize_checkpoint(
         config: how to quantize; with calibration, what ``layerwise.check_layerwise`` allows.
         calibration: states for ``gptq``, ``trellis`` and time groups, e.g. by the forward process, see
             ``calibration_states``.
+        client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
+            and output under the same paths. A worker that is lost costs time only.
         progress: show a bar.
 
     Raises:
         ValueError: a configuration that needs calibration and there is none, or that needs the whole model; a damaged
             source, or an unfinished run of another source, configuration or calibration.
-        OSError: no space left, or no right to write.
+        OSError: no space left, no right to write, or every worker that tried a shard was lost.
     """
     if config.needs_calibration:
         check_layerwise(config)
@@ -100,7 +108,9 @@ def quantize_checkpoint(
                 f"calibration: found None, required by quantizer={config.quantizer!r}, "
                 f"num_time_groups={config.num_time_groups}; without it use rtn or least_squares and one time group"
             )
-    folder, output = model_folder(str(source)), Path(output)
+        if client is not None:
+            raise ValueError(f"client: found one, allowed is None with quantizer={config.quantizer!r}, block by block")
+    folder, output = model_folder(str(source)).absolute(), Path(output)
     model_config = read_config(folder)
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
@@ -124,20 +134,19 @@ def quantize_checkpoint(
                 bar.refresh()
                 if not paths[number].is_file():
                     _write(paths[number], {tensor_name(model_config, name): t for name, t in tensors.items()})
-        bar.n = 0
-        for shard, path in zip(shards, paths, strict=True):
-            if not path.is_file():
-                _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config).items()})
-            with open_safetensors(path) as file:
-                weight_map |= dict.fromkeys(file.keys(), path.name)
-            bar.update(sum(task.size for task in shard))
+        bar.reset()
+        for number in _written(shards, paths, model_config, config, client):
+            bar.update(sum(task.size for task in shards[number]))
+    for path in paths:
+        with open_safetensors(path) as file:
+            weight_map |= dict.fromkeys(file.keys(), path.name)
     total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
     write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     text = config_json(model_config, quantization_config=config.to_dict())
     (partial / "config.json").write_text(text, encoding="utf-8")
     save_tokenizer(tokenizer, chat_template, partial)
-    (partial / STATES_NAME).unlink(missing_ok=True)
-    (partial / RUN_NAME).unlink()
+    for leftover in [partial / STATES_NAME, *partial.glob("*.tmp"), partial / RUN_NAME]:
+        leftover.unlink(missing_ok=True)
     replace_folder(output, partial)
 
 
@@ -265,15 +274,55 @@ def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a cluster may work on one shard twice
     try:
         save_file(dict(tensors), temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except (SafetensorError, OSError) as error:
         temporary.unlink(missing_ok=True)
-        kept = "complete shards are kept, the same call goes on after them"
-        raise OSError(f"output: could not write {path} ({error}); {kept}") from error
+        raise OSError(f"output: could not write {path} ({error}); {_KEPT}") from error
+
+
+def _write_shard(path: Path, shard: list[_Task], model_config: PreTrainedConfig, config: ThermoConfig) -> None:
+    """Write a shard of what needs no calibration, unless it is there."""
+    if not path.is_file():
+        _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config).items()})
+
+
+def _written(
+    shards: list[list[_Task]],
+    paths: list[Path],
+    model_config: PreTrainedConfig,
+    config: ThermoConfig,
+    client: "Client | None",
+) -> Iterator[int]:
+    """Write what is missing of the shards, and yield the number of each as soon as it is there."""
+    if client is None:
+        for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
+            _write_shard(path, shard, model_config, config)
+            yield number
+        return
+    from distributed import as_completed
+    from distributed.scheduler import KilledWorker
+
+    absolute = [path.absolute() for path in paths]
+    futures = {
+        client.submit(_write_shard, path, shard, model_config, config, pure=False): number
+        for number, (shard, path) in enumerate(zip(shards, absolute, strict=True))
+    }
+    try:
+        for future in as_completed(futures):
+            future.result()
+            if not paths[futures[future]].is_file():
+                raise OSError(
+                    f"output: found no {absolute[futures[future]]}, which a worker wrote on its own file system"
+                )
+            yield futures[future]
+    except KilledWorker as error:
+        raise OSError(f"scheduler: every worker that tried a shard was lost ({error}); {_KEPT}") from error
+    finally:
+        client.cancel(list(futures))
 
 
 def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) -> dict[str, Any]:
