@@ -174,6 +174,14 @@ class TestQuantize:
         ids = torch.arange(12)[None]
         assert torch.equal(found.model(ids), expected.model(ids))
 
+    def test_on_a_cluster_it_writes_the_same_bytes(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "alone", "group_size=16")[0] == 0
+        status, out, _ = run("quantize", "--model", folder, "--output", "many", "--scheduler", "local", "group_size=16")
+        assert status == 0
+        assert out.startswith("dashboard: http://")
+        alone, many = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("alone", "many"))
+        assert many == alone
+
     def test_with_data_it_is_calibrated_on_the_model_itself(self, run: Run, folder: Path) -> None:
         fields = {"quantizer": "gptq", "group_size": 16, "activation_bits": 4, "num_time_groups": 2, "timesteps": 4}
         words = [f"{name}={value}" for name, value in fields.items()]
@@ -200,6 +208,8 @@ class TestQuantize:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
+            (["--scheduler", "local", "quantizer=gptq"], "scheduler: found 'local' with quantizer='gptq'"),
+            (["--scheduler", "nowhere://x"], "scheduler: found no dask scheduler at 'nowhere://x'"),
             (["--layerwise", "4"], "layerwise: found quantizer='least_squares', which needs no calibration states"),
             (["--layerwise", "0", "quantizer=gptq"], "states: found 0, allowed are 1.."),
             (["--layerwise", "4", "quantizer=gptq", "activation_bits=4"], "activation_ranges: found 'static'"),

@@ -1,6 +1,7 @@
 """transformers' own from_pretrained and save_pretrained: the same models, bit for bit, as the library's functions."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,9 @@ class TestQuantized:
         assert outputs(model).equal(outputs(quantized.model))
         again = saved(model, tmp_path / "again", source)
         assert same_tensors(again, tmp_path / "quantized")
+        page = (Path(integration.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+        coded = {name.rpartition(".")[2] for name in stored(again).keys() - stored(source).keys()}
+        assert coded <= set(re.findall(r"`NAME\.(\w+)`", page)), "the page on the format names every tensor"
         assert outputs(load_quantized(again).model).equal(outputs(quantized.model))
         assert outputs(AutoModel.from_pretrained(again, **FLOAT32)).equal(outputs(quantized.model))
 

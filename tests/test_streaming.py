@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import dask
 import pytest
 import torch
 from distributed import Client, LocalCluster
@@ -427,7 +428,11 @@ class TestBadSource:
 
 @pytest.fixture(scope="class")
 def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+    once = {"distributed.scheduler.allowed-failures": 1}  # other than 3, so that giving up takes less time
+    with (
+        dask.config.set(once),
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+    ):
         yield cluster
 
 

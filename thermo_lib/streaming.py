@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 RUN_NAME = "run.json"
 STATES_NAME = "states.safetensors"
 _KEPT = "complete shards are kept, the same call goes on after them"
-_SHARD_BYTES = 2**29  # of a shard before it is full
+_SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
 
 
@@ -79,6 +79,7 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     *,
     client: "Client | None" = None,
+    shard_bytes: int | None = None,
     progress: bool = False,
 ) -> None:
     """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
@@ -94,6 +95,7 @@ def quantize_checkpoint(
             ``calibration_states``.
         client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
             and output under the same paths. A worker that is lost costs time only.
+        shard_bytes: of a file that holds more than one tensor, at most; 512 MiB by default.
         progress: show a bar.
 
     Raises:
@@ -115,11 +117,12 @@ def quantize_checkpoint(
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
     partial = output.with_name(f".{output.name}.partial")
-    run = _run(folder, config, calibration)
+    shard_bytes = shard_bytes or _SHARD_BYTES
+    run = _run(folder, config, calibration) | {"shard size": shard_bytes}
     _begin(partial, run)
     blocks = _by_block(tasks) if config.needs_calibration else []
     inside = {task.key for block in blocks for task in block}
-    shards = blocks + _shards([task for task in tasks if task.key not in inside])
+    shards = blocks + _shards([task for task in tasks if task.key not in inside], shard_bytes)
     paths = [partial / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
     weight_map: dict[str, str] = {}
     with tqdm(
@@ -234,11 +237,11 @@ def _itemsize(dtype: str) -> int:
     return int("".join(c for c in dtype if c.isdigit()) or 8) // 8
 
 
-def _shards(tasks: list[_Task]) -> list[list[_Task]]:
+def _shards(tasks: list[_Task], most: int) -> list[list[_Task]]:
     """Tasks whose results are written to one file."""
     shards: list[list[_Task]] = [[]]
     for task in tasks:
-        if shards[-1] and sum(t.size for t in shards[-1]) + task.size > _SHARD_BYTES:
+        if shards[-1] and sum(t.size for t in shards[-1]) + task.size > most:
             shards.append([])
         shards[-1].append(task)
     return shards
