@@ -148,7 +148,8 @@ class ThermoQuantizer(HfQuantizer):
             else:
                 install_dynamic_ranges(self.lm)
                 code_tables(self.lm)
-        return model.requires_grad_(False)
+        # Layers were made on the CPU, wherever the tensors have been read to.
+        return model.requires_grad_(False).to(model.model.norm.weight.device)
 
     def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
         tensors = dict(model.named_buffers())

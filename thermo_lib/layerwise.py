@@ -124,8 +124,8 @@ def coded_blocks(
     """
     state = snapshot.load()
     if state:
-        hidden = list(part_of(state, "hidden").values())
-        start = int(state["block"])
+        states = part_of(state, "hidden")
+        hidden, start = [states[str(part)] for part in range(len(states))], int(state["block"])
     else:
         table = read("model.embed_tokens.weight")
         hidden, start = [table[part.ids].float() for part in calibration.parts], 0
