@@ -3,6 +3,7 @@
 import json
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,25 @@ from typing import Any
 import pytest
 import torch
 from nbformat import v4, write
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
+from thermo_lib import (
+    ThermoConfig,
+    build_suite,
+    calibrate,
+    evaluate,
+    generate,
+    load_model,
+    load_quantized,
+    params,
+    quantize,
+    study,
+)
 from thermo_lib import __main__ as command_line
-from thermo_lib import params, study
 from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
 from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.params import default
+from thermo_lib.streaming import calibration_states
 from thermo_lib.transition import PathKL
 
 TINY_PARAMS = {
@@ -142,6 +155,172 @@ class TestBenchmark:
             content["targets"] = [t for t in content["targets"] if not t["name"].startswith("overhead")]
             reports.append(content)
         assert reports[0] == reports[1]
+
+
+class TestQuantize:
+    """A checkpoint becomes a quantized folder."""
+
+    def test_without_data_it_is_streamed(self, run: Run, folder: Path) -> None:
+        status, out, err = run("quantize", "--model", folder, "--output", "small", "group_size=16", "embedding_bits=8")
+        assert status == 0
+        size = sum(path.stat().st_size for path in Path("small").glob("*.safetensors"))
+        assert out.startswith(f"small: {size / 1e6:.1f} MB of weights in ")
+        assert "quantize" in err  # progress
+        config = ThermoConfig(
+            quantizer="least_squares", activation_bits=16, num_time_groups=1, group_size=16, embedding_bits=8
+        )
+        expected, found = quantize(load_model(str(folder)), config), load_quantized("small")
+        assert found.config == config
+        ids = torch.arange(12)[None]
+        assert torch.equal(found.model(ids), expected.model(ids))
+
+    def test_on_a_cluster_it_writes_the_same_bytes(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "alone", "group_size=16")[0] == 0
+        status, out, _ = run("quantize", "--model", folder, "--output", "many", "--scheduler", "local", "group_size=16")
+        assert status == 0
+        assert out.startswith("dashboard: http://")
+        alone, many = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("alone", "many"))
+        assert many == alone
+
+    def test_with_data_it_is_calibrated_on_the_model_itself(self, run: Run, folder: Path) -> None:
+        fields = {"quantizer": "gptq", "group_size": 16, "activation_bits": 4, "num_time_groups": 2, "timesteps": 4}
+        words = [f"{name}={value}" for name, value in fields.items()]
+        assert run("quantize", "--model", folder, "--output", "calibrated", *words)[0] == 0
+        lm = load_model(str(folder))
+        expected = quantize(lm, ThermoConfig(**fields), calibrate(lm, timesteps=4))
+        found = load_quantized("calibrated")
+        ids = torch.arange(12)[None]
+        for timestep in range(4):
+            for model in (expected, found):
+                model.set_timestep(timestep, 4)
+            assert torch.equal(found.model(ids), expected.model(ids))
+
+    def test_layerwise_it_is_calibrated_on_the_forward_process(self, run: Run, folder: Path) -> None:
+        fields = {"quantizer": "gptq", "group_size": 16, "timesteps": 4}
+        words = [f"{name}={value}" for name, value in fields.items()]
+        assert run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", 6, *words)[0] == 0
+        config = ThermoConfig(activation_bits=16, num_time_groups=1, **fields)
+        states = calibration_states(folder, 4, 6, default("seed"))
+        expected, found = quantize(load_model(str(folder)), config, states), load_quantized("calibrated")
+        ids = torch.arange(12)[None]
+        assert torch.equal(found.model(ids), expected.model(ids))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--scheduler", "local", "quantizer=gptq"], "scheduler: found 'local' with quantizer='gptq'"),
+            (["--scheduler", "nowhere://x"], "scheduler: found no dask scheduler at 'nowhere://x'"),
+            (["--layerwise", "4"], "layerwise: found quantizer='least_squares', which needs no calibration states"),
+            (["--layerwise", "0", "quantizer=gptq"], "states: found 0, allowed are 1.."),
+            (["--layerwise", "4", "quantizer=gptq", "activation_bits=4"], "activation_ranges: found 'static'"),
+            (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
+            (["seed=1"], "NAME one of bit_width"),
+            (["bit_width=3"], "bit_width"),
+            (["--model", "/no/such/folder"], "model: found '/no/such/folder'"),
+        ],
+    )
+    def test_a_wrong_value_is_named(self, run: Run, arguments: list[str], message: str) -> None:
+        status, out, err = run("quantize", "--output", "never", *arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert list(Path().iterdir()) == []
+
+    def test_a_quantized_folder_is_not_quantized_again(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
+        status, _, err = run("quantize", "--model", "small", "--output", "smaller")
+        assert status == 2
+        assert "model: found 'small', which is quantized, allowed is a full-precision model" in err
+
+
+class TestGenerate:
+    """A model continues a text."""
+
+    @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "quantized"])
+    def test_it_prints_what_generate_returns(self, run: Run, folder: Path, quantized: bool) -> None:
+        model = folder
+        if quantized:
+            assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
+            model = Path("small")
+        lm = load_quantized(model) if quantized else load_model(str(model))
+        prompt = lm.tokenizer.encode("for i in").ids
+        filled = generate(
+            lm,
+            torch.tensor([[*prompt, *[lm.mask_token_id] * 6]]),
+            timesteps=3,
+            sampler="origin",
+            temperature=0.7,
+            top_k=5,
+            block_length=2,
+            seed=4,
+        )
+        status, out, err = run(
+            *("generate", "--model", model, "--prompt", "for i in", "--max-new-tokens", 6, "--timesteps", 3),
+            *("--sampler", "origin", "--temperature", 0.7, "--top-k", 5, "--block-length", 2, "--seed", 4),
+        )
+        assert status == 0
+        assert out == lm.tokenizer.decode(filled[0, len(prompt) :].tolist()) + "\n"
+        assert "generate" in err
+
+    def test_the_text_ends_before_a_special_token(self, run: Run, folder: Path, tmp_path: Path) -> None:
+        lm = load_model(str(folder))
+        masked = torch.full((1, 7), lm.mask_token_id)
+        masked[0, 0] = start = lm.tokenizer.token_to_id("a")
+        answer = generate(lm, masked, timesteps=3, sampler="origin", temperature=1e3)[0, 1:].tolist()
+        assert answer[3] not in answer[:3]
+        assert lm.tokenizer.encode("a").ids == [start]
+        shutil.copytree(folder, tmp_path / "ending")
+        lm.tokenizer.add_special_tokens([AddedToken(lm.tokenizer.id_to_token(answer[3]), special=True)])
+        lm.tokenizer.save(str(tmp_path / "ending/tokenizer.json"))
+        status, out, _ = run(
+            *("generate", "--model", tmp_path / "ending", "--prompt", "a", "--max-new-tokens", 6, "--timesteps", 3),
+            *("--sampler", "origin", "--temperature", 1e3),
+        )
+        assert (status, out) == (0, lm.tokenizer.decode(answer[:3]) + "\n")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--max-new-tokens", 0], "max-new-tokens: found 0, allowed is at least 1"),
+            (["--timesteps", 0], "timesteps"),
+            (["--top-p", 2.0], "top_p"),
+            (["--chat"], "chat: found no chat template"),
+        ],
+    )
+    def test_a_wrong_value_is_named(self, run: Run, folder: Path, arguments: list[object], message: str) -> None:
+        status, out, err = run("generate", "--model", folder, "--prompt", "a", *arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+
+
+class TestEvaluate:
+    """The scores of one model."""
+
+    def test_scores_of_a_quantized_model(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "small", "group_size=16", "timesteps=4")[0] == 0
+        arguments = ("--model", "small", "--reference", folder, "--output", "scores.json")
+        status, out, _ = run("evaluate", *arguments)
+        assert status == 0
+        suite = build_suite(load_model(str(folder)), timesteps=4)
+        lm = load_quantized("small")
+        expected = summarize("small", lm, evaluate(lm, suite))
+        assert json.loads(Path("scores.json").read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
+        assert out.splitlines()[2].startswith("small ")
+        assert f"{expected['path_kl']:.2f}" in out
+
+    def test_a_full_precision_model_is_its_own_reference(self, run: Run, folder: Path) -> None:
+        assert run("evaluate", "--model", folder, "--output", "scores.json")[0] == 0
+        assert json.loads(Path("scores.json").read_text(encoding="utf-8"))["path_kl"] == 0
+
+    def test_a_quantized_model_needs_its_reference(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
+        status, _, err = run("evaluate", "--model", "small")
+        assert status == 2
+        assert "reference: found none, expected the full-precision model" in err
+
+    def test_a_reference_with_other_tokens_is_refused(self, run: Run, folder: Path) -> None:
+        status, _, err = run("evaluate", "--model", folder, "--reference", "reference")
+        assert status == 2
+        assert "reference: found a model with another vocabulary" in err
 
 
 class TestErrors:

@@ -42,6 +42,8 @@ def test_a_default_is_checked_like_a_given_value(override: Callable[[dict[str, A
         ("activation_bits", 9),
         ("activation_bits", 32),
         ("activation_ranges", "per_token"),
+        ("activation_clip", 0.0),
+        ("activation_clip", 1.1),
         ("timesteps", 0),
         ("num_time_groups", 0),
         ("enable_boundary_smoothing", "perhaps"),
@@ -77,6 +79,12 @@ def test_dynamic_ranges_have_no_parameters_to_group() -> None:
     assert ThermoConfig(activation_ranges="dynamic", num_time_groups=1).activation_ranges == "dynamic"
     with pytest.raises(ValueError, match="num_time_groups: found 2, allowed is 1 with activation_ranges='dynamic'"):
         ThermoConfig(activation_ranges="dynamic", num_time_groups=2)
+
+
+def test_only_dynamic_ranges_are_clipped() -> None:
+    assert ThermoConfig(activation_ranges="dynamic", num_time_groups=1, activation_clip=0.9).activation_clip == 0.9
+    with pytest.raises(ValueError, match=r"activation_clip: found 0\.9, allowed is 1 with activation_ranges='static'"):
+        ThermoConfig(activation_ranges="static", activation_clip=0.9)
 
 
 @pytest.mark.parametrize("field", [{"reconstruction": "blocks"}, {"transitions": "codes"}])

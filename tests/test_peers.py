@@ -30,6 +30,7 @@ ENTRY = {
     "seconds": 1.5,
     "peak_mib": 10.0,
     "made_of": "0123",
+    "activation_clip": 1.0,
     "losses": {},
 }
 
@@ -169,14 +170,15 @@ class TestModel:
         ids = random_ids(2, 16)
         assert not lm.model(ids).equal(rounded.model(ids))
 
-    @pytest.mark.parametrize("bits", [4, 8])
-    def test_activations_are_quantized_as_in_our_own_layers(self, bits: int, tiny, rounded, random_ids) -> None:
-        dynamic = ThermoConfig(
-            **{**rounded.config.model_dump(), "activation_bits": bits, "activation_ranges": "dynamic"}
-        )
+    @pytest.mark.parametrize(("bits", "clip"), [(4, 1.0), (4, 0.9), (8, 1.0)])
+    def test_activations_are_quantized_as_in_our_own_layers(
+        self, bits: int, clip: float, tiny, rounded, random_ids
+    ) -> None:
+        activations = {"activation_bits": bits, "activation_ranges": "dynamic", "activation_clip": clip}
+        dynamic = ThermoConfig(**{**rounded.config.model_dump(), **activations})
         ids = random_ids(2, 16)
         ours = quantize(tiny, dynamic)
-        lm = peers.with_weights(tiny, weights_of(rounded), "copy", activation_bits=bits)
+        lm = peers.with_weights(tiny, weights_of(rounded), "copy", activation_bits=bits, activation_clip=clip)
         assert lm.model(ids).equal(ours.model(ids))
 
     def test_leaves_the_reference_as_it_was(self, tiny, rounded) -> None:

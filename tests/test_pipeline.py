@@ -77,7 +77,7 @@ ALL_BUT_TRAINING = {
     "report",
     "smoothing_study",
 }
-COMMITTED_WHOLE = ("train", "peers")
+COMMITTED_WHOLE = ("train", "peers", "cluster")
 
 
 @pytest.mark.parametrize(

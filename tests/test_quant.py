@@ -13,10 +13,13 @@ from thermo_lib.quant import (
     LARGEST,
     QuantizedLinear,
     QuantizedWeight,
+    dequantize,
     fake_quantize,
     fake_quantize_per_token,
     gptq,
     least_squares,
+    least_squares_parameters,
+    lloyd_parameters,
     pack,
     quantize_codes,
     refit,
@@ -173,6 +176,16 @@ class TestRounding:
         ]
         assert (errors[0] <= errors[1] * (1 + 1e-5) + 1e-12).all()
 
+    @pytest.mark.parametrize("bits", [2, 4, 8])
+    def test_least_squares_is_as_good_as_the_thorough_search(self, bits: int) -> None:
+        weight = weights(64, 128, 0)
+
+        def error(scale: Tensor, zero_point: Tensor) -> Tensor:
+            codes = quantize_codes(weight, scale.float(), zero_point.float(), bits)
+            return (dequantize(codes, scale, zero_point, 128) - weight).square().sum()
+
+        assert error(*lloyd_parameters(weight, bits)) < 1.002 * error(*least_squares_parameters(weight, bits))
+
     def test_least_squares_is_much_better_at_two_bits(self) -> None:
         # A normal distribution on four equally spaced levels: 0.119 of the variance at best (Max, 1960); min-max
         # of 128 values spans about 5.5 deviations, so its error is about (5.5 / 3)^2 / 12 = 0.28.
@@ -229,8 +242,10 @@ class TestGPTQ:
     ) -> None:
         # With a diagonal Hessian no column's error can be made up for by another.
         weight = weights(3, columns, seed)
-        expected = least_squares(weight, bits, group_size)
-        assert torch.equal(gptq(weight, 3 * torch.eye(columns), bits, group_size, 0.01, 0.001).codes, expected.codes)
+        parameters = [(group, *least_squares_parameters(group, bits)) for group in weight.split(group_size, dim=1)]
+        expected = torch.cat([quantize_codes(w, scale.float(), zero.float(), bits) for w, scale, zero in parameters], 1)
+        codes = gptq(weight, 3 * torch.eye(columns), bits, group_size, 0.01, 0.001).codes
+        assert torch.equal(codes.float(), expected)
 
     def test_an_input_that_is_always_zero_does_no_harm(self) -> None:
         weight, hessian = weights(3, 12, 0), correlated_hessian(12, 0)
@@ -396,6 +411,18 @@ class TestActivations:
         quantized = fake_quantize_per_token(x, bits)
         assert (quantized[:, ::5] == 0).all()
         assert all(len(row.unique()) <= 2**bits for row in quantized)
+
+    @given(bits=st.integers(3, 8), seed=seeds, clip=st.floats(0.5, 0.95))
+    def test_a_clipped_range_is_finer_inside_and_holds_what_is_outside(self, bits: int, seed: int, clip: float) -> None:
+        x = weights(5, 40, seed)
+        low, high = (clip * end for end in (x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True)))
+        step = (high - low) / (2**bits - 1)
+        quantized = fake_quantize_per_token(x, bits, clip)
+        inside = (x > low + step) & (x < high - step)
+        assert ((quantized - x).abs() <= step / 2 * (1 + 1e-4) + 1e-6)[inside].all()
+        assert (quantized >= low - step).all()
+        assert (quantized <= high + step).all()
+        assert torch.equal(fake_quantize_per_token(x, bits, 1.0), fake_quantize_per_token(x, bits))
 
     def test_a_token_of_zeros_stays_zero(self) -> None:
         assert torch.equal(fake_quantize_per_token(torch.zeros(2, 4), 2), torch.zeros(2, 4))

@@ -12,7 +12,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from thermo_lib import BoundarySmoother, Calibration, ThermoConfig, load_model, load_quantized, quantize, save_quantized
+from thermo_lib import (
+    BoundarySmoother,
+    Calibration,
+    ThermoConfig,
+    load_model,
+    load_quantized,
+    quantize,
+    save_quantized,
+    transition,
+)
 from thermo_lib.calibration import States
 from thermo_lib.models import DiffusionLM, save_model
 from thermo_lib.quant import unpack
@@ -26,6 +35,7 @@ from thermo_lib.quantized_model import (
     resmooth,
     smooth_each_layer,
 )
+from thermo_lib.snapshots import Snapshot
 from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
 
@@ -70,6 +80,7 @@ CONFIGURATIONS = {
     "W2A4 fitted to the output": {"activation_bits": 4, "range_objective": "output", **SMOOTH},
     "W2A4 fitted to path KL": {"activation_bits": 4, "range_objective": "path_kl", **SMOOTH},
     "W2A8 dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
+    "W2A4 dynamic, clipped": {"activation_bits": 4, "activation_ranges": "dynamic", "activation_clip": 0.9},
     "W2A16 gptq for transitions": {"quantizer": "gptq", "hessian": "transition"},
     "W2A8 reconstructed": {"activation_bits": 8, "reconstruction": "blocks"},
     "W2A16 trellis": {"quantizer": "trellis"},
@@ -104,8 +115,8 @@ def config_of(**changes: Any) -> ThermoConfig:
 def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
     """What is trained is trained for a second."""
     steps = {"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40, "reconstruction.steps": 40}
-    steps |= {"sequential.steps": 20, "sequential.transition_steps": 20, "trellis.beam": 8}
-    override(steps | {"chains.steps": 40, "reconstruction.code": 5, "data.sequence_length": 16})
+    steps |= {"sequential.steps": 20, "chains.steps": 40, "trellis.beam": 8}
+    override(steps | {"sequential.code": 5, "reconstruction.code": 5, "data.sequence_length": 16})
 
 
 @pytest.fixture(scope="module")
@@ -476,7 +487,7 @@ class TestSaveAndLoad:
 
     def test_a_folder_of_a_full_precision_model_is_refused(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         save_model(tiny, tmp_path / "m")
-        with pytest.raises(ValueError, match="found no thermo_config, expected a folder that save_quantized wrote"):
+        with pytest.raises(ValueError, match="quantization_config: found None, expected an object"):
             load_quantized(tmp_path / "m")
 
     def test_a_folder_of_a_quantized_model_is_no_full_precision_model(
@@ -606,22 +617,24 @@ class TestDamagedFolders:
             load_quantized(folder)
 
     @pytest.mark.parametrize(
-        ("thermo_config", "message"),
+        ("changed", "message"),
         [
             ({**BASE, "bit_width": 3}, "bit_width"),
             ({**BASE, "surplus": 1}, "surplus"),
             ({**BASE, "num_time_groups": 7}, "num_time_groups: found 7"),
             ({**BASE, "bit_width": 4}, "missing tensors|unexpected tensors|found shape"),
-            ([], "thermo_config"),
-            (None, "thermo_config"),
+            ({**BASE, "quant_method": "gptq"}, "quantization_config: found .*gptq.*expected .*'thermo'"),
+            ([], "quantization_config: found "),
+            (None, "quantization_config: found None"),
         ],
     )
     def test_a_configuration_that_is_not_the_model_s_is_refused(
-        self, folder: Path, thermo_config: object, message: str
+        self, folder: Path, changed: object, message: str
     ) -> None:
         path = folder / "config.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(json.dumps({**content, "thermo_config": thermo_config}), encoding="utf-8")
+        changed = {"quant_method": "thermo", **changed} if changed else changed
+        path.write_text(json.dumps({**content, "quantization_config": changed}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)
 
@@ -971,6 +984,107 @@ class TestSequential:
         losses = quantized(**self.TRELLIS, reconstruction="sequential").losses
         assert len(losses) == 2 * 4
         assert all(len(values) == 20 for values in losses.values())
+
+
+class Stopped(Exception):
+    """Stands for what ends a process."""
+
+
+class TestResume:
+    """Training that was stopped goes on from its snapshots."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [
+            {"reconstruction": "blocks", "transitions": "codes", "activation_bits": 4, "activation_token_states": True},
+            {
+                "quantizer": "trellis",
+                "average_bits": 2.3,
+                "activation_bits": 4,
+                "activation_ranges": "dynamic",
+                "reconstruction": "sequential",
+                "transitions": "network",
+                "training_states": "chains",
+                "own_share": 0.5,
+            },
+        ],
+        ids=["blocks and codes", "sequential and network on chains"],
+    )
+
+    @staticmethod
+    def stop_at(monkeypatch: pytest.MonkeyPatch, turn: int, *, written: bool) -> list[str]:
+        """Makes the snapshot of every ``turn``-th time end the run, before or after it is written; who was saved."""
+        saved: list[str] = []
+        save = Snapshot.save
+
+        def save_or_stop(self: Snapshot, state: dict[str, Tensor]) -> None:
+            saved.append(self.path.stem)
+            if len(saved) % turn or written:
+                save(self, state)
+            if not len(saved) % turn:
+                raise Stopped
+
+        monkeypatch.setattr(transition, "_SNAPSHOT_STEPS", 15)
+        monkeypatch.setattr(Snapshot, "save", save_or_stop)
+        return saved
+
+    @every_way
+    @pytest.mark.parametrize("written", [True, False])
+    def test_the_result_is_that_of_a_run_that_was_not_stopped(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        changes: dict[str, Any],
+        written: bool,
+    ) -> None:
+        config = config_of(**changes)
+        whole = quantize(tiny, config, calibration)
+        saved, stops, trained = self.stop_at(monkeypatch, 2, written=written), 0, None
+        while trained is None:
+            try:
+                trained = quantize(tiny, config, calibration, resume=tmp_path)
+            except Stopped:
+                stops += 1
+        assert stops >= 2
+        assert {"transitions", "sequential" if config.reconstruction == "sequential" else "blocks"} <= set(saved)
+        states = whole.model.state_dict(), trained.model.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+        assert trained.losses == whole.losses
+        assert trained.config == whole.config
+
+    @every_way
+    def test_what_is_done_is_not_done_again(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        changes: dict[str, Any],
+    ) -> None:
+        first = quantize(tiny, config_of(**changes), calibration, resume=tmp_path)
+        saved = self.stop_at(monkeypatch, 1, written=True)
+        again = quantize(tiny, config_of(**changes), calibration, resume=tmp_path)
+        assert saved == []
+        assert again.losses == first.losses
+
+    def test_a_snapshot_of_another_run_is_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        override({"transition.steps": 2})
+        config = config_of(transitions="parameters")
+        quantize(tiny, config, calibration, resume=tmp_path)
+        override({"transition.steps": 3})
+        with pytest.raises(ValueError, match=r"resume: found a run of other .* in .*transitions.safetensors"):
+            quantize(tiny, config, calibration, resume=tmp_path)
+
+    def test_a_damaged_snapshot_is_named(self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path) -> None:
+        path = tmp_path / "transitions.safetensors"
+        path.write_bytes(b"half a snapsh")
+        with pytest.raises(ValueError, match=r"resume: .*transitions.safetensors is not a complete snapshot"):
+            quantize(tiny, config_of(transitions="parameters"), calibration, resume=tmp_path)
 
 
 def test_average_bits_are_kept_over_all_layers_and_differ_between_them(quantized: Quantize) -> None:

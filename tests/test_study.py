@@ -63,6 +63,7 @@ class TestKeys:
             ({"method": "linear"}, {"method": "cubic"}),  # one group: nothing to smooth
             ({"activation_ranges": "dynamic", "activation_bits": 4, "range_objective": "output"},
              {"activation_ranges": "dynamic", "activation_bits": 4}),
+            ({"activation_ranges": "dynamic", "activation_clip": 0.9}, {"activation_ranges": "dynamic"}),  # at 16 bits
             ({"num_time_groups": 2, "smoothing_window": 3}, {"num_time_groups": 2, "smoothing_window": 4}),
             ({"num_time_groups": 2, "smoothing_window": 3, "method": "linear"},
              {"num_time_groups": 2, "smoothing_window": 2, "method": "linear"}),  # half of two timesteps

@@ -260,7 +260,7 @@ class TestChains:
     def chains(self, own: int = 0, count: int = COUNT) -> Chains:
         """Chains of two toy models."""
         loss = ToyLoss(ToyLM.random(0), ToyLM.random(1), self.T)
-        return Chains(loss, lambda: torch.full((LENGTH,), MASK), count, own, seed=0)
+        return Chains(loss, lambda _: torch.full((LENGTH,), MASK), count, own, seed=0)
 
     def test_they_are_spread_over_the_timesteps_and_start_anew_at_the_end(self) -> None:
         chains = self.chains(count=6)

@@ -5,11 +5,16 @@ from thermo_lib.config import ThermoConfig
 from thermo_lib.data import load_corpus
 from thermo_lib.diffusion import generate
 from thermo_lib.evaluation import build_suite, evaluate, evaluate_jsonl, validate
+from thermo_lib.integration import register as register_with_transformers
 from thermo_lib.models import load_model
 from thermo_lib.notebooks import reproducible
+from thermo_lib.planes import compile_linears
 from thermo_lib.quantized_model import load_quantized, optimize_transitions, quantize, save_quantized
+from thermo_lib.streaming import quantize_checkpoint
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups, markov_report
 from thermo_lib.transition import path_kl
+
+register_with_transformers()
 
 __all__ = [
     "BoundarySmoother",
@@ -19,6 +24,7 @@ __all__ = [
     "TimeGroups",
     "build_suite",
     "calibrate",
+    "compile_linears",
     "evaluate",
     "evaluate_jsonl",
     "generate",
@@ -29,6 +35,7 @@ __all__ = [
     "optimize_transitions",
     "path_kl",
     "quantize",
+    "quantize_checkpoint",
     "reproducible",
     "save_quantized",
     "validate",

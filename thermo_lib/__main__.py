@@ -1,14 +1,20 @@
-"""The command line: ``python -m thermo_lib benchmark``, ``study``, ``point`` and ``tidy``.
+"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``lm-eval``, ``benchmark``, ...
 
+``quantize`` writes a quantized folder, which ``generate`` and ``evaluate`` take as well as a full-precision one.
 ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
-``study`` measures the points of the grid behind the notebook ``06_smoothing_study``, ``point`` any single one.
+``study`` measures the points of the grid behind the notebook ``06_smoothing_study``, ``point`` any single one;
+``tidy`` is for the pipeline.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 import transformers
 import yaml
 from tqdm import tqdm
@@ -16,6 +22,7 @@ from tqdm import tqdm
 from thermo_lib import report
 from thermo_lib.calibration import calibrate
 from thermo_lib.config import ThermoConfig
+from thermo_lib.diffusion import SAMPLERS, generate
 from thermo_lib.evaluation import (
     build_suite,
     check_comparable,
@@ -27,23 +34,70 @@ from thermo_lib.evaluation import (
     smoothing_overhead,
     summarize,
 )
-from thermo_lib.models import load_model
+from thermo_lib.layerwise import check_layerwise
+from thermo_lib.models import load_model, weight_files
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
-from thermo_lib.quantized_model import quantize, resmooth
+from thermo_lib.quantized_model import is_quantized, load_any, quantize, resmooth, save_quantized
+from thermo_lib.streaming import calibration_states, quantize_checkpoint
 from thermo_lib.study import COLUMNS, Grid, configuration, point, slices, summary
 from thermo_lib.time_aware import METHODS, WINDOWED
+
+_WITHOUT_DATA = {"quantizer": "least_squares", "activation_bits": 16, "num_time_groups": 1}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
+    some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
+    dtypes = {"choices": ["float32", "bfloat16"], "default": "float32", "help": "of the computation (%(default)s)"}
+    some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
+
+    writer = commands.add_parser("quantize", help="write a quantized folder")
+    writer.add_argument("--model", **some_model)
+    writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
+    writer.add_argument(
+        "--layerwise",
+        type=int,
+        metavar="STATES",
+        help="calibrate block by block in little memory, on so many states of the forward process (the model as a "
+        "whole, on its own trajectories)",
+    )
+    writer.add_argument(
+        "--scheduler",
+        metavar="ADDRESS",
+        help="of a dask cluster, e.g. tcp://host:8786, or 'local' for one of processes",
+    )
+    without_data = " ".join(f"{name}={value}" for name, value in _WITHOUT_DATA.items())
+    writer.add_argument("fields", **some_fields, help=f"of ThermoConfig ({without_data}, else as in params.yaml)")
+
+    teller = commands.add_parser("generate", help="let a model, full precision or quantized, continue a text")
+    teller.add_argument("--model", **some_model)
+    teller.add_argument("--prompt", required=True, help="the text")
+    teller.add_argument("--chat", action="store_true", help="the prompt is a user's message to an instruct model")
+    teller.add_argument("--max-new-tokens", type=int, default=64, help="tokens to fill (%(default)s)")
+    teller.add_argument("--timesteps", type=int, default=64, help="denoising steps (%(default)s)")
+    teller.add_argument("--sampler", choices=SAMPLERS, default="entropy", help="which tokens first (%(default)s)")
+    teller.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    teller.add_argument("--top-p", type=float, help="of the probability that tokens are drawn from")
+    teller.add_argument("--top-k", type=int, help="tokens that are drawn from")
+    teller.add_argument("--alg-temp", type=float, default=0.0, help="of the choice of positions (%(default)s)")
+    teller.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
+    teller.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
+    teller.add_argument("--dtype", **dtypes)
+
+    judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
+    judge.add_argument("--model", **some_model)
+    judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
+    judge.add_argument("--timesteps", type=int, default=default("quant.timesteps"), help="T (%(default)s)")
+    judge.add_argument("--output", type=Path, help="JSON file of the scores")
+    judge.add_argument("--dtype", **dtypes)
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
     which.add_argument("--all-methods", action="store_true", help="linear, cubic and sigmoid (default)")
     which.add_argument("--smoothing-method", choices=list(METHODS), help="only this smoothing method")
-    benchmark.add_argument("--model", default="reference", help="'reference', a folder or a hub id (%(default)s)")
+    benchmark.add_argument("--model", **some_model)
     benchmark.add_argument("--bits", type=int, default=default("quant.bit_width"), help="weight bits (%(default)s)")
     benchmark.add_argument(
         "--activation-bits", type=int, default=default("quant.activation_bits"), help="16 for none (%(default)s)"
@@ -64,15 +118,126 @@ def _parser() -> argparse.ArgumentParser:
     grid.add_argument("--output", type=Path, required=True, help="JSON file of the points; what it holds is kept")
 
     single = commands.add_parser("point", help="measure one configuration of the smoothing study")
-    single.add_argument("fields", nargs="*", metavar="NAME=VALUE", help="e.g. activation_bits=4 method=linear")
+    single.add_argument("fields", **some_fields, help="e.g. activation_bits=4 method=linear")
     single.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration data (%(default)s)")
     single.add_argument(
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
 
+    harness = commands.add_parser(
+        "lm-eval", help="lm_eval's own command line, with the model 'thermo' (what follows goes to it)", add_help=False
+    )
+    harness.add_argument("arguments", nargs=argparse.REMAINDER)
+
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
     return parser
+
+
+def _read_fields(command: str, words: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
+    """Names and values of ``NAME=VALUE`` words."""
+    fields = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in allowed:
+            raise ValueError(f"{command}: found {word!r}, expected NAME=VALUE, NAME one of {', '.join(allowed)}")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+@contextmanager
+def cluster_client(address: str) -> Iterator[Any]:
+    """A client of the ``dask.distributed`` cluster at an address, or of a local one with a process for each core.
+
+    Raises:
+        OSError: no scheduler answers there.
+    """
+    from distributed import Client, LocalCluster
+
+    if address == "local":
+        with LocalCluster(threads_per_worker=1) as cluster, Client(cluster) as client:
+            yield client
+    else:
+        try:
+            client = Client(address, timeout="10s")
+        except (ValueError, OSError) as error:
+            raise OSError(f"scheduler: found no dask scheduler at {address!r} ({error})") from error
+        with client:
+            yield client
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
+    config = ThermoConfig(**_WITHOUT_DATA | _read_fields("quantize", arguments.fields, list(ThermoConfig.model_fields)))
+    if is_quantized(arguments.model):
+        raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
+    if arguments.scheduler is not None and config.needs_calibration:
+        found = f"found {arguments.scheduler!r} with quantizer={config.quantizer!r}"
+        raise ValueError(f"scheduler: {found}, allowed is a quantizer without calibration")
+    start = time.perf_counter()
+    if arguments.layerwise is not None:
+        if not config.needs_calibration:
+            raise ValueError(f"layerwise: found quantizer={config.quantizer!r}, which needs no calibration states")
+        check_layerwise(config)
+        calibration = calibration_states(arguments.model, config.timesteps, arguments.layerwise, default("seed"))
+        quantize_checkpoint(arguments.model, arguments.output, config, calibration, progress=True)
+    elif config.needs_calibration:
+        reproducible()
+        lm = load_model(arguments.model)
+        calibration = calibrate(lm, timesteps=config.timesteps)
+        save_quantized(quantize(lm, config, calibration, progress=True), arguments.output)
+    elif arguments.scheduler is not None:
+        with cluster_client(arguments.scheduler) as client:
+            print(f"dashboard: {client.dashboard_link}")
+            quantize_checkpoint(arguments.model, arguments.output, config, client=client, progress=True)
+    else:
+        quantize_checkpoint(arguments.model, arguments.output, config, progress=True)
+    size = sum(path.stat().st_size for path in weight_files(arguments.output))
+    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s")
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """Print a model's continuation of a text, up to the first special token."""
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
+    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
+    text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
+    prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
+    filled = generate(
+        lm,
+        torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens]),
+        timesteps=arguments.timesteps,
+        sampler=arguments.sampler,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        alg_temp=arguments.alg_temp,
+        block_length=arguments.block_length,
+        seed=arguments.seed,
+        progress="generate",
+    )
+    print(lm.decode(filled[0, len(prompt) :]))
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Print a model's scores on the project's held-out code, against the full-precision model's trajectories."""
+    quantized = is_quantized(arguments.model)
+    if quantized and arguments.reference is None:
+        raise ValueError(
+            "reference: found none, expected the full-precision model that the quantized one was made from"
+        )
+    reproducible()
+    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
+    reference = (
+        lm if arguments.reference is None else load_model(arguments.reference, dtype=getattr(torch, arguments.dtype))
+    )
+    if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
+    suite = build_suite(reference, timesteps=arguments.timesteps, progress=True)
+    row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))
+    if arguments.output is not None:
+        report.write_json(arguments.output, row)
+    print(report.table([row]))
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
@@ -122,13 +287,7 @@ def run_study(arguments: argparse.Namespace) -> None:
 
 def run_point(arguments: argparse.Namespace) -> None:
     """Measure one configuration and print its scores, averaged over the seeds."""
-    fields = {}
-    for word in arguments.fields:
-        name, equals, value = word.partition("=")
-        allowed = ["method", "recipe", *ThermoConfig.model_fields]
-        if not equals or name not in allowed:
-            raise ValueError(f"point: found {word!r}, expected NAME=VALUE, NAME one of {', '.join(allowed)}")
-        fields[name] = yaml.safe_load(value)
+    fields = _read_fields("point", arguments.fields, ["method", "recipe", *ThermoConfig.model_fields])
     points = [point(seed, **fields) for seed in arguments.seeds]
     for p in points:
         configuration(p)  # refuses a wrong value before any work
@@ -139,19 +298,39 @@ def run_point(arguments: argparse.Namespace) -> None:
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
 
 
+def run_harness(arguments: Sequence[str]) -> None:
+    """Hand over to ``lm_eval``, once it knows the model ``thermo``."""
+    from lm_eval.__main__ import cli_evaluate
+
+    from thermo_lib import harness  # noqa: F401 - registers the model
+
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()
+
+
+_RUN = {
+    "quantize": run_quantize,
+    "generate": run_generate,
+    "evaluate": run_evaluate,
+    "benchmark": run_benchmark,
+    "study": run_study,
+    "point": run_point,
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     transformers.logging.set_verbosity_error()
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        arguments = _parser().parse_args(argv)
-        if arguments.command == "benchmark":
-            run_benchmark(arguments)
-        elif arguments.command == "study":
-            run_study(arguments)
-        elif arguments.command == "point":
-            run_point(arguments)
-        else:
+        if words[:1] == ["lm-eval"]:  # its own options are none of ours
+            run_harness(words[1:])
+            return 0
+        arguments = _parser().parse_args(words)
+        if arguments.command == "tidy":
             tidy(arguments.notebook)
+        else:
+            _RUN[arguments.command](arguments)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -50,7 +50,7 @@ class MaskPredictor(nn.Module):
         position_ids = None
         bias = None
         if attention_mask is not None:
-            dtype = self.lm_head.weight.dtype
+            dtype = self.model.norm.weight.dtype
             hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
             bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
             bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
@@ -74,7 +74,30 @@ def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.where(after_padding[..., None], states, shifted)
 
 
-class DreamConfig(Qwen2Config):
+class Published:
+    """A configuration that ``transformers`` reads from a published ``config.json``, and writes as one."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration; keys that ask for remote code are not obeyed.
+
+        Raises:
+            ValueError: what ``read_config`` raises.
+        """
+        kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
+        values = _parse(ARCHITECTURES[cls.model_type], _flat_rope(config_dict))
+        return super().from_dict(values | kept, **kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """``config.json`` in the published layout, with what ``transformers`` adds to it."""
+        content = self.to_dict()
+        return config_json(self, **{key: content[key] for key in _OF_TRANSFORMERS if content.get(key) is not None})
+
+
+_OF_TRANSFORMERS = ("dtype", "torch_dtype", "quantization_config", "transformers_version")
+
+
+class DreamConfig(Published, Qwen2Config):
     """Qwen2's configuration with the mask token of Dream's ``config.json``."""
 
     model_type = "Dream"
@@ -89,7 +112,7 @@ class DreamModel(MaskPredictor, Qwen2ForCausalLM):
     is_shifted = True
 
 
-class LLaDAConfig(LlamaConfig):
+class LLaDAConfig(Published, LlamaConfig):
     """Llama's configuration with the mask token of LLaDA's ``config.json``."""
 
     model_type = "llada"
@@ -255,7 +278,8 @@ def read_config(folder: Path) -> PreTrainedConfig:
     if model_type not in ARCHITECTURES:
         raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
     try:
-        return _parse(ARCHITECTURES[model_type], _flat_rope(content))
+        architecture = ARCHITECTURES[model_type]
+        return architecture.config(**_parse(architecture, _flat_rope(content)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -268,7 +292,8 @@ def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
     return rope | content
 
 
-def _parse(architecture: Architecture, content: dict[str, Any]) -> PreTrainedConfig:
+def _parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the configuration."""
     missing = [key for key in (*architecture.sizes, *architecture.required) if content.get(key) is None]
     if missing:
         raise ValueError(f"missing {', '.join(missing)}")
@@ -287,8 +312,7 @@ def _parse(architecture: Architecture, content: dict[str, Any]) -> PreTrainedCon
     for key in ("rope_theta", "rms_norm_eps"):
         if key in content and not (type(content[key]) in (int, float) and content[key] > 0):
             raise ValueError(f"{key}: found {content[key]!r}, allowed are numbers above 0")
-    values |= {attribute: content[key] for key, attribute in architecture.settings.items() if key in content}
-    return architecture.config(**values)
+    return values | {attribute: content[key] for key, attribute in architecture.settings.items() if key in content}
 
 
 def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:

@@ -100,15 +100,15 @@ class Calibration:
             for timestep, rows in part.batches(batch_size):
                 yield number, timestep, rows
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The states' tensors by number of the part and name, e.g. ``0.ids``."""
+        return {f"{i}.{name}": tensor for i, part in enumerate(self.parts) for name, tensor in vars(part).items()}
+
     def save(self, path: str | Path) -> None:
         """Write the states as one safetensors file; an earlier file stays whole until the new one is."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            f"{index}.{name}": tensor.to(torch.int32) if tensor.dtype == torch.int64 else tensor
-            for index, part in enumerate(self.parts)
-            for name, tensor in vars(part).items()
-        }
+        tensors = {k: v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in self.tensors().items()}
         temporary = path.with_suffix(".tmp")
         # One entry: the order of several in the file is left to chance, and equal states should be equal files.
         about = json.dumps({"timesteps": self.timesteps, "source": self.source})

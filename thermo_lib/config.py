@@ -1,8 +1,9 @@
 """Configuration of a quantized model; every default comes from ``params.yaml``."""
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from thermo_lib.params import default
 from thermo_lib.time_aware import TimeGroups
@@ -20,8 +21,8 @@ def _from_params(key: str, **limits: Any) -> Any:
     return Field(default_factory=lambda: default(f"quant.{key}"), validate_default=True, **limits)
 
 
-class ThermoConfig(BaseModel):
-    """How to quantize a diffusion language model.
+class ThermoConfig(BaseModel, QuantizationConfigMixin):
+    """How to quantize a diffusion language model; also a ``quantization_config`` of ``transformers``.
 
     Attributes:
         bit_width: bits of a weight code: 2, 4 or 8.
@@ -34,9 +35,13 @@ class ThermoConfig(BaseModel):
             path KL (``transition``, see ``transition.token_importance``).
         group_size: weights along the input dimension that share scale and zero point; a row's last group may be
             shorter.
+        embedding_bits: 16 leaves embeddings and head as they are; 8 stores codes in groups of ``group_size``, by
+            ``rtn`` where that is the quantizer and else by ``least_squares``, once everything else is done.
         activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
         activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
             min-max).
+        activation_clip: how far a ``dynamic`` range reaches, as a share of the way from zero to the token's extremes;
+            what lies beyond is clipped (to 0.9 of it in QuaRot, arXiv 2404.00456).
         activation_group_size: neighbouring input channels that share a static range; None for all of them.
         activation_token_states: static ranges of their own for masked and for unmasked tokens.
         range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
@@ -66,14 +71,17 @@ class ThermoConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    quant_method: ClassVar[str] = "thermo"
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
     average_bits: float | None = _from_params("average_bits", ge=1, le=MOST_BITS)
     hessian: Literal["uniform", "transition"] = _from_params("hessian")
     group_size: int = _from_params("group_size", ge=1)
+    embedding_bits: Literal[16, 8] = _from_params("embedding_bits")
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
+    activation_clip: float = _from_params("activation_clip", gt=0, le=1)
     activation_group_size: int | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
@@ -100,6 +108,11 @@ class ThermoConfig(BaseModel):
             raise ValueError(
                 f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
                 "which has no parameters to group"
+            )
+        if self.activation_ranges == "static" and self.activation_clip != 1:
+            raise ValueError(
+                f"activation_clip: found {self.activation_clip}, allowed is 1 with activation_ranges='static', "
+                "whose ranges are fitted"
             )
         if self.num_time_groups > 1 and self.activation_bits == 16:
             for name in ("reconstruction", "transitions"):
@@ -129,6 +142,23 @@ class ThermoConfig(BaseModel):
                 found = f"found {getattr(self, name)!r}, allowed are {allowed} with quantizer='trellis'"
                 raise ValueError(f"{name}: {found}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as ``config.json`` holds them, with ``quant_method``."""
+        return {"quant_method": self.quant_method, **self.model_dump(mode="json")}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """The inverse of ``to_dict``; other arguments are given back, if asked for.
+
+        Raises:
+            ValueError: another method, or a wrong field.
+        """
+        if not isinstance(config_dict, dict) or config_dict.get("quant_method") != cls.quant_method:
+            expected = f"expected an object with quant_method {cls.quant_method!r}"
+            raise ValueError(f"quantization_config: found {config_dict!r:.80}, {expected}")
+        config = cls(**{name: value for name, value in config_dict.items() if name != "quant_method"})
+        return (config, kwargs) if return_unused_kwargs else config
+
     @property
     def time_groups(self) -> TimeGroups:
         """The time groups."""
@@ -145,11 +175,15 @@ class ThermoConfig(BaseModel):
         return self.smoothing_method if self.enable_boundary_smoothing else None
 
     @property
+    def has_static_ranges(self) -> bool:
+        """Whether ranges of activations are stored."""
+        return self.activation_bits < 16 and self.activation_ranges == "static"
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any part of this configuration is fitted on calibration states."""
-        static_activations = self.activation_bits < 16 and self.activation_ranges == "static"
         trained = self.reconstruction != "none" or self.transitions != "none"
-        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or static_activations or trained
+        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or self.has_static_ranges or trained
 
     @property
     def precision(self) -> str:

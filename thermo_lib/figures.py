@@ -140,3 +140,15 @@ def scatters(
             ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
         ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
+    """What each worker of a cluster did when: a bar a task, from ``(worker, start, stop)`` in seconds."""
+    workers = sorted({worker for worker, _, _ in tasks}, key=lambda name: min(s for w, s, _ in tasks if w == name))
+    first = min(start for _, start, _ in tasks)
+    _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(workers))
+    for worker, start, stop in tasks:
+        row = workers.index(worker)
+        ax.barh(row, stop - start, left=start - first, height=0.6, color=COLORS[row % len(COLORS)], edgecolor="white")
+    ax.set(xlabel="time (s)", yticks=range(len(workers)), yticklabels=[f"worker {n + 1}" for n in range(len(workers))])
+    ax.invert_yaxis()

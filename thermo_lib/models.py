@@ -3,10 +3,12 @@
 Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
 """
 
+import itertools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.architectures import (
@@ -69,6 +71,11 @@ class DiffusionLM:
             raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
+    def decode(self, ids: Tensor) -> str:
+        """Text of token ids ``(length,)``, up to the first special token."""
+        special = {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in special, ids.tolist())))
+
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Tell every time-aware layer which denoising step comes next.
 
@@ -91,11 +98,13 @@ class DiffusionLM:
             at: bool ``(batch, length)``, True at ``n`` positions.
 
         Returns:
-            ``(n, vocabulary)`` in row-major order of ``at``.
+            ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
+            model's.
         """
-        logits = self.model.lm_head(self.model.hidden(ids)[at])
+        device = self.model.device
+        logits = self.model.lm_head(self.model.hidden(ids.to(device))[at.to(device)])
         logits[:, self.mask_token_id] = NO_PROBABILITY
-        return logits
+        return logits.to(ids.device)
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
@@ -117,11 +126,11 @@ def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], 
     return DreamModel(config)
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder's safetensors file, or of the shards that its index names.
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors file, or the shards that its index names.
 
     Raises:
-        ValueError: no weights, pickled weights only, a shard outside the folder, or an unreadable file.
+        ValueError: no weights, pickled weights only, or a shard outside the folder.
     """
     index = folder / INDEX_NAME
     if index.is_file():
@@ -131,30 +140,40 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         names = sorted(set(weight_map.values()))
     else:
         names = [WEIGHTS_NAME]
-    tensors: dict[str, Tensor] = {}
-    for name in names:
-        path = folder / name
+    paths = [folder / name for name in names]
+    for name, path in zip(names, paths, strict=True):
         if Path(name).name != name:
             raise ValueError(f"{index}: found shard {name!r} outside the folder, allowed are files in {folder}")
         if not path.is_file():
             pickled = sorted(p.name for p in folder.glob("*.bin"))
             hint = f"; {pickled[0]} is a pickle, convert it to safetensors first" if pickled else ""
             raise ValueError(f"model: found no {name} in {folder}{hint}")
-        tensors |= read_safetensors(path)
-    return tensors
+    return paths
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file.
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder; raises what ``weight_files`` and ``read_safetensors`` raise."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_safetensors(path).items()}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """A file to read single tensors from.
 
     Raises:
         ValueError: no such file, or not a complete one.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
+            yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; raises what ``open_safetensors`` raises."""
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path) -> None:
@@ -163,17 +182,32 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     Raises:
         ValueError: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
     """
+    check_shapes({name: tensor.shape for name, tensor in found.items()}, expected, where)
+    for name, tensor in found.items():
+        check_finite(tensor, name, where)
+
+
+def check_finite(tensor: Tensor, name: str, where: Path) -> None:
+    """Raise ValueError if a tensor of a checkpoint holds NaN or infinity."""
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor], where: Path) -> None:
+    """Compare the names and shapes of the tensors in a checkpoint with what the model needs.
+
+    Raises:
+        ValueError: a tensor is missing, extra, or of the wrong shape.
+    """
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing:
         raise ValueError(f"{where}: missing tensors {', '.join(missing[:5])} ({len(missing)} in all)")
     if extra:
         raise ValueError(f"{where}: unexpected tensors {', '.join(extra[:5])} ({len(extra)} in all)")
-    for name, tensor in found.items():
-        if tensor.shape != expected[name].shape:
-            shapes = f"found shape {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+    for name, shape in found.items():
+        if tuple(shape) != tuple(expected[name].shape):
+            shapes = f"found shape {tuple(shape)}, expected {tuple(expected[name].shape)}"
             raise ValueError(f"{where}: tensor {name}: {shapes}")
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
 
 
 def take_expected(
@@ -190,12 +224,34 @@ def take_expected(
     Raises:
         ValueError: what ``check_tensors`` raises, in the names of the checkpoint.
     """
+    names = stored_names(found, config, expected)
+    check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
+    return {name: found[stored] for stored, name in names.items()}
+
+
+def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
     names = {tensor_name(config, name): name for name in expected}
     head = tensor_name(config, HEAD)
     if config.tie_word_embeddings and head not in found:
         names.pop(head, None)
-    check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
-    return {name: found[stored] for stored, name in names.items()}
+    return names
+
+
+def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device its tensors, and make it ready to evaluate.
+
+    Args:
+        model: its parameters hold no memory yet.
+        tensors: the library's name to tensor; emptied, so that no tensor is held twice.
+        dtype: of the model's parameters.
+    """
+    for name in list(tensors):
+        model.load_state_dict({name: tensors.pop(name).to(dtype)}, strict=False, assign=True)
+    if isinstance(model.lm_head, nn.Linear):
+        model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its numbers are in no checkpoint
+    model.eval().requires_grad_(False)
 
 
 def model_folder(name: str) -> Path:
@@ -218,23 +274,23 @@ def model_folder(name: str) -> Path:
         raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
 
 
-def load_model(name: str = "reference") -> DiffusionLM:
-    """Load a full-precision diffusion language model in float32, in evaluation mode.
+def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """Load a full-precision diffusion language model, in evaluation mode.
 
     Args:
         name: ``"reference"`` for the embedded model, a local folder, or a hub id.
+        dtype: of the weights in memory.
 
     Raises:
         ValueError: unknown model, unsupported type, or damaged weights; the message says which and why.
     """
     folder = model_folder(name)
     config = read_config(folder)
-    model = build_model(config)
-    tensors = take_expected(read_tensors(folder), config, model.state_dict(), folder)
-    # A head that is tied to the embedding is loaded with it, and may be missing.
-    model.load_state_dict(tensors, strict=not config.tie_word_embeddings)
+    with torch.device("meta"):
+        model = build_model(config)
+    fill(model, take_expected(read_tensors(folder), config, model.state_dict(), folder), dtype)
     return DiffusionLM(
-        model.eval().requires_grad_(False),
+        model,
         read_tokenizer(folder),
         config.mask_token_id,
         name,
@@ -249,15 +305,19 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     try:
         temporary.chmod(0o755)
         write(temporary)
-        if folder.exists():
-            retired = temporary.with_name(f"{temporary.name}.old")
-            os.replace(folder, retired)
-            os.replace(temporary, folder)
-            shutil.rmtree(retired)
-        else:
-            os.replace(temporary, folder)
+        replace_folder(folder, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_folder(folder: Path, complete: Path) -> None:
+    """Put a complete folder in the place of another, which may not exist, beside it."""
+    retired = complete.with_name(f"{complete.name}.old")
+    if folder.exists():
+        shutil.rmtree(retired, ignore_errors=True)  # of a run that was stopped here
+        os.replace(folder, retired)
+    os.replace(complete, folder)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 def save_model(

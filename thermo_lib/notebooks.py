@@ -7,9 +7,12 @@ file and nbval compares only results.
 import os
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import nbformat
 import torch
+
+if TYPE_CHECKING:
+    import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2
@@ -33,9 +36,9 @@ def reproducible() -> None:
     torch.use_deterministic_algorithms(True)
 
 
-def _without_stderr(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+def _without_stderr(outputs: "list[nbformat.NotebookNode]") -> "list[nbformat.NotebookNode]":
     """The outputs without stderr, text that was printed in one go in one piece (a kernel sends it in chunks)."""
-    kept: list[nbformat.NotebookNode] = []
+    kept = []
     for output in outputs:
         is_stream = output.output_type == "stream"
         if is_stream and output.name == "stderr":
@@ -53,6 +56,8 @@ def tidy(path: str | Path) -> None:
     Raises:
         ValueError: the notebook holds the output of an error.
     """
+    import nbformat  # takes longer to import than all else here, and every notebook imports this module
+
     path = Path(path)
     notebook = nbformat.read(path, as_version=4)
     for key in set(notebook.metadata) - {"kernelspec", "language_info"}:

@@ -6,8 +6,6 @@ give it.
 """
 
 import copy
-import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,15 +17,25 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, tensor_name
+from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, read_object, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
-from thermo_lib.models import WEIGHTS_NAME, DiffusionLM, model_folder, read_tensors, take_expected, write_folder
+from thermo_lib.models import (
+    HEAD,
+    WEIGHTS_NAME,
+    DiffusionLM,
+    fill,
+    load_model,
+    model_folder,
+    read_tensors,
+    take_expected,
+    write_folder,
+)
 from thermo_lib.params import default
 from thermo_lib.quant import (
+    QuantizedEmbedding,
     QuantizedLinear,
-    QuantizedWeight,
     check_weight,
     gptq,
     least_squares,
@@ -38,20 +46,22 @@ from thermo_lib.quant import (
 )
 from thermo_lib.ranges import InputSample, TrainableRanges, clipped_ranges, fit_to_output, input_samples, output_error
 from thermo_lib.reconstruction import BlockStream, fit_block
+from thermo_lib.snapshots import Snapshot, digest, named, part_of
 from thermo_lib.time_aware import BoundarySmoother, TimeGroupParams, TimeGroups
 from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.transition import (
     Batch,
+    CalibrationDraws,
     Chains,
     TrainableLayers,
     TrainableWeight,
     TransitionLoss,
-    calibration_draws,
     fit_to_path_kl,
     token_importance,
 )
 from thermo_lib.trellis import MOST_BITS, TrellisLinear, allocate_bits, column_costs, trellis
 
+TABLES = ("model.embed_tokens", "lm_head")
 _ROUNDING = {"rtn": round_to_nearest, "least_squares": least_squares}
 
 
@@ -92,8 +102,9 @@ class QuantizedLM(DiffusionLM):
         return bits + sum(parameters * params.scale.numel() * 16 for params in self.weight_params[name])
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
-        """The quantized linears by name."""
-        return {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        """The quantized linears inside the blocks by name."""
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        return {name: layer for name, layer in layers.items() if name not in TABLES}
 
     @property
     def bits_per_weight(self) -> float:
@@ -112,12 +123,12 @@ def linear_names(model: MaskPredictor) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
 
 
-def _blocks(names: list[str]) -> list[list[str]]:
-    """Layer names by block, e.g. all of ``model.layers.0``."""
+def _blocks(names: list[str]) -> dict[str, list[str]]:
+    """Block name, e.g. ``model.layers.0``, to the names of its layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
         blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
-    return list(blocks.values())
+    return blocks
 
 
 def _layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
@@ -157,13 +168,20 @@ def _install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], conf
 
 
 def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    layer.activation_bits = config.activation_bits
+    layer.activation_bits, layer.activation_clip = config.activation_bits, config.activation_clip
     layer.activation_group_size = config.activation_group_size or layer.in_features
     if config.activation_ranges == "static":
         rows, row_of_step = _table(params, config, whole_zero_points=True)
         layer.activation_scale = torch.stack([row.scale for row in rows]).float()
         layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).float()
         layer.activation_row = row_of_step
+
+
+def install_dynamic_ranges(lm: QuantizedLM) -> None:
+    """Quantize the inputs of all quantized linears in ranges of each token, if the configuration says so."""
+    if lm.config.activation_bits < 16 and not lm.config.has_static_ranges:
+        for layer in lm.quantized_layers().values():
+            _install_activations(layer, [], lm.config)
 
 
 def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_points: bool) -> list[TimeGroupParams]:
@@ -197,42 +215,77 @@ def _table(
     return rows, torch.tensor(row_of_step, dtype=torch.int32)
 
 
-def _rounded_layer(weight: Tensor, name: str, config: ThermoConfig) -> QuantizedWeight:
-    check_weight(weight, name)
-    return _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
-
-
-def _calibrated_layer(
-    weight: Tensor, name: str, hessians: Tensor, config: ThermoConfig, column_bits: Tensor | None = None
+def _coded_layer(
+    weight: Tensor, name: str, hessians: Tensor | None, config: ThermoConfig, column_bits: Tensor | None = None
 ) -> tuple[dict[str, Tensor], list[TimeGroupParams]]:
     """What a layer stores as codes, and its parameters for each time group.
 
     Args:
         weight: of the layer.
         name: of the layer.
-        hessians: of the time groups, ``(groups, in_features, in_features)``.
+        hessians: of the time groups, ``(groups, in_features, in_features)``; None for a data-free quantizer and a
+            single time group.
         config: how to quantize.
         column_bits: of the trellis.
     """
+    check_weight(weight, name)
     ridge, damping = default("quant.ridge"), default("quant.damping")
-    total = hessians.sum(0)
     ranges = config.weight_groups.ranges
     if config.quantizer == "trellis":
-        check_weight(weight, name)
-        coded = trellis(weight, total, column_bits, config.group_size, damping, default("trellis.beam"))
+        coded = trellis(weight, hessians.sum(0), column_bits, config.group_size, damping, default("trellis.beam"))
         params = TimeGroupParams(ranges[0], coded.scale, torch.zeros_like(coded.scale), coded.group_size)
         return {"packed": coded.packed, "packed_column_bits": pack(coded.column_bits, 4)}, [params]
     if config.quantizer == "gptq":
-        check_weight(weight, name)
-        base = gptq(weight, total, config.bit_width, config.group_size, damping, ridge)
+        base = gptq(weight, hessians.sum(0), config.bit_width, config.group_size, damping, ridge)
     else:
-        base = _rounded_layer(weight, name, config)
-    fitted = [base] if len(hessians) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
+        base = _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
+    fitted = [base] if len(ranges) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
     stored = {"packed": pack(base.codes, config.bit_width)}
     return stored, [
         TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
         for time_range, f in zip(ranges, fitted, strict=True)
     ]
+
+
+def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
+    """What is stored of a weight that is quantized without calibration.
+
+    Args:
+        weight: some rows of it, ``(rows, in_features)``.
+        name: for errors.
+        config: how to quantize.
+        bits: of a code.
+
+    Returns:
+        ``packed`` ``(rows, bytes)``, ``weight_scale`` and ``weight_zero_point`` ``(1, rows, groups)``.
+    """
+    check_weight(weight, name)
+    found = _ROUNDING.get(config.quantizer, least_squares)(weight, bits, config.group_size)
+    parameters = {"weight_scale": found.scale[None], "weight_zero_point": found.zero_point[None]}
+    return {"packed": pack(found.codes, bits), **parameters}
+
+
+def code_tables(lm: QuantizedLM) -> None:
+    """Put codes in the place of embeddings and head, if the configuration says so."""
+    for name in coded_tables(lm.model, lm.config):
+        weight = lm.model.get_submodule(name).weight.detach()
+        stored = coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits)
+        _install_table(lm, name, stored, lm.model.model.norm.weight.dtype)
+
+
+def _install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
+    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size}
+    rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
+    for table in TABLES if lm.model.config.tie_word_embeddings else (name,):
+        if table == "lm_head":
+            module = QuantizedLinear(columns, rows, bias=False, **how)
+        else:
+            module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
+        module.packed = stored["packed"]
+        module.scale, module.zero_point = stored["weight_scale"], stored["weight_zero_point"]
+        parent, _, child = table.rpartition(".")
+        setattr(lm.model.get_submodule(parent), child, module)
 
 
 def input_hessians(
@@ -281,10 +334,7 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
     label = f"{config.quantizer} {config.precision}"
     if config.quantizer in _ROUNDING and config.weight_groups.num_groups == 1:
         for name in tqdm(names, desc=label, disable=not progress, leave=False):
-            quantized = _rounded_layer(lm.model.get_submodule(name).weight, name, config)
-            params = TimeGroupParams((0, config.timesteps), quantized.scale, quantized.zero_point, quantized.group_size)
-            lm.weight_params[name] = [params]
-            _install(lm, name, {"packed": pack(quantized.codes, config.bit_width)})
+            quantize_layer(lm, name, None, {})
         return
 
     importance: dict[str, list[Tensor]] = {}
@@ -293,18 +343,18 @@ def _quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress
         importance = token_importance(lm, calibration, names, default("seed"), "importance" if progress else None)
         sites = [[name] for name in names]  # the same input counts by what the output is worth
     column_bits = _column_bits(lm, calibration, importance)
-    for block in tqdm(_blocks(names), desc=label, disable=not progress, leave=False):
+    for block in tqdm(_blocks(names).values(), desc=label, disable=not progress, leave=False):
         site_of = {site[0]: site for site in sites if site[0] in block}
         hessians = input_hessians(lm, calibration, list(site_of), config.weight_groups, importance)
         for first, site in site_of.items():
             for name in site:
-                _quantize_layer(lm, name, hessians[first], column_bits)
+                quantize_layer(lm, name, hessians[first], column_bits)
 
 
-def _quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor, column_bits: Mapping[str, Tensor]) -> None:
-    """Quantize one linear under the Hessians of its time groups and put the quantized layer in its place."""
+def quantize_layer(lm: QuantizedLM, name: str, hessians: Tensor | None, column_bits: Mapping[str, Tensor]) -> None:
+    """Quantize one linear, under the Hessians of its time groups if any, and put the quantized layer in its place."""
     weight = lm.model.get_submodule(name).weight.detach()
-    stored, lm.weight_params[name] = _calibrated_layer(weight, name, hessians, lm.config, column_bits.get(name))
+    stored, lm.weight_params[name] = _coded_layer(weight, name, hessians, lm.config, column_bits.get(name))
     _install(lm, name, stored)
 
 
@@ -329,51 +379,112 @@ def _column_bits(
     return allocate_bits(costs, {n: linear.out_features for n, linear in linears.items()}, config.average_bits)
 
 
-def _quantize_sequentially(lm: QuantizedLM, reference: DiffusionLM, calibration: Calibration, progress: bool) -> None:
-    """Quantize the linears of each block site by site; after each, train what is left of the block for its output.
+def _quantize_sequentially(
+    lm: QuantizedLM, reference: DiffusionLM, calibration: Calibration, snapshot: Snapshot | None, progress: bool
+) -> None:
+    """Quantize site after site, each time training the rest of the block for the block's output.
 
-    Trained are the weights that aren't quantized yet, and the scales and zero points of those that are.
+    A site are the linears that share an input. What isn't quantized yet of the block, and the scales of what is, make
+    up for the errors so far.
     """
-    config, settings, sequential = lm.config, default("reconstruction"), default("sequential")
+    config = lm.config
     names = linear_names(reference.model)
     blocks = _blocks(names)
-    outputs = [".".join(block[0].split(".")[:3]) for block in blocks]
     importance = token_importance(
-        reference, calibration, [*names, *outputs], default("seed"), "importance" if progress else None
+        reference, calibration, [*names, *blocks], default("seed"), "importance" if progress else None
     )
     counted = importance if config.hessian == "transition" else {}
     column_bits = _column_bits(lm, calibration, counted)
     stream = BlockStream(reference, lm, calibration)
-    sites = shared_inputs(reference, names)
-    for site in tqdm(sites, desc=f"sequential {config.precision}", disable=not progress, leave=False):
-        number = next(i for i, block in enumerate(blocks) if site[0] in block)
-        if site[0] == blocks[number][0]:
+    _go_on(lm, snapshot)
+    install_dynamic_ranges(lm)
+    for site in tqdm(
+        shared_inputs(reference, names), desc=f"sequential {config.precision}", disable=not progress, leave=False
+    ):
+        number, (block, linears) = next((i, b) for i, b in enumerate(blocks.items()) if site[0] in b[1])
+        if site[0] == linears[0]:
             stream.enter(number)
-        for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
-            _quantize_layer(lm, name, hessian[None], column_bits)
-            if config.activation_ranges == "dynamic":
-                lm.model.get_submodule(name).activation_bits = config.activation_bits
-        layers = lm.quantized_layers()
-        weights = _trainable_weights({n: layers[n] for n in blocks[number] if n in layers})
-        rest = [lm.model.get_submodule(n).weight.requires_grad_() for n in blocks[number] if n not in layers]
-        with TrainableLayers(lm, {}, weights):
-            linears = ", ".join(name.rpartition(".")[2] for name in site)
-            lm.losses[f"block {number}: {linears}"] = fit_block(
-                stream,
-                number,
-                importance[outputs[number]],
-                _weight_rates(weights.values(), settings) | dict.fromkeys(rest, sequential["weight_lr"]),
-                steps=sequential["steps"],
-                batch=settings["batch"],
-                seed=default("seed"),
-            )
-        for tensor in rest:
-            tensor.requires_grad_(False)
-        _store_weights(lm, weights)
-        if site[-1] == blocks[number][-1]:
+        phase = f"block {number}: {', '.join(name.rpartition('.')[2] for name in site)}"
+        if phase not in lm.losses:
+            for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
+                quantize_layer(lm, name, hessian[None], column_bits)
+                if config.activation_ranges == "dynamic":
+                    _install_activations(lm.model.get_submodule(name), [], config)
+            lm.losses[phase] = _fit_rest(lm, stream, number, linears, importance[block])
+            _keep(lm, snapshot)
+        if site[-1] == linears[-1]:
             stream.leave(number)
     for layer in lm.quantized_layers().values():
         layer.activation_bits = 16
+
+
+def _fit_rest(
+    lm: QuantizedLM, stream: BlockStream, number: int, linears: Sequence[str], importance: Sequence[Tensor]
+) -> list[float]:
+    """Train a block's linears that aren't quantized yet, and the scales of those that are; the loss of each step."""
+    settings, sequential = default("reconstruction"), default("sequential")
+    layers = lm.quantized_layers()
+    weights = _trainable_weights({name: layers[name] for name in linears if name in layers})
+    rest = [lm.model.get_submodule(name).weight.requires_grad_() for name in linears if name not in layers]
+    with TrainableLayers(lm, {}, weights):
+        losses = fit_block(
+            stream,
+            number,
+            importance,
+            _weight_rates(weights.values(), settings) | dict.fromkeys(rest, sequential["weight_lr"]),
+            steps=sequential["steps"],
+            batch=settings["batch"],
+            seed=default("seed"),
+        )
+    for tensor in rest:
+        tensor.requires_grad_(False)
+    _store_weights(lm, weights)
+    return losses
+
+
+def _snapshot(
+    resume: str | Path | None,
+    phase: str,
+    config: ThermoConfig,
+    reference: DiffusionLM,
+    calibration: Calibration | None,
+    start: DiffusionLM | None = None,
+) -> Snapshot | None:
+    """Where a phase of training is kept, under a digest of all that it depends on; None without a folder."""
+    if resume is None:
+        return None
+    sections = ("quant", "trellis", "reconstruction", "sequential", "chains", "transition", "seed")
+    run = digest(
+        config.model_dump(mode="json"),
+        {section: default(section) for section in sections},
+        *(lm.model.state_dict() for lm in (reference, start) if lm is not None),
+        calibration.tensors() if calibration is not None else None,
+    )
+    return Snapshot(Path(resume) / f"{phase}.safetensors", run)
+
+
+def _keep(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
+    """Take a snapshot of a model some of whose sites or blocks have been trained."""
+    if snapshot is not None:
+        losses = {phase: torch.tensor(values, dtype=torch.float64) for phase, values in lm.losses.items()}
+        snapshot.save(named("model", lm.model.state_dict()) | named("losses", losses))
+
+
+def _go_on(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
+    """Bring a model to where the last snapshot was taken."""
+    state = snapshot.load() if snapshot is not None else {}
+    if not state:
+        return
+    model = part_of(state, "model")
+    for name, layer in list(lm.model.named_modules()):
+        if f"{name}.packed" not in model:
+            continue
+        scale, zero_point = (model[f"{name}.{key}"][0] for key in ("scale", "zero_point"))
+        lm.weight_params[name] = [TimeGroupParams((0, lm.config.timesteps), scale, zero_point, lm.config.group_size)]
+        if not isinstance(layer, QuantizedLinear):
+            _install(lm, name, {key: model[f"{name}.{key}"] for key in _layer_type(lm.config).STORED})
+    lm.model.load_state_dict(model)
+    lm.losses |= {phase: values.tolist() for phase, values in part_of(state, "losses").items()}
 
 
 def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
@@ -447,7 +558,7 @@ def _quantize_activations(
             fit_to_path_kl(
                 loss,
                 {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
-                calibration_draws(loss, calibration, settings["path_kl_batch"], default("seed")),
+                CalibrationDraws(loss, calibration, settings["path_kl_batch"], default("seed")),
                 steps=settings["path_kl_steps"],
                 progress=f"path KL {lm.config.precision}" if progress else None,
             )
@@ -457,19 +568,26 @@ def _quantize_activations(
 
 
 def quantize(
-    lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | None = None, *, progress: bool = False
+    lm: DiffusionLM,
+    config: ThermoConfig,
+    calibration: Calibration | None = None,
+    *,
+    resume: str | Path | None = None,
+    progress: bool = False,
 ) -> QuantizedLM:
     """Quantize a full-precision model into a new one; the given model stays as it is.
 
     Args:
         lm: the full-precision model.
         config: how to quantize.
-        calibration: states to fit on; needed by ``gptq``, time groups and static activation ranges.
+        calibration: states to fit on; needed by ``gptq``, ``trellis``, time groups and static activation ranges.
+        resume: folder where training (reconstruction and transitions) keeps snapshots; the same call goes on from
+            them, with the same result. They stay when it is done.
         progress: show bars.
 
     Raises:
-        ValueError: the model is quantized already, the configuration needs calibration and there is none, or a
-            weight holds NaN or infinity.
+        ValueError: the model is quantized already, the configuration needs calibration and there is none, a weight
+            holds NaN or infinity, or ``resume`` has a snapshot of another run.
     """
     if config.needs_calibration and calibration is None:
         raise ValueError(
@@ -489,8 +607,9 @@ def quantize(
     with torch.no_grad():
         if sequential:
             fresh = config.training_states == "chains"
-            states = _fresh_states(lm, config.timesteps, progress) if fresh else calibration
-            _quantize_sequentially(quantized, lm, states, progress)
+            states = _fresh_states(lm, "sequential", config.timesteps, progress) if fresh else calibration
+            snapshot = _snapshot(resume, "sequential", config, lm, calibration)
+            _quantize_sequentially(quantized, lm, states, snapshot, progress)
         else:
             _quantize_weights(quantized, calibration, progress)
         if config.activation_bits < 16:
@@ -498,18 +617,20 @@ def quantize(
             _quantize_activations(quantized, lm, calibration, progress)
         elif config.method:
             quantized = resmooth(quantized, config.method)
+    how = {"states": config.training_states, "resume": resume, "progress": progress}
     if config.reconstruction == "blocks":
-        quantized = reconstruct_blocks(quantized, lm, calibration, states=config.training_states, progress=progress)
-    if config.transitions == "none":
-        return quantized
-    how = {"what": config.transitions, "states": config.training_states}
-    return optimize_transitions(quantized, lm, calibration, **how, progress=progress)
+        quantized = reconstruct_blocks(quantized, lm, calibration, **how)
+    if config.transitions != "none":
+        quantized = optimize_transitions(quantized, lm, calibration, what=config.transitions, **how)
+    code_tables(quantized)
+    return quantized
 
 
 _ACTIVATIONS = frozenset(
     {
         "activation_bits",
         "activation_ranges",
+        "activation_clip",
         "activation_group_size",
         "activation_token_states",
         "range_objective",
@@ -712,6 +833,7 @@ def reconstruct_blocks(
     calibration: Calibration | None = None,
     *,
     states: TrainingStates = "calibration",
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> QuantizedLM:
     """Train scales, zero points and codes of the weights block by block for the block's output.
@@ -724,39 +846,47 @@ def reconstruct_blocks(
         reference: the full-precision model.
         calibration: states to train on; not needed with chains.
         states: ``calibration``, or the states of fresh ``chains``, as many as the section says.
+        resume: see ``quantize``.
         progress: show bars.
 
     Raises:
-        ValueError: time-dependent weights, unknown ``states``, or missing calibration.
+        ValueError: time-dependent weights, unknown ``states``, missing calibration, or a snapshot of another run in
+            ``resume``.
     """
     config = _trained_config(lm, calibration, states, reconstruction="blocks")
     settings = default("reconstruction")
+    snapshot = _snapshot(resume, "blocks", config, reference, calibration, lm)
     changed = _copy(lm, config, lm.activation_params)
     if states == "chains":
-        calibration = _fresh_states(reference, config.timesteps, progress)
+        calibration = _fresh_states(reference, "reconstruction", config.timesteps, progress)
     blocks = _blocks(linear_names(reference.model))
-    names = [".".join(block[0].split(".")[:3]) for block in blocks]
-    importance = token_importance(reference, calibration, names, default("seed"), "importance" if progress else None)
+    importance = token_importance(
+        reference, calibration, list(blocks), default("seed"), "importance" if progress else None
+    )
+    _go_on(changed, snapshot)
     layers = changed.quantized_layers()
     static = changed.config.activation_ranges == "static"
     for layer in layers.values():
         layer.activation_bits = 16 if static else changed.config.activation_bits
     stream = BlockStream(reference, changed, calibration)
-    for number, (name, block) in enumerate(zip(names, blocks, strict=True)):
+    for number, (block, linears) in enumerate(blocks.items()):
         stream.enter(number)
-        weights = _trainable_weights({linear: layers[linear] for linear in block}, reference.model)
-        with TrainableLayers(changed, {}, weights):
-            changed.losses[f"block {number}"] = fit_block(
-                stream,
-                number,
-                importance[name],
-                _weight_rates(weights.values(), settings),
-                steps=settings["steps"],
-                batch=settings["batch"],
-                seed=default("seed"),
-                progress=f"block {number} of {len(blocks)}" if progress else None,
-            )
-        _store_weights(changed, weights)
+        phase = f"block {number}"
+        if phase not in changed.losses:
+            weights = _trainable_weights({name: layers[name] for name in linears}, reference.model)
+            with TrainableLayers(changed, {}, weights):
+                changed.losses[phase] = fit_block(
+                    stream,
+                    number,
+                    importance[block],
+                    _weight_rates(weights.values(), settings),
+                    steps=settings["steps"],
+                    batch=settings["batch"],
+                    seed=default("seed"),
+                    progress=f"{phase} of {len(blocks)}" if progress else None,
+                )
+            _store_weights(changed, weights)
+            _keep(changed, snapshot)
         stream.leave(number)
     for layer in layers.values():
         layer.activation_bits = changed.config.activation_bits
@@ -781,9 +911,9 @@ def _prompts(lm: DiffusionLM, count: int, seed: tuple[int, ...]) -> tuple[Tensor
     return ids.masked_fill(is_answer, lm.mask_token_id), is_answer
 
 
-def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibration:
-    """States of trajectories that the evaluation's and the calibration's seeds don't make."""
-    settings, seed = default("reconstruction"), default("seed") + 2
+def _fresh_states(lm: DiffusionLM, section: str, timesteps: int, progress: bool) -> Calibration:
+    """States that no seed of evaluation or calibration makes, of as many trajectories as a section says."""
+    settings, seed = default(section), default("seed") + 2
     empty = torch.full((settings["code"], default("data.sequence_length")), lm.mask_token_id)
     batches: list[tuple[Tensor, Tensor | None]] = [(empty, None)]
     if knows_tasks(lm.tokenizer):
@@ -791,21 +921,39 @@ def _fresh_states(lm: DiffusionLM, timesteps: int, progress: bool) -> Calibratio
     return calibrate(lm, batches, timesteps=timesteps, source="trajectory", seed=seed, progress=progress)
 
 
-def _fresh_chains(loss: TransitionLoss, own_share: float) -> Iterator[Batch]:
-    """A step of chains of code, and of puzzles where the model knows them, again and again.
+class _FreshChains:
+    """Chains of code, and of puzzles where the model knows them, a step of all at a time; see ``transition.Draws``.
 
     Args:
         loss: the two models.
         own_share: see ``ThermoConfig``.
     """
-    lm, settings, seed = loss.reference, default("chains"), default("seed")
-    empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
-    chains = [Chains(loss, lambda: empty, settings["code"], round(own_share * settings["code"]), seed)]
-    if knows_tasks(lm.tokenizer):
-        prompts = (row for number in itertools.count() for row in _prompts(lm, 1, (seed, number))[0])
-        chains.append(Chains(loss, lambda: next(prompts), settings["puzzles"], 0, seed))
-    while True:
-        yield [chain.step() for chain in chains]
+
+    def __init__(self, loss: TransitionLoss, own_share: float):
+        lm, settings, seed = loss.reference, default("chains"), default("seed")
+        empty = torch.full((default("data.sequence_length"),), lm.mask_token_id)
+        self.chains = [Chains(loss, lambda _: empty, settings["code"], round(own_share * settings["code"]), seed)]
+        if knows_tasks(lm.tokenizer):
+
+            def prompt(number: int) -> Tensor:
+                turn, task = divmod(number, len(TASKS))
+                return _prompts(lm, 1, (seed, turn))[0][task]
+
+            self.chains.append(Chains(loss, prompt, settings["puzzles"], 0, seed))
+
+    def step(self) -> Batch:
+        """The present states of all chains and their targets."""
+        return [chain.step() for chain in self.chains]
+
+    def state(self) -> dict[str, Tensor]:
+        """Of all chains."""
+        states = (named(str(number), chain.state()) for number, chain in enumerate(self.chains))
+        return {key: value for state in states for key, value in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        for number, chain in enumerate(self.chains):
+            chain.restore(part_of(state, str(number)))
 
 
 def optimize_transitions(
@@ -815,13 +963,14 @@ def optimize_transitions(
     *,
     what: Transitions = "parameters",
     states: TrainingStates = "calibration",
+    resume: str | Path | None = None,
     progress: bool = False,
 ) -> QuantizedLM:
     """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
 
     What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and where
-    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``,
-    ``chains`` and ``sequential`` of ``params.yaml``.
+    asked for the weights' codes, or the norms, biases, embeddings and head. Settings are the sections ``transition``
+    and ``chains`` of ``params.yaml``.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
@@ -829,10 +978,12 @@ def optimize_transitions(
         calibration: states to train on; not needed with chains.
         what: ``parameters``, ``codes`` or ``network``, see ``ThermoConfig.transitions``.
         states: ``calibration`` or fresh ``chains``.
+        resume: see ``quantize``.
         progress: show a bar.
 
     Raises:
-        ValueError: time-dependent weights, an unknown ``what`` or ``states``, or missing calibration.
+        ValueError: time-dependent weights, an unknown ``what`` or ``states``, missing calibration, or a snapshot of
+            another run in ``resume``.
     """
     if what == "none":
         raise ValueError("what: found 'none', allowed are parameters, codes, network")
@@ -847,15 +998,12 @@ def optimize_transitions(
     rates |= dict.fromkeys(network, default("chains.network_lr"))
     fresh = states == "chains"
     steps = default("chains.steps" if fresh else "transition.steps")
-    if fresh and config.reconstruction == "sequential":  # what is near its best already wants fewer and smaller steps
-        steps, factor = default("sequential.transition_steps"), default("sequential.transition_rate")
-        rates = {parameter: factor * rate for parameter, rate in rates.items()}
     loss = TransitionLoss(reference, changed, config.timesteps if fresh else calibration.timesteps, ranges, weights)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
     draws = (
-        _fresh_chains(loss, config.own_share)
+        _FreshChains(loss, config.own_share)
         if fresh
-        else calibration_draws(loss, calibration, settings["batch"], default("seed"))
+        else CalibrationDraws(loss, calibration, settings["batch"], default("seed"))
     )
     changed.losses["transitions"] = fit_to_path_kl(
         loss,
@@ -863,6 +1011,7 @@ def optimize_transitions(
         draws,
         steps=steps,
         penalty=lambda: config.markov_weight * sum(r.roughness() for r in inputs),
+        snapshot=_snapshot(resume, "transitions", config, reference, calibration, lm),
         progress=f"transitions {config.precision}" if progress else None,
     )
     for tensor in network:
@@ -894,6 +1043,32 @@ def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: 
     }
 
 
+def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
+    """What is stored of a quantized layer's weights: codes, and parameters of the time groups before smoothing."""
+    layer = lm.model.get_submodule(name)
+    codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
+    return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
+
+
+def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
+    """All that is stored of a quantized model, by the library's names."""
+    layers = lm.quantized_layers()
+    coded = TABLES if lm.config.embedding_bits < 16 else ()
+    inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
+    tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
+    if lm.model.config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    for name, layer in layers.items():
+        tensors |= stored_tensors(lm, name)
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias
+    for name in coded_tables(lm.model, lm.config):
+        table = lm.model.get_submodule(name)
+        values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
+        tensors |= named(name, values)
+    return tensors | _group_tensors("activation", lm.activation_params, lm.config)
+
+
 def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
 
@@ -901,38 +1076,35 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """
 
     def write(target: Path) -> None:
-        layers = lm.quantized_layers()
-        inside = {f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict()}
-        tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
-        for name, layer in layers.items():
-            tensors |= {f"{name}.{key}": getattr(layer, key) for key in layer.STORED}
-            if layer.bias is not None:
-                tensors[f"{name}.bias"] = layer.bias
-        for kind, params in (("weight", lm.weight_params), ("activation", lm.activation_params)):
-            tensors |= _group_tensors(kind, params, lm.config)
+        tensors = model_tensors(lm)
         stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
-        (target / "config.json").write_text(config_json(lm.model.config, thermo_config=lm.config.model_dump()))
+        (target / "config.json").write_text(config_json(lm.model.config, quantization_config=lm.config.to_dict()))
         save_tokenizer(lm.tokenizer, lm.chat_template, target)
 
     write_folder(Path(folder), write)
 
 
-def load_quantized(path: str | Path) -> QuantizedLM:
-    """Load what ``save_quantized`` wrote; it computes bit for bit what the saved model computed.
+def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> QuantizedLM:
+    """Load what ``save_quantized`` or ``quantize_checkpoint`` wrote, computing bit for bit what was saved.
+
+    Args:
+        path: the folder.
+        dtype: of what isn't quantized, and of the computation.
 
     Raises:
         ValueError: not a folder of a quantized model, or damaged; the message says where and why.
     """
     folder = model_folder(str(path))
     config = read_config(folder)
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if not isinstance(content.get("thermo_config"), dict):
-        raise ValueError(f"{folder}/config.json: found no thermo_config, expected a folder that save_quantized wrote")
-    thermo = ThermoConfig(**content["thermo_config"])
+    try:
+        thermo = ThermoConfig.from_dict(read_object(folder / "config.json").get("quantization_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
     found = read_tensors(folder)
-    model = build_model(config).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = build_model(config)
     lm = QuantizedLM(
         model,
         read_tokenizer(folder),
@@ -941,25 +1113,80 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         thermo,
         chat_template=read_chat_template(folder),
     )
+    tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
+    install(lm, tensors, folder, dtype)
+    fill(model, tensors, dtype)
+    return lm
 
-    names = linear_names(model)
-    static = thermo.activation_bits < 16 and thermo.activation_ranges == "static"
-    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if static else {})
-    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in names}
+
+def is_quantized(name: str) -> bool:
+    """Whether a model is quantized, by its ``config.json``."""
+    return "quantization_config" in read_object(model_folder(name) / "config.json")
+
+
+def load_any(name: str, *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """A model, full precision or quantized; raises what ``load_model`` and ``load_quantized`` raise."""
+    load = load_quantized if is_quantized(name) else load_model
+    return load(name, dtype=dtype)
+
+
+def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
+    """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
+    if config.embedding_bits == 16:
+        return ()
+    return TABLES[:1] if model.config.tie_word_embeddings else TABLES
+
+
+def expected_tensors(
+    model: MaskPredictor, thermo: ThermoConfig, found: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """What is stored of a quantized model.
+
+    Args:
+        model: the model, not quantized.
+        thermo: how it was quantized.
+        found: stored tensors by the checkpoint's names; of a trellis the sizes depend on ``packed_column_bits``.
+        folder: for errors.
+
+    Returns:
+        The library's name to a tensor of the right shape, on the meta device.
+    """
+    names, tables = linear_names(model), coded_tables(model, thermo)
+    coded = {*names, *(TABLES if tables else ())}
+    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
+    for name in tables:
+        sizes = model.config.vocab_size, model.config.hidden_size
+        expected |= _expected_codes(name, *sizes, thermo, thermo.embedding_bits)
     for name in names:
-        expected |= _expected_tensors(name, model.get_submodule(name), thermo, static)
+        expected |= _expected_tensors(name, model.get_submodule(name), thermo, thermo.has_static_ranges)
         if thermo.quantizer == "trellis":
-            expected |= _expected_streams(name, model.get_submodule(name), config, found, folder)
-    tensors = take_expected(found, config, expected, folder)
-    for name in names:
-        linear, named = model.get_submodule(name), tensor_name(config, name)
+            expected |= _expected_streams(name, model.get_submodule(name), model.config, found, folder)
+    return expected
+
+
+def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Put what is stored of quantized linears and tables into a model that isn't quantized yet.
+
+    Args:
+        lm: the model, with the configuration.
+        tensors: by the library's name; those that are installed are taken out.
+        folder: for errors.
+        dtype: of what isn't quantized, and of the computation.
+
+    Raises:
+        ValueError: codes of another type, or a scale that isn't positive.
+    """
+    config, thermo = lm.model.config, lm.config
+    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
+    for name in linear_names(lm.model):
+        linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
         for kind, layers in kinds.items():
             ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             scales = values["scale"]
             if (scales <= 0).any():
                 smallest = f"found {scales.min().item():.3g}, allowed is above 0"
-                raise ValueError(f"{folder}: tensor {named}.{kind}_scale: {smallest}")
+                raise ValueError(f"{folder}: tensor {stored_name}.{kind}_scale: {smallest}")
             zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
@@ -968,22 +1195,20 @@ def load_quantized(path: str | Path) -> QuantizedLM:
         stored = {key: tensors.pop(f"{name}.{key}") for key in _layer_type(thermo).STORED}
         for key, tensor in stored.items():
             if tensor.dtype != torch.uint8:
-                raise ValueError(f"{folder}: tensor {named}.{key}: found {tensor.dtype}, expected torch.uint8")
+                raise ValueError(f"{folder}: tensor {stored_name}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
-            linear.bias.copy_(tensors.pop(f"{name}.bias"))
+            linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         _install(lm, name, stored)
         if thermo.activation_bits < 16:
-            _install_activations(model.get_submodule(name), lm.activation_params.get(name, []), thermo)
-    model.load_state_dict(tensors, strict=False)
-    return lm
+            _install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
+    for name in coded_tables(lm.model, thermo):
+        keys = ("packed", "weight_scale", "weight_zero_point")
+        _install_table(lm, name, {key: tensors.pop(f"{name}.{key}") for key in keys}, dtype)
 
 
 def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
     rows, columns = linear.weight.shape
-    groups = config.weight_groups.num_groups
-    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
-    expected = {f"{name}.weight_{key}": parameters for key in _parameter_names("weight", config)}
-    expected[f"{name}.packed"] = torch.empty((rows, -(-columns * config.bit_width // 8)), device="meta")
+    expected = _expected_codes(name, rows, columns, config, config.bit_width)
     if linear.bias is not None:
         expected[f"{name}.bias"] = linear.bias
     if static:
@@ -992,6 +1217,14 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
         per_group = torch.empty(shape, device="meta")
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
+
+
+def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
+    groups = config.weight_groups.num_groups if name not in TABLES else 1
+    names = _parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
+    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
+    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta")
+    return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
 
 
 def _expected_streams(

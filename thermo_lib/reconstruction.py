@@ -2,10 +2,13 @@
 
 The blocks are taken in order. Each sees the inputs that the quantized blocks before it leave it, and is trained to put
 out what the full-precision model has at that place, so that it also mends errors made earlier (BRECQ, arXiv
-2102.05426). The squared error of a token counts by what it costs in path KL, see ``transition.token_importance``.
+2102.05426). Quantized at once, a block's scales, zero points and codes are trained; quantized one linear after the
+other (``sequential``), what isn't quantized yet is trained too, and makes up for what is. The squared error of a token
+counts by what it costs in path KL, see ``transition.token_importance``.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,6 +18,10 @@ from tqdm import tqdm
 from thermo_lib.calibration import Calibration, watch_inputs
 from thermo_lib.models import DiffusionLM
 from thermo_lib.ranges import descent
+
+
+class _SeenAll(Exception):
+    """What is watched in a block has been seen, the rest of the block needn't be computed."""
 
 
 class BlockStream:
@@ -56,8 +63,8 @@ class BlockStream:
 
         Args:
             number: of the block.
-            importance: the linears' names to the weights of the sum's tokens, ``(states, length)`` for each part of the
-                calibration; None counts every token 1.
+            importance: the linears' names, as they come in the block, to the weights of the sum's tokens,
+                ``(states, length)`` for each part of the calibration; None counts every token 1.
 
         Returns:
             Name to float64 ``(in_features, in_features)``.
@@ -65,18 +72,22 @@ class BlockStream:
         block = self.quantized.model.model.layers[number]
         linears = {name: self.quantized.model.get_submodule(name) for name in importance}
         found = {n: torch.zeros((m.in_features, m.in_features), dtype=torch.float64) for n, m in linears.items()}
+        *_, last = importance
         at: tuple[int, Tensor] = (0, torch.empty(0))
 
         def receive(name: str, x: Tensor) -> None:
             x, weights = x.flatten(0, 1), importance[name]
             weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
             found[name] += x.T @ weighted
+            if name == last:
+                raise _SeenAll
 
         with watch_inputs(linears, receive):
             for part, hidden in enumerate(self.inputs):
                 for rows in torch.arange(len(hidden)).split(64):
                     at = (part, rows)
-                    self.run(block, part, hidden[rows])
+                    with suppress(_SeenAll):
+                        self.run(block, part, hidden[rows])
         return found
 
     def leave(self, number: int) -> None:

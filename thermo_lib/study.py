@@ -4,7 +4,6 @@ A point is a set of ``ThermoConfig`` fields and the seed of its calibration data
 inputs, so any two can be compared sequence by sequence.
 """
 
-import hashlib
 import itertools
 import json
 import shlex
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -42,6 +40,7 @@ from thermo_lib.quantized_model import (
 )
 from thermo_lib.ranges import best_starts
 from thermo_lib.report import read_json, write_json
+from thermo_lib.snapshots import digest
 from thermo_lib.time_aware import TimeGroups
 from thermo_lib.transition import path_kl
 
@@ -87,6 +86,8 @@ def key(point: Point) -> str:
     if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
         for name in ("activation_group_size", "activation_token_states", "range_objective"):
             relevant[name] = None
+    if point["activation_bits"] == 16:
+        relevant["activation_clip"] = None
     if point["transitions"] == "none" or point["num_time_groups"] == 1:
         relevant["markov_weight"] = None
     return json.dumps(relevant, sort_keys=True)
@@ -187,7 +188,7 @@ class Grid:
     def __init__(self, path: str | Path, reference: DiffusionLM):
         self.path, self.reference = Path(path), reference
         self.made_of = {
-            "weights": _digest(reference),
+            "weights": digest(reference.model.state_dict()),
             "evaluation": default("evaluation"),
             "ranges": default("ranges"),
             "transition": default("transition"),
@@ -411,14 +412,6 @@ COLUMNS = {
 }
 
 
-def _digest(lm: DiffusionLM) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(lm.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
     """Relative accuracy gain over baselines, seeds averaged, with a paired 95 % interval over sequences.
 
@@ -505,6 +498,12 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             )
         ],
         "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "markov": cross(
+            activation_bits=[low],
+            transitions=["parameters"],
+            num_time_groups=axes["markov"]["num_time_groups"],
+            markov_weight=axes["markov"]["weights"],
+        ),
         "ceiling": cross(
             activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
         ),

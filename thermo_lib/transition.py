@@ -12,11 +12,10 @@ divergence; on masked held-out text it is a proxy. It is also what quantization 
 activation ranges, and the weights' scales, zero points and codes.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +27,7 @@ from thermo_lib.diffusion import unmask_probabilities
 from thermo_lib.models import NO_PROBABILITY, DiffusionLM
 from thermo_lib.quant import QuantizedLinear, dequantize, pack, storable
 from thermo_lib.ranges import TrainableRanges, descent, straight_through
+from thermo_lib.snapshots import Snapshot, named, part_of
 
 
 @dataclass(frozen=True)
@@ -282,8 +282,21 @@ class TransitionLoss(TrainableLayers):
 Batch = Sequence[tuple[States, Tensor]]
 
 
-def calibration_draws(loss: TransitionLoss, calibration: Calibration, batch: int, seed: int) -> Iterator[Batch]:
-    """Without end, random states of a random part of the calibration, with their full-precision targets.
+class Draws(Protocol):
+    """Batches to train on, without end."""
+
+    def step(self) -> Batch:
+        """The next states and targets; a batch may hold states of several lengths."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What decides all batches from here on."""
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+
+
+class CalibrationDraws:
+    """Random states of a random part of the calibration, with their full-precision targets.
 
     Args:
         loss: gives the targets.
@@ -291,12 +304,25 @@ def calibration_draws(loss: TransitionLoss, calibration: Calibration, batch: int
         batch: states at a time.
         seed: seeds the draws.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor([float(len(part.ids)) for part in calibration.parts])
-    while True:
-        part = calibration.parts[int(torch.multinomial(sizes, 1, generator=generator))]
-        rows = torch.randint(len(part.ids), (min(batch, len(part.ids)),), generator=generator)
-        yield [(part[rows], loss.targets(part[rows]))]
+
+    def __init__(self, loss: TransitionLoss, calibration: Calibration, batch: int, seed: int):
+        self.loss, self.parts, self.batch = loss, calibration.parts, batch
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def step(self) -> Batch:
+        """See ``Draws``."""
+        sizes = torch.tensor([float(len(part.ids)) for part in self.parts])
+        part = self.parts[int(torch.multinomial(sizes, 1, generator=self.generator))]
+        rows = torch.randint(len(part.ids), (min(self.batch, len(part.ids)),), generator=self.generator)
+        return [(part[rows], self.loss.targets(part[rows]))]
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Draws``."""
+        return {"generator": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Draws``."""
+        self.generator.set_state(state["generator"])
 
 
 class Chains:
@@ -307,18 +333,18 @@ class Chains:
 
     Args:
         loss: the two models.
-        start: makes the state that a chain starts from, int64 ``(length,)``.
+        start: makes the state that the chain of a number, counted from 0, starts from, int64 ``(length,)``.
         count: number of chains.
         own: so many of them take the quantized model's steps instead, as it is then.
         seed: seeds the steps.
     """
 
-    def __init__(self, loss: TransitionLoss, start: Callable[[], Tensor], count: int, own: int, seed: int):
+    def __init__(self, loss: TransitionLoss, start: Callable[[int], Tensor], count: int, own: int, seed: int):
         if not 0 <= own <= count:
             raise ValueError(f"own: found {own}, allowed are 0..{count}, the number of chains")
-        self.loss, self.start, self.own = loss, start, own
+        self.loss, self.start, self.own, self.started = loss, start, own, count
         self.generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.stack([start() for _ in range(count)])
+        self.ids = torch.stack([start(number) for number in range(count)])
         self.timestep = torch.zeros(count, dtype=torch.int64)
         ends = torch.arange(count) * loss.timesteps // count
         for step in range(int(ends.max())):
@@ -347,17 +373,37 @@ class Chains:
         self.ids = torch.where(states.is_masked & chosen, filled, self.ids)
         self.timestep = (self.timestep + 1) % loss.timesteps
         for row in (self.timestep == 0).nonzero().flatten().tolist():
-            self.ids[row] = self.start()
+            self.ids[row] = self.start(self.started)
+            self.started += 1
         return states, targets
+
+    def state(self) -> dict[str, Tensor]:
+        """See ``Draws``."""
+        started = torch.tensor(self.started)
+        return {
+            "ids": self.ids,
+            "timestep": self.timestep,
+            "started": started,
+            "generator": self.generator.get_state(),
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """See ``Draws``."""
+        self.ids, self.timestep, self.started = state["ids"], state["timestep"], int(state["started"])
+        self.generator.set_state(state["generator"])
+
+
+_SNAPSHOT_STEPS = 50  # between two snapshots, some 20 seconds of the reference model
 
 
 def fit_to_path_kl(
     loss: TransitionLoss,
     rates: Mapping[nn.Parameter, float],
-    batches: Iterable[Batch],
+    draws: Draws,
     *,
     steps: int,
     penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    snapshot: Snapshot | None = None,
     progress: str | None = None,
 ) -> list[float]:
     """Train parameters, in place, for least path KL.
@@ -365,9 +411,10 @@ def fit_to_path_kl(
     Args:
         loss: what they do.
         rates: every trained parameter's learning rate at the start.
-        batches: states and targets, ``steps`` times at least; a batch may hold states of several lengths.
+        draws: states and targets of the steps.
         steps: Adam steps, the learning rates falling linearly to zero.
         penalty: what is added to path KL, a function of the parameters.
+        snapshot: where to go on from, and what to keep up to date; None for neither.
         progress: label of a progress bar; None for none.
 
     Returns:
@@ -375,16 +422,51 @@ def fit_to_path_kl(
         lengths.
     """
     optimizer, schedule = descent(rates, steps)
-    losses: list[float] = []
+    state = snapshot.load() if snapshot else {}
+    losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
+    done = range(len(losses), steps)
     with torch.enable_grad(), loss:
-        draws = itertools.islice(batches, steps)
-        for batch in tqdm(draws, total=steps, desc=progress, disable=progress is None, leave=False):
-            value = torch.stack([loss(states, targets) for states, targets in batch]).sum()
+        for step in tqdm(done, desc=progress, initial=len(losses), total=steps, disable=progress is None, leave=False):
+            value = torch.stack([loss(states, targets) for states, targets in draws.step()]).sum()
             optimizer.zero_grad(set_to_none=True)
             (value + penalty()).backward()
             optimizer.step()
             schedule.step()
             losses.append(value.item())
+            if snapshot and ((step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps):
+                snapshot.save(_training_state(optimizer, list(rates), draws, losses))
+    return losses
+
+
+def _training_state(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], draws: Draws, losses: Sequence[float]
+) -> dict[str, Tensor]:
+    """Everything that the rest of a training depends on."""
+    state = {"losses": torch.tensor(losses, dtype=torch.float64)} | named("draws", draws.state())
+    state["lr"] = torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
+    for number, parameter in enumerate(parameters):
+        moments = named(f"moment.{number}", optimizer.state[parameter])
+        state |= {f"parameter.{number}": parameter} | moments
+    return state
+
+
+def _restore(
+    state: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    parameters: Sequence[nn.Parameter],
+    draws: Draws,
+) -> list[float]:
+    """Put back what ``_training_state`` returned; the losses so far."""
+    for number, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(state[f"parameter.{number}"])
+        optimizer.state[parameter] = part_of(state, f"moment.{number}")
+    for group, lr in zip(optimizer.param_groups, state["lr"].tolist(), strict=True):
+        group["lr"] = lr
+    losses = state["losses"].tolist()
+    schedule.load_state_dict({"last_epoch": len(losses)})
+    draws.restore(part_of(state, "draws"))
     return losses
 
 

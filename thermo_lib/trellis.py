@@ -97,6 +97,11 @@ def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
     return (word >> (24 - STATE_BITS - offset).int()) & (2**STATE_BITS - 1)
 
 
+def read_codes(packed: Tensor, column_bits: Tensor) -> Tensor:
+    """The weights before scaling, float32 ``(out_features, in_features)``; arguments as ``read_states``."""
+    return codebook()[read_states(packed, column_bits)] * gains(column_bits)
+
+
 @dataclass(frozen=True)
 class TrellisWeight:
     """A weight matrix as streams of bits and the scales of its groups.
@@ -115,7 +120,7 @@ class TrellisWeight:
 
     def codes(self) -> Tensor:
         """The weights before scaling, float32 ``(out_features, in_features)``."""
-        return codebook()[read_states(self.packed, self.column_bits)] * gains(self.column_bits)
+        return read_codes(self.packed, self.column_bits)
 
     def dequantize(self) -> Tensor:
         """The quantized weight, float32 ``(out_features, in_features)``."""
@@ -296,12 +301,12 @@ class TrellisLinear(QuantizedLinear):
 
     STORED = ("packed", "packed_column_bits")
     has_zero_point = False
+    has_planes = False
 
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
-    def codes(self) -> Tensor:
-        """The weights before scaling, float32 ``(out_features, in_features)``."""
-        column_bits = unpack(self.packed_column_bits, 4, self.in_features)
-        return codebook()[read_states(self.packed, column_bits)] * gains(column_bits)
+    def codes(self, rows: slice = slice(None)) -> Tensor:
+        """The weights before scaling, of some rows, float32 ``(out_features, in_features)``."""
+        return read_codes(self.packed[rows], unpack(self.packed_column_bits, 4, self.in_features))

@@ -89,6 +89,7 @@ class Entry:
         seconds: wall clock of the quantization, without imports and loading.
         peak_mib: rise of the process's resident memory while it quantized, at its peak.
         made_of: digest of the model, the calibration states, the settings and the versions.
+        activation_clip: of the dynamic 4-bit ranges that it is scored with.
         losses: what was trained to its losses, path KL in nats per sequence, means of ``LOSS_STEPS`` steps.
     """
 
@@ -99,6 +100,7 @@ class Entry:
     seconds: float
     peak_mib: float
     made_of: str
+    activation_clip: float = 1.0
     losses: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -106,7 +108,7 @@ class Entry:
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"{name}: found {value!r}, allowed is a text that isn't empty")
-        for name, lowest in (("bits_per_weight", 1.0), ("seconds", 0.0), ("peak_mib", 0.0)):
+        for name, lowest in (("bits_per_weight", 1.0), ("seconds", 0.0), ("peak_mib", 0.0), ("activation_clip", 0.0)):
             value = getattr(self, name)
             if type(value) not in (int, float) or not lowest <= value < math.inf:
                 raise ValueError(f"{name}: found {value!r}, allowed is a number from {lowest:g}")
@@ -156,7 +158,11 @@ def load_weights(path: str | Path, model: DreamModel) -> dict[str, Tensor]:
 
 
 def with_weights(
-    reference: DiffusionLM, weights: Mapping[str, Tensor], name: str, activation_bits: int = 16
+    reference: DiffusionLM,
+    weights: Mapping[str, Tensor],
+    name: str,
+    activation_bits: int = 16,
+    activation_clip: float = 1.0,
 ) -> DiffusionLM:
     """The full-precision model with other weights; the given one stays as it is.
 
@@ -166,11 +172,12 @@ def with_weights(
         name: of the new model.
         activation_bits: of the inputs of the linears inside the blocks, in dynamic per-token ranges as in
             ``QuantizedLinear``; 16 leaves them as they are.
+        activation_clip: of these ranges.
     """
     lm = DiffusionLM(copy.deepcopy(reference.model), reference.tokenizer, reference.mask_token_id, name)
 
     def quantize_input(module: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-        return (fake_quantize_per_token(inputs[0], activation_bits),)
+        return (fake_quantize_per_token(inputs[0], activation_bits, activation_clip),)
 
     with torch.no_grad():
         for parameter, weight in weights.items():
@@ -208,7 +215,8 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     """
     lm = with_weights(suite.reference, weights, f"{entry.method}, {entry.setting}")
     row = asdict(entry) | _scores(lm, suite)
-    low = score(with_weights(suite.reference, weights, lm.name, activation_bits=4), {}, suite)
+    clip = entry.activation_clip
+    low = score(with_weights(suite.reference, weights, lm.name, activation_bits=4, activation_clip=clip), {}, suite)
     for key in ("accuracy", "path_kl"):
         values = torch.tensor(getattr(low, f"{key}_per_sequence"), dtype=torch.float64).numpy()
         row[f"{key}_a4"] = getattr(low, key)

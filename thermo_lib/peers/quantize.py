@@ -117,7 +117,7 @@ JOBS = (
     _thermo("thermo_lib trellis", "spread bits, network, own chains", **_SPREAD, **_NETWORK, own_share=1.0),
     _thermo("thermo_lib trellis", "all phases", **_WHOLE),
     _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **{**_WHOLE, "average_bits": 2.02}),
-    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4),
+    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4, activation_clip=0.9),
     _hqq("group 16, axis 0", 16, 0),
     _hqq("group 64, axis 0", 64, 0),
     _hqq("group 64, axis 1", 64, 1),
@@ -164,10 +164,25 @@ def made_of(job: Job) -> str:
     for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
-    sections = () if job.package else ("quant", "trellis", "transition", "reconstruction", "sequential", "chains")
-    settings = [default(section) for section in sections]
+    settings = {section: default(section) for section in _sections(job)}
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
     return digest.hexdigest()[:16]
+
+
+def _sections(job: Job) -> list[str]:
+    """The sections of ``params.yaml`` that a result depends on."""
+    if job.package:
+        return []
+    phases = {name: job.options.get(name, "none") for name in ("reconstruction", "transitions")}
+    used = {
+        "quant": True,
+        "trellis": job.options["quantizer"] == "trellis",
+        "reconstruction": phases["reconstruction"] != "none",
+        "sequential": phases["reconstruction"] == "sequential",
+        "transition": phases["transitions"] != "none",
+        "chains": phases["transitions"] != "none" and job.options.get("training_states") == "chains",
+    }
+    return [section for section, is_used in used.items() if is_used]
 
 
 def _status(key: str) -> int:
@@ -200,6 +215,7 @@ def quantize(job: Job) -> None:
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
         made_of=made_of(job),
+        activation_clip=job.options.get("activation_clip", 1.0),
         losses={phase: _means(losses) for phase, losses in layers.losses.items()},
     )
     write_json(FOLDER / f"{job.name}.json", asdict(entry))

@@ -1,0 +1,199 @@
+"""Dream, LLaDA and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
+
+``import thermo_lib`` registers the two architectures with the Auto classes, and the quantization method ``thermo``:
+a quantized folder loads as it is, and ``from_pretrained(folder, quantization_config=ThermoConfig(...))`` quantizes a
+full-precision one while it is read, one linear after another.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from thermo_lib.architectures import ARCHITECTURES, MaskPredictor, tensor_name
+from thermo_lib.config import ThermoConfig
+from thermo_lib.models import check_finite, check_shapes, open_safetensors, stored_names
+from thermo_lib.quantized_model import (
+    QuantizedLM,
+    code_tables,
+    coded_tables,
+    expected_tensors,
+    install,
+    install_dynamic_ranges,
+    linear_names,
+    model_tensors,
+    quantize_layer,
+)
+
+
+class _Stored(nn.Module):
+    """Holds what is stored of a module until all of it is read.
+
+    Args:
+        module: the linear or embeddings whose place it takes.
+        stored: name to tensor on the meta device.
+    """
+
+    def __init__(self, module: nn.Module, stored: dict[str, Tensor]):
+        super().__init__()
+        self.replaced = [module]  # in a list, so that it isn't a submodule
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+
+
+class _Quantize(ConversionOps):
+    """Puts a quantized layer in the place of a linear whose weight has just been read."""
+
+    def __init__(self, quantizer: "ThermoQuantizer"):
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        linear.weight = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=False)
+        quantize_layer(self.hf_quantizer.lm, name, None, {})
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class ThermoQuantizer(HfQuantizer):
+    """Reads quantized folders, and quantizes full-precision ones without calibration.
+
+    Attributes:
+        lm: the model with its configuration and its parameters before smoothing; without a tokenizer.
+    """
+
+    quantization_config: ThermoConfig
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse to calibrate.
+
+        Raises:
+            ValueError: a configuration that needs calibration, for a model that isn't quantized.
+        """
+        config = self.quantization_config
+        if not self.pre_quantized and config.needs_calibration:
+            found = (
+                f"found quantizer={config.quantizer!r}, num_time_groups={config.num_time_groups}, "
+                f"activation_bits={config.activation_bits} ({config.activation_ranges}), which need calibration"
+            )
+            instead = "use thermo_lib.quantize, or `python -m thermo_lib quantize`, and load the folder"
+            raise ValueError(f"quantization_config: {found}; {instead}")
+
+    def _process_model_before_weight_loading(
+        self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not isinstance(model, MaskPredictor):
+            supported = ", ".join(architecture.model.__name__ for architecture in ARCHITECTURES.values())
+            raise ValueError(f"model: found {type(model).__name__}, supported are {supported}")
+        self.lm = QuantizedLM(
+            model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
+        )
+        self.linears = {f"{name}.weight" for name in linear_names(model)}
+        if not self.pre_quantized:
+            return
+        self.folder = Path(checkpoint_files[0]).parent
+        shapes, found = {}, {}
+        for path in checkpoint_files:
+            with open_safetensors(Path(path)) as file:
+                for key in file.keys():
+                    shapes[key] = file.get_slice(key).get_shape()
+                    if key.endswith("packed_column_bits"):
+                        found[key] = file.get_tensor(key)
+        expected = expected_tensors(model, self.quantization_config, found, self.folder)
+        names = stored_names(shapes, model.config, expected)
+        check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
+        self.coded = sorted(expected.keys() - model.state_dict().keys())
+        owners: dict[str, dict[str, Tensor]] = {}
+        for name in self.coded:
+            owner, _, key = name.rpartition(".")
+            dtype = torch.uint8 if key.startswith("packed") else torch.float16 if "weight" in key else torch.float32
+            owners.setdefault(owner, {})[key] = torch.empty_like(expected[name], dtype=dtype)
+        for owner, stored in owners.items():
+            module = model.get_submodule(owner)
+            holder = _Stored(module, stored)
+            if getattr(module, "bias", None) is not None:
+                holder.bias = module.bias
+            model.set_submodule(owner, holder)
+        if coded_tables(model, self.quantization_config):
+            model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
+            model.all_tied_weights_keys = {}
+
+    def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
+        dtype = model.model.norm.weight.dtype
+        with torch.no_grad():
+            if self.pre_quantized:
+                self._install(model, dtype)
+            else:
+                install_dynamic_ranges(self.lm)
+                code_tables(self.lm)
+        # Layers were made on the CPU, wherever the tensors have been read to.
+        return model.requires_grad_(False).to(model.model.norm.weight.device)
+
+    def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
+        tensors = dict(model.named_buffers())
+        tensors = {name: tensors[name] for name in self.coded}
+        for name, tensor in tensors.items():
+            check_finite(tensor, tensor_name(model.config, name), self.folder)
+        for name in {name.rpartition(".")[0] for name in self.coded}:
+            holder = model.get_submodule(name)
+            if "bias" in holder._parameters:
+                tensors[f"{name}.bias"] = holder.bias
+            model.set_submodule(name, holder.replaced[0])
+        install(self.lm, tensors, self.folder, dtype)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        """Whether it is the weight of a linear in a block."""
+        return param_name in self.linears
+
+    def get_quantize_ops(self) -> _Quantize:
+        """What quantizes such a weight."""
+        return _Quantize(self)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes, by the library's names."""
+        return model_tensors(self.lm), {}
+
+    def is_serializable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: gradients end at the codes."""
+        return False
+
+
+def register() -> None:
+    """Make the architectures and the method known to ``transformers``; ``import thermo_lib`` does it."""
+    if ThermoConfig.quant_method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
+    register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
+    for architecture in ARCHITECTURES.values():
+        AutoConfig.register(architecture.config.model_type, architecture.config)
+        for auto in (AutoModel, AutoModelForMaskedLM):
+            auto.register(architecture.config, architecture.model)
+        renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]
+        register_checkpoint_conversion_mapping(architecture.model.__name__, renamings)

@@ -1,0 +1,104 @@
+"""Data-free quantization at Dream 7B's sizes next to HQQ: ``python -m thermo_lib.peers.full_size``.
+
+Runs in the peers' environment and writes ``reports/full_size.json``, unless it is there. Random normal weights in the
+shapes of a block; the methods take turns in one process.
+"""
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib.notebooks import ROOT, THREADS
+from thermo_lib.quant import least_squares
+from thermo_lib.report import hardware, read_json, table, write_json
+
+REPORT = ROOT / "reports" / "full_size.json"
+SIZES = ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584))  # in, out
+ROUNDS = 3
+COLUMNS = {
+    "method": ("method", "{}"),
+    "linear": ("size", "{}"),
+    "bpw": ("bits_per_weight", "{:.2f}"),
+    "relative squared error": ("error", "{:.4f}"),
+    "M weights/s": ("speed", "{:.2f}"),
+    "times as fast": ("times_as_fast", "{:.0f}"),
+    "error, share of HQQ's": ("error_ratio", "{:.3f}"),
+}
+
+
+Method = Callable[[Tensor], Callable[[], Tensor]]  # quantizes a weight; the result dequantizes it
+
+
+def _hqq(axis: int) -> Method:
+    def run(weight: Tensor) -> Callable[[], Tensor]:
+        from hqq.core.quantize import Quantizer
+
+        codes, meta = Quantizer.quantize(weight, nbits=2, group_size=128, axis=axis, device="cpu")
+        meta |= {"scale": meta["scale"].half().float(), "zero": meta["zero"].half().float()}
+        return lambda: Quantizer.dequantize(codes, meta | {"compute_dtype": torch.float32})
+
+    return run
+
+
+def _least_squares(weight: Tensor) -> Callable[[], Tensor]:
+    return least_squares(weight, 2, 128).dequantize
+
+
+METHODS: dict[str, Method] = {
+    "thermo_lib least squares": _least_squares,
+    "HQQ, axis 1": _hqq(1),
+    "HQQ, axis 0": _hqq(0),
+}
+
+
+def measure(in_features: int, out_features: int) -> list[dict[str, Any]]:
+    """One row a method: speed over the rounds, and error, on a random weight of this size."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
+    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    error = {}
+    for turn in tqdm(range(ROUNDS), desc=f"{in_features} -> {out_features}", leave=False):
+        for name in sorted(METHODS, reverse=bool(turn % 2)):
+            start = time.perf_counter()
+            dequantize = METHODS[name](weight)
+            seconds[name].append(time.perf_counter() - start)
+            if not turn:
+                exact = weight.float()
+                error[name] = ((dequantize() - exact).square().sum() / exact.square().sum()).item()
+    ours, *_ = METHODS
+    rows = []
+    for name in METHODS:
+        row = {
+            "method": name,
+            "size": f"{in_features} -> {out_features}",
+            "bits_per_weight": 2.25,
+            "error": error[name],
+        }
+        row["speed"] = weight.numel() / 1e6 / statistics.median(seconds[name])
+        if name != ours:
+            row["times_as_fast"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[ours], strict=True))
+            row["error_ratio"] = error[ours] / error[name]
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Measure, write and print."""
+    if not REPORT.is_file():
+        torch.set_num_threads(THREADS)
+        for method in METHODS.values():
+            method(torch.randn(256, 256))  # warms up
+        rows = [row for size in SIZES for row in measure(*size)]
+        versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
+        write_json(REPORT, {"rows": rows, "versions": versions, "hardware": hardware()})
+    print(table(read_json(REPORT)["rows"], COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
