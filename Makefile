@@ -54,11 +54,12 @@ lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
 
 # What the report has already is kept, and a run that was stopped goes on. For a new one delete artifacts/peers and
-# reports/peers.json.
+# reports/peers.json. The last command keeps freed memory: HQQ spends most of its time on it otherwise.
 peers: .venv/.stamp .venv-peers/.stamp
 	.venv-peers/bin/python -m thermo_lib.peers.quantize
 	.venv/bin/python -m thermo_lib.peers
-	.venv-peers/bin/python -m thermo_lib.peers.full_size
+	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=1000000000 \
+		.venv-peers/bin/python -m thermo_lib.peers.full_size
 
 # Not a stage of the pipeline: it writes 18 GB and takes 20 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp

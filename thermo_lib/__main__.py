@@ -124,10 +124,8 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
 
-    harness = commands.add_parser(
-        "lm-eval", help="lm_eval's own command line, with the model 'thermo' (what follows goes to it)", add_help=False
-    )
-    harness.add_argument("arguments", nargs=argparse.REMAINDER)
+    # Only for the list of commands: ``main`` hands over before the parser sees what follows.
+    commands.add_parser("lm-eval", help="lm_eval's own command line, with the model 'thermo' (what follows goes to it)")
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
