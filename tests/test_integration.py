@@ -230,7 +230,18 @@ class TestConfig:
         assert ThermoConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         assert ThermoConfig.from_dict(config.to_dict(), return_unused_kwargs=True, more=1) == (config, {"more": 1})
 
-    @pytest.mark.parametrize("found", [None, [], {}, {"quant_method": "gptq"}, {"quant_method": "thermo", "bits": 2}])
-    def test_anything_else_is_refused(self, found: Any) -> None:
-        with pytest.raises(ValueError, match=r"quantization_config: found|bits"):
+    @pytest.mark.parametrize(
+        ("found", "message"),
+        [
+            (None, "quantization_config: found None"),
+            ([], r"quantization_config: found \[\]"),
+            ({}, "quantization_config: found {}"),
+            ({"quant_method": "gptq"}, "quantization_config: found .*gptq"),
+            ({"quant_method": "thermo"}, "quantization_config.format_version: found 1, allowed is 2"),
+            ({"quant_method": "thermo", "format_version": 3}, "format_version: found 3, allowed is 2"),
+            ({"quant_method": "thermo", "format_version": 2, "bits": 2}, "bits"),
+        ],
+    )
+    def test_anything_else_is_refused(self, found: Any, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
             ThermoConfig.from_dict(found)

@@ -624,6 +624,7 @@ class TestDamagedFolders:
             ({**BASE, "num_time_groups": 7}, "num_time_groups: found 7"),
             ({**BASE, "bit_width": 4}, "missing tensors|unexpected tensors|found shape"),
             ({**BASE, "quant_method": "gptq"}, "quantization_config: found .*gptq.*expected .*'thermo'"),
+            ({**BASE, "format_version": 1}, "format_version: found 1, allowed is 2: quantize the model again"),
             ([], "quantization_config: found "),
             (None, "quantization_config: found None"),
         ],
@@ -633,7 +634,7 @@ class TestDamagedFolders:
     ) -> None:
         path = folder / "config.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        changed = {"quant_method": "thermo", **changed} if changed else changed
+        changed = {"quant_method": "thermo", "format_version": 2, **changed} if changed else changed
         path.write_text(json.dumps({**content, "quantization_config": changed}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)

@@ -72,6 +72,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     quant_method: ClassVar[str] = "thermo"
+    format_version: ClassVar[int] = 2  # of quantized folders; 1 had neighbours in a byte
 
     bit_width: Literal[2, 4, 8] = _from_params("bit_width")
     quantizer: Quantizer = _from_params("quantizer")
@@ -143,20 +144,26 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
                 raise ValueError(f"{name}: {found}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as ``config.json`` holds them, with ``quant_method``."""
-        return {"quant_method": self.quant_method, **self.model_dump(mode="json")}
+        """The fields as ``config.json`` holds them, with ``quant_method`` and ``format_version``."""
+        head = {"quant_method": self.quant_method, "format_version": self.format_version}
+        return head | self.model_dump(mode="json")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of ``to_dict``; other arguments are given back, if asked for.
 
         Raises:
-            ValueError: another method, or a wrong field.
+            ValueError: another method, another version of the format, or a wrong field.
         """
         if not isinstance(config_dict, dict) or config_dict.get("quant_method") != cls.quant_method:
             expected = f"expected an object with quant_method {cls.quant_method!r}"
             raise ValueError(f"quantization_config: found {config_dict!r:.80}, {expected}")
-        config = cls(**{name: value for name, value in config_dict.items() if name != "quant_method"})
+        fields = dict(config_dict)
+        del fields["quant_method"]
+        if (version := fields.pop("format_version", 1)) != cls.format_version:
+            found = f"found {version!r}, allowed is {cls.format_version}: quantize the model again"
+            raise ValueError(f"quantization_config.format_version: {found}")
+        config = cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
 
     @property

@@ -240,7 +240,7 @@ def _coded_layer(
     else:
         base = _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
     fitted = [base] if len(ranges) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
-    stored = {"packed": pack(base.codes, config.bit_width)}
+    stored = {"packed": pack(base.codes, config.bit_width, config.group_size)}
     return stored, [
         TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
         for time_range, f in zip(ranges, fitted, strict=True)
@@ -262,7 +262,7 @@ def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> 
     check_weight(weight, name)
     found = _ROUNDING.get(config.quantizer, least_squares)(weight, bits, config.group_size)
     parameters = {"weight_scale": found.scale[None], "weight_zero_point": found.zero_point[None]}
-    return {"packed": pack(found.codes, bits), **parameters}
+    return {"packed": pack(found.codes, bits, config.group_size), **parameters}
 
 
 def code_tables(lm: QuantizedLM) -> None:

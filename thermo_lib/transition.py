@@ -175,7 +175,7 @@ class TrainableWeight(nn.Module):
         """The codes as they are stored, None where they weren't trained."""
         if not self.position.requires_grad:
             return None
-        return pack(self.codes().round().to(torch.uint8), self.bits)
+        return pack(self.codes().round().to(torch.uint8), self.bits, self.group_size)
 
     @torch.no_grad()
     def stored(self) -> tuple[Tensor, Tensor]:
