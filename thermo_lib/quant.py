@@ -183,7 +183,9 @@ def _round(weight: Tensor, bits: int, codes: Tensor, *_: Tensor) -> tuple[Tensor
     return scale, zero_point
 
 
-def _fit(weight: Tensor, bits: int, codes: Tensor, other: Tensor, work: Tensor) -> tuple[Tensor, Tensor]:
+def _fit(
+    weight: Tensor, bits: int, codes: Tensor, other: Tensor, centered: Tensor, work: Tensor
+) -> tuple[Tensor, Tensor]:
     """Parameters of each row for least squared error, about twenty times as fast as ``least_squares_parameters``.
 
     A few of its alternations from a single start, the range shrunk towards the mean as it ends best at that precision.
@@ -193,32 +195,32 @@ def _fit(weight: Tensor, bits: int, codes: Tensor, other: Tensor, work: Tensor) 
         weight: float32 ``(rows, group)``.
         bits: of a code.
         codes: as large, takes the codes.
-        other, work: as large, overwritten.
+        other, centered, work: as large, overwritten.
 
     Returns:
         ``(scale, zero_point)``, float16 ``(rows, 1)``.
     """
-    mean, low, high = weight.mean(1, keepdim=True), weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    mean = weight.mean(1, keepdim=True)
+    torch.sub(weight, mean, out=centered)
+    low, high = centered.amin(1, keepdim=True), centered.amax(1, keepdim=True)
     scale = ((high - low) * (_SHRINK[bits] / (2**bits - 1))).clamp(min=SMALLEST_SCALE)
-    zero_point = ((mean - low) * _SHRINK[bits] - mean) / scale
+    level = -low * _SHRINK[bits] / scale  # the code of the mean
     for _ in range(4):
-        _encode(weight, scale, zero_point, bits, codes)
+        _encode(centered, scale, level, bits, codes)
         level = codes.mean(1, keepdim=True)
-        covariance = torch.mul(codes, weight, out=work).mean(1, keepdim=True) - level * mean
+        covariance = torch.mul(codes, centered, out=work).mean(1, keepdim=True)
         variance = torch.linalg.vector_norm(codes, dim=1, keepdim=True).square() / weight.shape[1] - level.square()
-        slope = covariance / variance.clamp(min=1e-9)
-        usable = (variance > 1e-9) & (slope > SMALLEST_SCALE)
-        scale = torch.where(usable, slope, scale)
-        zero_point = torch.where(usable, level - mean / scale, zero_point)
-    fitted, spanned = storable(scale, zero_point), minmax_parameters(weight, bits)
+        scale = torch.where(variance > 1e-6, covariance / variance, scale)
+    fitted, spanned = storable(scale, level - mean / scale), minmax_parameters(weight, bits)
     errors = []
     for parameters, found in ((fitted, codes), (spanned, other)):
         _encode(weight, *parameters, bits, found)
         s, z = (parameter.float() for parameter in parameters)
         difference = torch.sub(found, z, out=work).mul_(s).sub_(weight)
         errors.append(torch.linalg.vector_norm(difference, dim=1, keepdim=True))
-    better = errors[1] < errors[0]
-    torch.where(better, other, codes, out=codes)
+    better = ~(errors[0] <= errors[1])
+    rows = better.flatten().nonzero().flatten()
+    codes[rows] = other[rows]
     return torch.where(better, spanned[0], fitted[0]), torch.where(better, spanned[1], fitted[1])
 
 
@@ -227,15 +229,16 @@ def _encode(weight: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: T
     torch.div(weight, scale.float(), out=out).add_(zero_point.float()).round_().clamp_(0, 2**bits - 1)
 
 
-_AT_A_TIME = 2**20  # weights that are quantized together: what is computed of them stays in the processor's cache
-_Rule = Callable[[Tensor, int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+_AT_A_TIME = 2**19  # weights that are quantized together: what is computed of them stays in the processor's cache
+_Rule = Callable[[Tensor, int, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def _by_groups(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> QuantizedWeight:
     whole = weight.shape[1] - weight.shape[1] % group_size
     parts = [part for part in weight.tensor_split([whole], dim=1) if part.shape[1]]
-    found = zip(*(_each_group(part, bits, group_size, rule) for part in parts), strict=True)
-    return QuantizedWeight(*(torch.cat(tensors, dim=1) for tensors in found), bits, group_size)
+    found = [_each_group(part, bits, group_size, rule) for part in parts]
+    tensors = found[0] if len(found) == 1 else [torch.cat(pair, dim=1) for pair in zip(*found, strict=True)]
+    return QuantizedWeight(*tensors, bits, group_size)
 
 
 def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,12 +247,12 @@ def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tupl
     codes = torch.empty(groups.shape, dtype=torch.uint8)
     scale, zero_point = (torch.empty((len(groups), 1), dtype=torch.float16) for _ in range(2))
     step = min(max(1, _AT_A_TIME // groups.shape[1]), len(groups))
-    buffers = torch.empty((4, step, groups.shape[1]))
+    buffers = torch.empty((5, step, groups.shape[1]))
     for start in range(0, len(groups), step):
         rows = slice(start, start + step)
-        block, found, other, work = buffers[:, : len(groups[rows])]
-        scale[rows], zero_point[rows] = rule(block.copy_(groups[rows]), bits, found, other, work)
-        codes[rows] = work.view(torch.int32).copy_(found)  # to bytes by way of whole numbers, which is faster
+        block, found, *work = buffers[:, : len(groups[rows])]
+        scale[rows], zero_point[rows] = rule(block.copy_(groups[rows]), bits, found, *work)
+        codes[rows] = work[0].view(torch.int32).copy_(found)  # to bytes by way of whole numbers, which is faster
     return codes.view(weight.shape), scale.view(len(weight), -1), zero_point.view(len(weight), -1)
 
 
