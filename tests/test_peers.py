@@ -16,6 +16,7 @@ from thermo_lib import peers
 from thermo_lib.calibration import forward_states, trajectory_states
 from thermo_lib.config import ThermoConfig
 from thermo_lib.evaluation import Suite, evaluate
+from thermo_lib.peers import full_size
 from thermo_lib.peers import quantize as peer_jobs
 from thermo_lib.peers.methods import METHODS, stored_bits
 from thermo_lib.quantized_model import linear_names, quantize
@@ -423,3 +424,24 @@ class TestJobs:
         pinned = {line.split("==")[0].lower().replace("_", "-") for line in lock.splitlines() if "==" in line}
         assert {job.package for job in peer_jobs.JOBS if job.package} <= pinned
         assert "://" not in lock
+
+
+def test_a_block_takes_the_time_of_all_its_linears() -> None:
+    rows = [
+        row
+        for number, size in enumerate(full_size.SIZES)
+        for row in full_size.rows_of(
+            "{} -> {}".format(*size),
+            size[0] * size[1],
+            {
+                name: [10.0**number * (2 if name.startswith("HQQ") else 1)] * full_size.ROUNDS
+                for name in full_size.METHODS
+            },
+            dict.fromkeys(full_size.METHODS, 0.1),
+        )
+    ]
+    ours, *others = full_size.whole_block(rows)
+    assert ours["seconds"] == [2 + 20 + 200 + 1000] * full_size.ROUNDS
+    assert ours["speed"] == pytest.approx((2 * 3584 * (3584 + 512 + 18944) + 18944 * 3584) / 1e6 / 1222)
+    assert [row["times_as_fast"] for row in others] == [2, 2]
+    assert all(row["error"] == pytest.approx(0.1) for row in (ours, *others))

@@ -241,6 +241,12 @@ def build_model(config: PreTrainedConfig) -> MaskPredictor:
     return ARCHITECTURES[config.model_type].model(config)
 
 
+def skeleton(config: PreTrainedConfig) -> MaskPredictor:
+    """The model of a configuration without memory for its weights, on the meta device."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def tensor_name(config: PreTrainedConfig, name: str) -> str:
     """What the checkpoint calls ``name``, a parameter's or anything else's that begins with a module's name."""
     for ours, theirs in ARCHITECTURES[config.model_type].tensors.items():

@@ -7,10 +7,10 @@ ancestral denoising, which is where a quantized model will be used.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -282,6 +282,32 @@ def watch_inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tenso
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Seen(Exception):
+    """What was looked for is known; the rest of the pass isn't needed."""
+
+
+def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
+    """What the model hands to each of its blocks beside the hidden states.
+
+    Args:
+        lm: the model; its blocks needn't have weights.
+        hidden: states that enter the first block, ``(batch, length, hidden)``.
+    """
+    found: dict[str, Any] = {}
+
+    def receive(_: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        found.update(arguments)
+        raise _Seen
+
+    hook = lm.model.model.layers[0].register_forward_pre_hook(receive, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(_Seen):
+            lm.model.model(inputs_embeds=hidden, use_cache=False)
+    finally:
+        hook.remove()
+    return found
 
 
 def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:

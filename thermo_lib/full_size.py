@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import DreamConfig, LLaDAConfig, build_model, config_json, tensor_name
+from thermo_lib.architectures import DreamConfig, LLaDAConfig, config_json, skeleton, tensor_name
 from thermo_lib.config import ThermoConfig
 from thermo_lib.evaluation import paired_ratio
 from thermo_lib.models import HEAD, INDEX_NAME, REFERENCE_DIR, write_folder
@@ -60,12 +60,6 @@ PUBLISHED: dict[str, PreTrainedConfig] = {
 }
 _SHARD_BYTES = 2**30
 _ROWS = 2**24  # random numbers that are drawn at a time
-
-
-def skeleton(config: PreTrainedConfig) -> nn.Module:
-    """A model without memory for its weights."""
-    with torch.device("meta"):
-        return build_model(config)
 
 
 def weight_counts(config: PreTrainedConfig) -> dict[str, int]:

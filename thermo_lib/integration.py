@@ -158,8 +158,8 @@ class ThermoQuantizer(HfQuantizer):
             check_finite(tensor, tensor_name(model.config, name), self.folder)
         for name in {name.rpartition(".")[0] for name in self.coded}:
             holder = model.get_submodule(name)
-            if "bias" in holder._parameters:
-                tensors[f"{name}.bias"] = holder.bias
+            if (bias := getattr(holder, "bias", None)) is not None:
+                tensors[f"{name}.bias"] = bias
             model.set_submodule(name, holder.replaced[0])
         install(self.lm, tensors, self.folder, dtype)
 

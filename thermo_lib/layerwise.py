@@ -6,15 +6,12 @@ the result is that of ``quantize`` with the whole model in memory.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from thermo_lib.calibration import Calibration, watch_inputs
+from thermo_lib.calibration import Calibration, block_arguments, watch_inputs
 from thermo_lib.config import ThermoConfig
-from thermo_lib.models import DiffusionLM
 from thermo_lib.quantized_model import QuantizedLM, linear_names, quantize_layer, stored_tensors
 from thermo_lib.snapshots import Snapshot, named, part_of
 
@@ -36,25 +33,6 @@ def check_layerwise(config: ThermoConfig) -> None:
             raise ValueError(f"{name}: {found}; load the model as a whole for anything else")
 
 
-class _Seen(Exception):
-    """A block's arguments are known; the rest of the pass isn't needed."""
-
-
-def _block_arguments(lm: DiffusionLM, x: Tensor) -> dict[str, Any]:
-    """What the model hands to each of its blocks beside the hidden states ``x (batch, length, hidden)``."""
-    found: dict[str, Any] = {}
-
-    def receive(_: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
-        found.update(arguments)
-        raise _Seen
-
-    hook = lm.model.model.layers[0].register_forward_pre_hook(receive, with_kwargs=True)
-    with suppress(_Seen):
-        lm.model.model(inputs_embeds=x, use_cache=False)
-    hook.remove()
-    return found
-
-
 class _Doorstep:
     """The hidden states that enter a block, for all calibration states.
 
@@ -66,7 +44,7 @@ class _Doorstep:
 
     def __init__(self, lm: QuantizedLM, calibration: Calibration, hidden: list[Tensor]):
         self.lm, self.calibration, self.hidden = lm, calibration, hidden
-        self._arguments = [_block_arguments(lm, x[:1]) for x in hidden]
+        self._arguments = [block_arguments(lm, x[:1]) for x in hidden]
         widest = max(x.shape[1] for x in hidden) * lm.model.config.intermediate_size
         self._batch = max(1, min(_BATCH, _NUMBERS // widest))
 

@@ -23,10 +23,10 @@ from thermo_lib.architectures import (
     DreamConfig,
     DreamModel,
     MaskPredictor,
-    build_model,
     config_json,
     read_config,
     read_object,
+    skeleton,
     tensor_name,
 )
 from thermo_lib.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
@@ -286,8 +286,7 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
     """
     folder = model_folder(name)
     config = read_config(folder)
-    with torch.device("meta"):
-        model = build_model(config)
+    model = skeleton(config)
     fill(model, take_expected(read_tensors(folder), config, model.state_dict(), folder), dtype)
     return DiffusionLM(
         model,

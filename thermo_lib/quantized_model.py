@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, read_object, tensor_name
+from thermo_lib.architectures import MaskPredictor, config_json, read_config, read_object, skeleton, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, run_states, shared_inputs
 from thermo_lib.config import ThermoConfig, TrainingStates, Transitions
 from thermo_lib.data import TASKS, encode_puzzles, knows_tasks, make_puzzles
@@ -1103,8 +1103,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     except ValueError as error:
         raise ValueError(f"{folder}/config.json: {error}") from error
     found = read_tensors(folder)
-    with torch.device("meta"):
-        model = build_model(config)
+    model = skeleton(config)
     lm = QuantizedLM(
         model,
         read_tokenizer(folder),

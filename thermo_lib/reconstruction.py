@@ -9,13 +9,12 @@ counts by what it costs in path KL, see ``transition.token_importance``.
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thermo_lib.calibration import Calibration, watch_inputs
+from thermo_lib.calibration import Calibration, block_arguments, watch_inputs
 from thermo_lib.models import DiffusionLM
 from thermo_lib.ranges import descent
 
@@ -43,7 +42,7 @@ class BlockStream:
         with torch.no_grad():
             self.targets = [reference.model.model.embed_tokens(part.ids) for part in calibration.parts]
         self.inputs = self.targets
-        self._arguments = [_block_arguments(reference, part.ids[:1]) for part in calibration.parts]
+        self._arguments = [block_arguments(reference, part[:1]) for part in self.targets]
 
     def run(self, block: nn.Module, part: int, x: Tensor) -> Tensor:
         """A block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
@@ -93,20 +92,6 @@ class BlockStream:
     def leave(self, number: int) -> None:
         """Take the inputs through a block, as it is quantized now."""
         self.inputs = self._advance(self.quantized.model.model.layers[number], self.inputs)
-
-
-def _block_arguments(lm: DiffusionLM, ids: Tensor) -> dict[str, Any]:
-    """What the model hands to each of its blocks beside the hidden states."""
-    found: dict[str, Any] = {}
-    hook = lm.model.model.layers[0].register_forward_pre_hook(
-        lambda _, inputs, arguments: found.update(arguments), with_kwargs=True
-    )
-    try:
-        with torch.no_grad():
-            lm.model.hidden(ids)
-    finally:
-        hook.remove()
-    return found
 
 
 def fit_block(

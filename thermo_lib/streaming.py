@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import MaskPredictor, build_model, config_json, read_config, read_object, tensor_name
+from thermo_lib.architectures import MaskPredictor, config_json, read_config, read_object, skeleton, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, calibration_batches
 from thermo_lib.config import ThermoConfig
 from thermo_lib.layerwise import check_layerwise, coded_blocks
@@ -155,8 +155,7 @@ def quantize_checkpoint(
 
 def _skeleton(model_config: PreTrainedConfig) -> MaskPredictor:
     """A model without weights: only its position embeddings, which no checkpoint holds, are there."""
-    with torch.device("meta"):
-        model = build_model(model_config)
+    model = skeleton(model_config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model_config)
     return model.eval()
 

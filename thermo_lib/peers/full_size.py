@@ -8,7 +8,7 @@ has it by default, HQQ spends most of its time on getting memory from the system
 import importlib.metadata
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from thermo_lib.quant import least_squares
 from thermo_lib.report import hardware, read_json, table, write_json
 
 REPORT = ROOT / "reports" / "full_size.json"
-SIZES = ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584))  # in, out
-ROUNDS = 3
+SIZES = {(3584, 3584): 2, (3584, 512): 2, (3584, 18944): 2, (18944, 3584): 1}  # in, out, and how many in a block
+ROUNDS = 5
 COLUMNS = {
     "method": ("method", "{}"),
     "linear": ("size", "{}"),
@@ -72,21 +72,36 @@ def measure(in_features: int, out_features: int) -> list[dict[str, Any]]:
             if not turn:
                 exact = weight.float()
                 error[name] = ((dequantize() - exact).square().sum() / exact.square().sum()).item()
+    return rows_of(f"{in_features} -> {out_features}", weight.numel(), seconds, error)
+
+
+def rows_of(
+    size: str, weights: int, seconds: Mapping[str, Sequence[float]], error: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """One row a method of the report, from the seconds of each round and the relative squared error."""
     ours, *_ = METHODS
     rows = []
     for name in METHODS:
-        row = {
-            "method": name,
-            "size": f"{in_features} -> {out_features}",
-            "bits_per_weight": 2.25,
-            "error": error[name],
-        }
-        row["speed"] = weight.numel() / 1e6 / statistics.median(seconds[name])
+        row = {"method": name, "size": size, "bits_per_weight": 2.25, "error": error[name]}
+        row |= {"seconds": list(seconds[name]), "speed": weights / 1e6 / statistics.median(seconds[name])}
         if name != ours:
             row["times_as_fast"] = statistics.median(a / b for a, b in zip(seconds[name], seconds[ours], strict=True))
             row["error_ratio"] = error[ours] / error[name]
         rows.append(row)
     return rows
+
+
+def whole_block(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of all linears of a block together, from those of each size."""
+    numbers = {f"{i} -> {o}": (count, count * i * o) for (i, o), count in SIZES.items()}
+    weights = sum(n for _, n in numbers.values())
+    seconds: dict[str, list[float]] = {name: [0.0] * ROUNDS for name in METHODS}
+    error = dict.fromkeys(METHODS, 0.0)
+    for row in rows:
+        count, n = numbers[row["size"]]
+        seconds[row["method"]] = [a + count * b for a, b in zip(seconds[row["method"]], row["seconds"], strict=True)]
+        error[row["method"]] += row["error"] * n / weights
+    return rows_of("a block's seven", weights, seconds, error)
 
 
 def main() -> None:
@@ -97,7 +112,7 @@ def main() -> None:
             method(torch.randn(256, 256))  # warms up
         rows = [row for size in SIZES for row in measure(*size)]
         versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
-        write_json(REPORT, {"rows": rows, "versions": versions, "hardware": hardware()})
+        write_json(REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()})
     print(table(read_json(REPORT)["rows"], COLUMNS))
 
 
