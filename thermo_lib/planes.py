@@ -34,12 +34,14 @@ def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, o
         out: takes the result, ``(rows, in_features)``.
     """
     grouped = packed.view(*scale.shape, -1)
-    planes = torch.empty((*scale.shape, 8 // bits, grouped.shape[-1]), device=out.device)
+    dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+    planes = dense.view(*scale.shape, 8 // bits, -1)
     for plane in range(8 // bits):
         planes[:, :, plane] = (grouped >> plane * bits) & (2**bits - 1)
     planes -= zero_point[..., None, None]
     planes *= scale[..., None, None]
-    out.copy_(planes.flatten(1))
+    if dense is not out:
+        out.copy_(dense)
 
 
 @functools.cache
@@ -88,16 +90,19 @@ def linear(
     """
     groups = scale.shape[1]
     most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
-    weight = torch.empty((max(1, min(most, len(packed))), x.shape[-1]), dtype=x.dtype, device=x.device)
+    rows = max(1, min(most, len(packed)))
+    weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
+    tensors = packed, scale.float(), zero_point.float()
+    whole = rows == len(packed)  # then there is nothing to split, which costs as much as it looks for small weights
     products = []
-    for some in zip(*(t.split(len(weight)) for t in (packed, scale.float(), zero_point.float())), strict=True):
-        dense = weight[: len(some[0])]
+    for some in [tensors] if whole else zip(*(tensor.split(rows) for tensor in tensors), strict=True):
+        dense = weight if whole else weight[: len(some[0])]
         if compiled:
             _compiled(len(dense), groups, packed.shape[1] // groups, bits, x.dtype, x.device)(*some, dense)
         else:
             plane_weight(*some, bits, dense)
         products.append(F.linear(x, dense))
-    return products[0] if len(products) == 1 else torch.cat(products, -1)
+    return products[0] if whole else torch.cat(products, -1)
 
 
 def compile_linears(model: nn.Module) -> None:

@@ -91,7 +91,8 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
         group_size: weights that share a scale.
     """
     in_features = codes.shape[-1]
-    grouped = F.pad(codes, (0, -in_features % group_size)).unflatten(-1, (-1, group_size)).float()
+    padded = F.pad(codes, (0, -in_features % group_size)) if in_features % group_size else codes
+    grouped = padded.unflatten(-1, (-1, group_size)).float()
     weight = (grouped - zero_point.float()[..., None]) * scale.float()[..., None]
     return weight.flatten(-2)[..., :in_features]
 
@@ -470,14 +471,13 @@ class QuantizedLinear(nn.Module):
     token states, channel groups)``, at first none, which means dynamic per-token ranges; with two token states the
     first belongs to unmasked tokens, the second to masked ones.
 
-    ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they are as ``pack`` makes them;
-    then inputs of less than float32 are multiplied block by block as in ``thermo_lib.planes``, and if ``compiled`` is
-    set, with a compiled loop.
+    ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
+    inputs of less than float32 are multiplied block by block as in ``thermo_lib.planes``, and if ``compiled`` is set,
+    with a compiled loop.
     """
 
     STORED: tuple[str, ...] = ("packed",)
     has_zero_point = True
-    has_planes = True
 
     def __init__(
         self,
@@ -497,6 +497,7 @@ class QuantizedLinear(nn.Module):
         self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
         self.activation_clip = 1.0  # of dynamic ranges
         self.timesteps, self.timestep = timesteps, 0
+        self.has_planes = planes.width(in_features, bits, group_size) > 0
         self.compiled = False
         self.activation_group_size = activation_group_size or in_features
         self.is_masked: Tensor | None = None
@@ -538,7 +539,12 @@ class QuantizedLinear(nn.Module):
     def weight(self, rows: slice = _ALL) -> Tensor:
         """The dequantized weight at the current timestep, or some of its rows, float32 ``(rows, in_features)``."""
         row = self.weight_row[self.timestep]
-        return dequantize(self.codes(rows), self.scale[row, rows], self.zero_point[row, rows], self.group_size)
+        scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
+        if not self.has_planes:
+            return dequantize(self.codes(rows), scale, zero_point, self.group_size)
+        weight = torch.empty((len(scale), self.in_features), device=scale.device)
+        planes.plane_weight(self.packed[rows], scale.float(), zero_point.float(), self.bits, weight)
+        return weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the layer sees it at the current timestep, ``(..., in_features)``."""
@@ -553,7 +559,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         x = self.quantized_input(x)
-        if x.dtype != torch.float32 and self.has_planes and planes.width(self.in_features, self.bits, self.group_size):
+        if x.dtype != torch.float32 and self.has_planes:
             row = self.weight_row[self.timestep]
             parameters = self.packed, self.scale[row], self.zero_point[row]
             product = planes.linear(x, *parameters, self.bits, compiled=self.compiled)

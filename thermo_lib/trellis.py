@@ -301,10 +301,10 @@ class TrellisLinear(QuantizedLinear):
 
     STORED = ("packed", "packed_column_bits")
     has_zero_point = False
-    has_planes = False
 
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
+        self.has_planes = False
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
