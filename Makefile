@@ -61,7 +61,7 @@ peers: .venv/.stamp .venv-peers/.stamp
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=1000000000 \
 		.venv-peers/bin/python -m thermo_lib.peers.full_size
 
-# Not a stage of the pipeline: it writes 18 GB and takes 20 minutes. The random checkpoint stays in artifacts/.
+# Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp
 	$(IN_VENV) .venv/bin/papermill --cwd . -p model "$(MODEL)" notebooks/dream_7b.ipynb notebooks/executed/dream_7b.ipynb
 	$(IN_VENV) .venv/bin/python -m thermo_lib tidy notebooks/executed/dream_7b.ipynb
