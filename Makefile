@@ -87,7 +87,7 @@ check-platform:
 	$(PIP) install -qq --progress-bar off --use-pep517 -r requirements.lock
 	@touch $@
 
-.venv/.stamp: requirements.lock pyproject.toml .venv/.packages | check-platform
+.venv/.stamp: requirements.lock pyproject.toml $(wildcard thermo_lib/lm_eval_plugin/*) .venv/.packages | check-platform
 	@rm -f $@
 	$(PIP) install -qq --progress-bar off --no-deps --no-build-isolation -e .
 	$(PIP) check

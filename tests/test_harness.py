@@ -19,7 +19,6 @@ from thermo_lib.diffusion import generate
 from thermo_lib.harness import HarnessLM
 from thermo_lib.models import DiffusionLM, save_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CHOICES = """
 task: choices
 dataset_path: json
@@ -158,18 +157,26 @@ def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: s
     assert found["writing"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-def test_the_command_line_is_that_of_lm_eval(folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("command", "kind"), [("lm_eval", "quantized"), ("python -m lm_eval", "full")])
+def test_lm_eval_knows_the_model(folders: dict[str, Path], command: str, kind: str, tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(
         json.dumps({"question": "x = ", "options": ["1", "2"], "label": 0, "written": ""}), encoding="utf-8"
     )
     (tmp_path / "choices.yaml").write_text(CHOICES.format(data=tmp_path / "data.json"), encoding="utf-8")
-    command = [sys.executable, "-m", "thermo_lib", "lm-eval", "--model", "thermo", "--tasks", "choices"]
-    options = ["--model_args", f"pretrained={folders['quantized']},mc_num=2", "--include_path", str(tmp_path)]
-    run = subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "HF_HOME": str(tmp_path)}
-    )
+    options = ["--model", "thermo", "--model_args", f"pretrained={folders[kind]},mc_num=2"]
+    options += ["--tasks", "choices", "--include_path", str(tmp_path)]
+    found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environ = {**os.environ, "PATH": found, "HF_HOME": str(tmp_path)}
+    run = subprocess.run([*command.split(), *options], cwd=tmp_path, capture_output=True, text=True, env=environ)
     assert run.returncode == 0, run.stderr
     assert "|choices|" in run.stdout
+    assert "thermo (" in run.stdout
+
+
+def test_python_starts_without_what_the_plugin_waits_for() -> None:
+    loaded = "import sys; print(sorted({'thermo_lm_eval', 'lm_eval', 'thermo_lib', 'torch'} & sys.modules.keys()))"
+    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "['thermo_lm_eval']"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``lm-eval``, ``benchmark``, ...
+"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``benchmark``, ...
 
 ``quantize`` writes a quantized folder, which ``generate`` and ``evaluate`` take as well as a full-precision one.
 ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
@@ -125,7 +125,6 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     # Only for the list of commands: ``main`` hands over before the parser sees what follows.
-    commands.add_parser("lm-eval", help="lm_eval's own command line, with the model 'thermo' (what follows goes to it)")
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
@@ -296,16 +295,6 @@ def run_point(arguments: argparse.Namespace) -> None:
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
 
 
-def run_harness(arguments: Sequence[str]) -> None:
-    """Hand over to ``lm_eval``, once it knows the model ``thermo``."""
-    from lm_eval.__main__ import cli_evaluate
-
-    from thermo_lib import harness  # noqa: F401 - registers the model
-
-    sys.argv = ["lm-eval", *arguments]
-    cli_evaluate()
-
-
 _RUN = {
     "quantize": run_quantize,
     "generate": run_generate,
@@ -319,12 +308,8 @@ _RUN = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     transformers.logging.set_verbosity_error()
-    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["lm-eval"]:  # its own options are none of ours
-            run_harness(words[1:])
-            return 0
-        arguments = _parser().parse_args(words)
+        arguments = _parser().parse_args(argv)
         if arguments.command == "tidy":
             tidy(arguments.notebook)
         else:

@@ -1,7 +1,6 @@
 """The model ``thermo`` for EleutherAI's lm-evaluation-harness: its tasks on full-precision and quantized models.
 
-``lm_eval`` finds models in its own package only, so ``python -m thermo_lib lm-eval ...`` registers this one and hands
-everything that follows to ``lm_eval``'s command line.
+``lm_eval --model thermo --model_args pretrained=DIR --tasks ...``; ``lm_eval_plugin`` tells it of the model.
 
 The likelihood of a text is estimated from below as for LLaDA (arXiv 2502.09992, equation 6): of ``L`` tokens, ``l`` are
 masked, ``l`` uniform in ``1..L``, and ``L / l`` times their log probability is averaged over draws.
