@@ -216,6 +216,7 @@ class TestQuantize:
             (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
             (["seed=1"], "NAME one of bit_width"),
             (["bit_width=3"], "bit_width"),
+            (["group_size=["], "group_size: found '[', expected a number, a word or null"),
             (["--model", "/no/such/folder"], "model: found '/no/such/folder'"),
         ],
     )
@@ -234,6 +235,13 @@ class TestQuantize:
 
 class TestGenerate:
     """A model continues a text."""
+
+    @pytest.mark.parametrize("command", [["generate", "--prompt", "x"], ["evaluate"]], ids=lambda words: words[0])
+    def test_a_missing_device_is_named(self, run: Run, folder: Path, command: list[str]) -> None:
+        status, _, err = run(*command, "--model", folder, "--device", "nonsense")
+        assert status == 2
+        assert "device: found 'nonsense'" in err
+        assert len(err.splitlines()) == 1
 
     @pytest.mark.parametrize("quantized", [False, True], ids=["full precision", "quantized"])
     def test_it_prints_what_generate_returns(self, run: Run, folder: Path, quantized: bool) -> None:

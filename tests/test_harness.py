@@ -183,7 +183,11 @@ def test_python_starts_without_what_the_plugin_waits_for() -> None:
     ("arguments", "message"),
     [
         ({"dtype": "int8"}, "dtype: found 'int8', allowed are float32, bfloat16, float16"),
-        ({"mc_num": 0}, "mc_num: found 0, allowed is at least 1"),
+        ({"mc_num": 0}, "mc_num: found 0, allowed are whole numbers from 1"),
+        ({"max_length": -5}, "max_length: found -5, allowed are whole numbers from 1"),
+        ({"timesteps": "many"}, "timesteps: found 'many', allowed are whole numbers from 1"),
+        ({"sampler": "best"}, "sampler: found 'best', allowed are origin, "),
+        ({"temperature": -1.0}, "temperature: found -1.0"),
         ({"batch_size": "auto"}, "batch_size: found 'auto'"),
         ({"pretrained": "/no/such/folder"}, "model: found '/no/such/folder'"),
     ],

@@ -106,15 +106,50 @@ def test_groups_that_planes_cannot_share_are_multiplied_all_the_same(in_features
 
 @needs_compiler
 @pytest.mark.parametrize("bits", BIT_WIDTHS)
-def test_compiled_layers_compute_the_same(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("group_size", [8, 64, 128])
+def test_compiled_code_dequantizes_to_the_same_bits(bits: int, group_size: int) -> None:
+    layer = layer_of(37, 3, bits, group_size)
+    generator = torch.Generator().manual_seed(bits)
+    layer.scale = torch.rand(layer.scale.shape, generator=generator).half()
+    layer.zero_point = 4 * torch.rand(layer.scale.shape, generator=generator).half()
+    found = torch.empty((37, layer.in_features), dtype=torch.bfloat16)
+    planes._native_weight(layer.packed, layer.scale[0].float(), layer.zero_point[0].float(), bits, found)
+    assert found.equal(layer.weight().bfloat16())
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", BIT_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_compiled_layers_compute_the_same(bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planes, "_ROWS", 40)  # the first layer has a whole block and a rest
     model = torch.nn.Sequential(layer_of(64, 3, bits), layer_of(16, 4, bits))
-    x = whole_numbers(2, 5, 48)
+    x = whole_numbers(2, 5, 48).to(dtype)
     expected = model(x)
     planes.compile_linears(model)
     assert all(layer.compiled for layer in model)
     assert model(x).equal(expected)
     assert model(x[:1, :2]).equal(expected[:1, :2])
+
+
+@needs_compiler
+@pytest.mark.parametrize(("tokens", "rows", "groups"), [(1, 1, 1), (17, 300, 1), (70, 257, 9)])
+def test_products_of_every_size_are_exact(tokens: int, rows: int, groups: int) -> None:
+    """More rows, tokens and features than are multiplied at a time, and rests of each."""
+    layer, x = layer_of(rows, groups, 2, group_size=128), whole_numbers(tokens, groups * 128)
+    planes.compile_linears(layer)
+    assert layer(x).equal(F.linear(x.double(), layer.weight().double()).to(torch.bfloat16))
+
+
+@needs_compiler
+def test_gradients_pass_through_a_compiled_layer() -> None:
+    layer = layer_of(32, 2, 2)
+    gradients = []
+    for compiled in (False, True):
+        layer.compiled = compiled
+        x = whole_numbers(3, 32).requires_grad_()
+        layer(x).sum().backward()
+        gradients.append(x.grad)
+    assert gradients[0].equal(gradients[1])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

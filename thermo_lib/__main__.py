@@ -35,7 +35,7 @@ from thermo_lib.evaluation import (
     summarize,
 )
 from thermo_lib.layerwise import check_layerwise
-from thermo_lib.models import load_model, weight_files
+from thermo_lib.models import DiffusionLM, load_model, weight_files
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
 from thermo_lib.quantized_model import is_quantized, load_any, quantize, resmooth, save_quantized
@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
+    devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
     dtypes = {"choices": ["float32", "bfloat16"], "default": "float32", "help": "of the computation (%(default)s)"}
     some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     teller.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
     teller.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
     teller.add_argument("--dtype", **dtypes)
+    teller.add_argument("--device", **devices)
 
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)
@@ -92,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--timesteps", type=int, default=default("quant.timesteps"), help="T (%(default)s)")
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
+    judge.add_argument("--device", **devices)
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
@@ -124,8 +127,6 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
 
-    # Only for the list of commands: ``main`` hands over before the parser sees what follows.
-
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
     return parser
@@ -138,8 +139,28 @@ def _read_fields(command: str, words: Sequence[str], allowed: Sequence[str]) -> 
         name, equals, value = word.partition("=")
         if not equals or name not in allowed:
             raise ValueError(f"{command}: found {word!r}, expected NAME=VALUE, NAME one of {', '.join(allowed)}")
-        fields[name] = yaml.safe_load(value)
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{name}: found {value!r}, expected a number, a word or null") from error
     return fields
+
+
+def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
+    """A model, full precision or quantized, on the device asked for.
+
+    Raises:
+        ValueError: there is no such device, or what loading the model raises.
+    """
+    wanted = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: found {wanted!r} ({reason}), allowed is cpu, or a GPU of this machine") from error
+    lm = load_any(name, dtype=getattr(torch, arguments.dtype))
+    lm.model.to(wanted)
+    return lm
 
 
 @contextmanager
@@ -169,8 +190,9 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     if is_quantized(arguments.model):
         raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
     if arguments.scheduler is not None and config.needs_calibration:
-        found = f"found {arguments.scheduler!r} with quantizer={config.quantizer!r}"
-        raise ValueError(f"scheduler: {found}, allowed is a quantizer without calibration")
+        found = f"found {arguments.scheduler!r} with quantizer={config.quantizer!r}, "
+        found += f"num_time_groups={config.num_time_groups}, activation_bits={config.activation_bits}"
+        raise ValueError(f"scheduler: {found}; allowed is what needs no calibration: rtn or least_squares, one group")
     start = time.perf_counter()
     if arguments.layerwise is not None:
         if not config.needs_calibration:
@@ -197,7 +219,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Print a model's continuation of a text, up to the first special token."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
-    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
+    lm = _load(arguments.model, arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
     filled = generate(
@@ -224,10 +246,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             "reference: found none, expected the full-precision model that the quantized one was made from"
         )
     reproducible()
-    lm = load_any(arguments.model, dtype=getattr(torch, arguments.dtype))
-    reference = (
-        lm if arguments.reference is None else load_model(arguments.reference, dtype=getattr(torch, arguments.dtype))
-    )
+    lm = _load(arguments.model, arguments)
+    reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
     if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
     suite = build_suite(reference, timesteps=arguments.timesteps, progress=True)

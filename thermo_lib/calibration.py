@@ -194,6 +194,7 @@ def trajectory_states(
         timesteps=timesteps,
         sampler="origin",
         temperature=1.0,
+        eps=0.0,
         seed=seed,
         batch_size=batch_size,
         on_state=lambda timestep, rows, x: seen.append(x.clone()),
@@ -284,8 +285,8 @@ def watch_inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tenso
             handle.remove()
 
 
-class _Seen(Exception):
-    """What was looked for is known; the rest of the pass isn't needed."""
+class SeenEnough(Exception):
+    """Ends a forward pass of which the rest isn't needed: what a hook looked for is known."""
 
 
 def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
@@ -299,11 +300,11 @@ def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
 
     def receive(_: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
         found.update(arguments)
-        raise _Seen
+        raise SeenEnough
 
     hook = lm.model.model.layers[0].register_forward_pre_hook(receive, with_kwargs=True)
     try:
-        with torch.no_grad(), suppress(_Seen):
+        with torch.no_grad(), suppress(SeenEnough):
             lm.model.model(inputs_embeds=hidden, use_cache=False)
     finally:
         hook.remove()

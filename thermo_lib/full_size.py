@@ -151,6 +151,8 @@ def cost() -> Iterator[Cost]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at what is resident now
     start = time.perf_counter()
     yield found
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     found.seconds = time.perf_counter() - start
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     found.peak_mib, found.resident_mib = (int(status[key].split()[0]) / 1024 for key in ("VmHWM", "VmRSS"))
@@ -222,7 +224,7 @@ def gptq_costs(lm: QuantizedLM, *, tokens: int = 4096, progress: bool = False) -
     """
     rows = []
     for size, (layer, count) in tqdm(distinct_linears(lm).items(), desc="gptq", disable=not progress, leave=False):
-        weight = layer.weight()
+        weight = layer.weight().cpu()
         x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0))
         with cost() as found:
             hessian = (x.T @ x).double()

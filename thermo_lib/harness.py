@@ -17,7 +17,7 @@ from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.diffusion import generate
+from thermo_lib.diffusion import Sampling, generate
 from thermo_lib.quantized_model import QuantizedLM, load_any
 
 _log = logging.getLogger(__name__)
@@ -73,9 +73,10 @@ class HarnessLM(TemplateLM):
             raise ValueError(f"dtype: found {dtype!r}, allowed are {', '.join(_DTYPES)}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size: found {batch_size!r}, allowed is at least 1")
-        for name, value in (("mc_num", mc_num), ("max_new_tokens", max_new_tokens), ("timesteps", timesteps)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: found {value}, allowed is at least 1")
+        counts = {"mc_num": mc_num, "max_new_tokens": max_new_tokens, "timesteps": timesteps, "max_length": max_length}
+        for name, value in counts.items():
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: found {value!r}, allowed are whole numbers from 1")
         self.lm = load_any(pretrained, dtype=_DTYPES[dtype])
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("device: found no GPU for %r, lm_eval's default; using the CPU", device)
@@ -83,13 +84,7 @@ class HarnessLM(TemplateLM):
             self.lm.model.to(device)
         self.batch_size, self.mc_num, self.check_greedy = int(batch_size), mc_num, check_greedy
         self.max_new_tokens, self.timesteps, self.block_length = max_new_tokens, timesteps, block_length
-        self.sampling = {
-            "sampler": sampler,
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "alg_temp": alg_temp,
-        }
+        self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp))
         # Of the timesteps that layers tell apart.
         grouped = isinstance(self.lm, QuantizedLM) and self.lm.config.num_time_groups > 1
         self.steps = self.lm.config.timesteps if grouped else 1
@@ -173,7 +168,7 @@ class HarnessLM(TemplateLM):
     def _is_greedy(self, context: Sequence[int], answer: Sequence[int]) -> bool:
         """Whether the likeliest tokens, the surest filled first, are the answer."""
         ids = torch.tensor([[*context, *[self.lm.mask_token_id] * len(answer)]])
-        filled = generate(self.lm, ids, timesteps=len(answer), sampler="maskgit_plus")
+        filled = generate(self.lm, ids, timesteps=len(answer), sampler="maskgit_plus", eps=0.0)
         return filled[0, len(context) :].tolist() == list(answer)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:

@@ -5,8 +5,10 @@ values are written in a row. Some rows are dequantized at a time, so that they a
 they are multiplied.
 """
 
+import ctypes
 import functools
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,22 +35,64 @@ def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, o
         bits: of a code.
         out: takes the result, ``(rows, in_features)``.
     """
-    grouped = packed.view(*scale.shape, -1)
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=out.device)[:, None, None]
+    codes = (packed >> shifts) & (2**bits - 1)  # plane by plane for all groups, so that each pass is over long rows
     dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
-    planes = dense.view(*scale.shape, 8 // bits, -1)
-    for plane in range(8 // bits):
-        planes[:, :, plane] = (grouped >> plane * bits) & (2**bits - 1)
-    planes -= zero_point[..., None, None]
-    planes *= scale[..., None, None]
+    grouped = dense.view(*scale.shape, -1)
+    grouped.unflatten(-1, (8 // bits, -1)).permute(2, 0, 1, 3).copy_(codes.view(8 // bits, *scale.shape, -1))
+    grouped -= zero_point[..., None]
+    grouped *= scale[..., None]
     if dense is not out:
         out.copy_(dense)
 
 
+class _Packed(ctypes.Structure):
+    """A weight as ``planes.cpp`` has it."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("codes", "scale", "zero_point")],
+        *[(name, ctypes.c_int64) for name in ("rows", "groups", "width", "bits")],
+    )
+
+
 @functools.cache
-def _compiled(
+def _library() -> ctypes.CDLL:
+    """``planes.cpp``, compiled for this machine."""
+    from torch._inductor.codecache import CppCodeCache  # takes a while
+
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
+    pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Packed)
+    library.dequantize.argtypes = [weight, pointer]
+    library.can_multiply.restype = ctypes.c_bool
+    if library.can_multiply():
+        library.multiply.argtypes = [weight, pointer, pointer, ctypes.c_int64]
+    return library
+
+
+def _packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> _Packed:
+    pointers = (tensor.data_ptr() for tensor in (packed, scale, zero_point))
+    return _Packed(*pointers, *scale.shape, packed.shape[1] // scale.shape[1], bits)
+
+
+def _native_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+    """``plane_weight`` by ``planes.cpp``, for contiguous bfloat16 on a CPU."""
+    _library().dequantize(_packed(packed, scale, zero_point, bits), out.data_ptr())
+
+
+def _native_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """``linear`` in one pass over the codes, on a CPU with a matrix unit for bfloat16."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty((len(tokens), len(packed)), dtype=x.dtype)
+    _library().multiply(_packed(packed, scale, zero_point, bits), tokens.data_ptr(), out.data_ptr(), len(tokens))
+    return out.view(*x.shape[:-1], -1)
+
+
+@functools.cache
+def _fused(
     rows: int, groups: int, group_bytes: int, bits: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """``plane_weight`` as one loop, for one shape.
+    """``plane_weight`` as one loop by inductor, for one shape, where ``planes.cpp`` isn't for.
 
     It is traced and handed to inductor without ``torch.compile``, whose checks before every call take half as long as
     the loop itself.
@@ -63,14 +107,16 @@ def _compiled(
 
     packed = torch.zeros((rows, groups * group_bytes), dtype=torch.uint8, device=device)
     scale, zero_point = torch.ones((2, rows, groups), device=device)
-    examples = [
-        packed,
-        scale,
-        zero_point,
-        torch.empty((rows, groups * group_bytes * 8 // bits), dtype=dtype, device=device),
-    ]
+    dense = torch.empty((rows, groups * group_bytes * 8 // bits), dtype=dtype, device=device)
+    examples = [packed, scale, zero_point, dense]
     with torch.no_grad():
         return torch._inductor.compile(make_fx(fused)(*examples), examples)
+
+
+def _fused_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+    """``plane_weight`` in a loop that inductor compiles."""
+    groups = scale.shape[1]
+    _fused(len(packed), groups, packed.shape[1] // groups, bits, out.dtype, out.device)(packed, scale, zero_point, out)
 
 
 def linear(
@@ -83,26 +129,30 @@ def linear(
         packed: the weight's codes, uint8 ``(out_features, in_features * bits / 8)``.
         scale, zero_point: ``(out_features, groups)``; ``width`` isn't 0.
         bits: of a code.
-        compiled: dequantize in a fused loop, which takes a compiler and at first use some seconds.
+        compiled: dequantize in a compiled loop, which takes a compiler and at first use some seconds.
 
     Returns:
         ``(..., out_features)``.
     """
-    groups = scale.shape[1]
+    tensors = packed, scale.float(), zero_point.float()
+    native = compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    group_size = x.shape[-1] // scale.shape[1]
+    if native and not needs_gradient and group_size % 2 == 0 and _library().can_multiply():
+        return _native_linear(x, *tensors, bits)
     most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
     rows = max(1, min(most, len(packed)))
     weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
-    tensors = packed, scale.float(), zero_point.float()
-    whole = rows == len(packed)  # then there is nothing to split, which costs as much as it looks for small weights
-    products = []
-    for some in [tensors] if whole else zip(*(tensor.split(rows) for tensor in tensors), strict=True):
-        dense = weight if whole else weight[: len(some[0])]
-        if compiled:
-            _compiled(len(dense), groups, packed.shape[1] // groups, bits, x.dtype, x.device)(*some, dense)
-        else:
-            plane_weight(*some, bits, dense)
-        products.append(F.linear(x, dense))
-    return products[0] if whole else torch.cat(products, -1)
+    dequantize = _native_weight if native else _fused_weight if compiled else plane_weight
+
+    def product(*some: Tensor) -> Tensor:
+        dense = weight[: len(some[0])]
+        dequantize(*some, bits, dense)
+        return F.linear(x, dense)
+
+    if rows == len(packed):  # to split costs as much as it looks for small weights
+        return product(*tensors)
+    return torch.cat([product(*some) for some in zip(*(tensor.split(rows) for tensor in tensors), strict=True)], -1)
 
 
 def compile_linears(model: nn.Module) -> None:
@@ -118,7 +168,10 @@ def compile_linears(model: nn.Module) -> None:
         raise ValueError("compile: found no quantized linears, expected a quantized model")
     device = layers[0].packed.device
     try:
-        _compiled(2, 2, 16, 2, torch.bfloat16, device)
+        if device.type == "cpu":
+            _library()
+        else:
+            _fused(2, 2, 16, 2, torch.bfloat16, device)
     except RuntimeError as error:
         raise ValueError(f"compile: found no working compiler for device {device} ({error})") from error
     for layer in layers:

@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from thermo_lib.calibration import Calibration, block_arguments, watch_inputs
+from thermo_lib.calibration import Calibration, SeenEnough, block_arguments, watch_inputs
 from thermo_lib.models import DiffusionLM
 from thermo_lib.ranges import descent
-
-
-class _SeenAll(Exception):
-    """What is watched in a block has been seen, the rest of the block needn't be computed."""
 
 
 class BlockStream:
@@ -79,13 +75,13 @@ class BlockStream:
             weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
             found[name] += x.T @ weighted
             if name == last:
-                raise _SeenAll
+                raise SeenEnough
 
         with watch_inputs(linears, receive):
             for part, hidden in enumerate(self.inputs):
                 for rows in torch.arange(len(hidden)).split(64):
                     at = (part, rows)
-                    with suppress(_SeenAll):
+                    with suppress(SeenEnough):
                         self.run(block, part, hidden[rows])
         return found
 
