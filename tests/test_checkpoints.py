@@ -254,12 +254,27 @@ class TestConfiguration:
             ({"scale_logits": True}, "scale_logits: found True, allowed is False"),
             ({"block_group_size": 2}, "block_group_size: found 2, allowed is 1"),
             ({"n_kv_heads": 3}, "n_kv_heads: found 3, allowed are divisors of n_heads = 4"),
-            ({"n_kv_heads": 0}, "n_kv_heads: found 0, allowed are divisors of n_heads = 4"),
+            ({"n_kv_heads": 0}, "n_kv_heads: found 0, allowed are whole numbers from 1 to 16777216"),
             ({"n_heads": 5}, "n_heads: found 5, allowed are divisors of d_model = 32"),
-            ({"d_model": "wide"}, "d_model: found 'wide', allowed are whole numbers from 0"),
+            ({"d_model": "wide"}, "d_model: found 'wide', allowed are whole numbers from 1 to 16777216"),
             ({"embedding_size": 384}, "embedding_size: found 384, allowed is vocab_size = 320"),
             ({"mask_token_id": 320}, "mask_token_id: found 320, allowed is below vocab_size = 320"),
+            ({"n_layers": 0}, "n_layers: found 0, allowed are whole numbers from 1 to 4096"),
+            ({"n_layers": 2**31}, "n_layers: found 2147483648, allowed are whole numbers from 1 to 4096"),
+            (
+                {"mlp_hidden_size": 2**31},
+                "mlp_hidden_size: found 2147483648, allowed are whole numbers from 1 to 16777216",
+            ),
+            ({"mask_token_id": -1}, "mask_token_id: found -1, allowed are whole numbers from 0 to 16777216"),
+            (
+                {"n_heads": 32, "n_kv_heads": 32},
+                "n_heads: found 32, which makes heads of 1, allowed are those of an even",
+            ),
+            ({"max_sequence_length": "long"}, "max_sequence_length: found 'long', allowed are whole numbers from 1 to"),
+            ({"weight_tying": 1}, "weight_tying: found 1, allowed are false and true"),
             ({"rope_theta": 0}, "rope_theta: found 0, allowed are numbers above 0"),
+            ({"rope_theta": float("inf")}, "rope_theta: found inf, allowed are numbers above 0"),
+            ({"rope_theta": 10**400}, "rope_theta: found 1000"),
             ({"rms_norm_eps": "small"}, "rms_norm_eps: found 'small', allowed are numbers above 0"),
             ({"n_layers": None, "weight_tying": None}, "missing n_layers, weight_tying"),
         ],
@@ -279,6 +294,11 @@ class TestConfiguration:
             ),
             ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: found {'rope_type': 'yarn'}, allowed is"),
             ({"model_type": "llama"}, "model_type: found 'llama', supported are Dream, llada"),
+            ({"model_type": ["Dream"]}, "model_type: found ['Dream'], supported are Dream, llada"),
+            ({"hidden_act": "swish2"}, "hidden_act: found 'swish2', allowed are "),
+            ({"hidden_act": ["silu"]}, "hidden_act: found ['silu'], allowed are "),
+            ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no', allowed are false and true"),
+            ({"max_position_embeddings": 2.5}, "max_position_embeddings: found 2.5, allowed are whole numbers from 1"),
         ],
         ids=str,
     )
@@ -290,6 +310,12 @@ class TestConfiguration:
         path.write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
             read_config(folder)
+
+    @pytest.mark.parametrize("text", ["[" * 100_000, '{"vocab_size": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
+    def test_what_python_cannot_read_is_no_json(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"config\.json: found invalid JSON"):
+            read_config(tmp_path)
 
     @BOTH
     def test_the_place_where_transformers_5_writes_rope_theta(self, layout: Layout, tmp_path: Path) -> None:

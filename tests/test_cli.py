@@ -226,6 +226,15 @@ class TestQuantize:
         assert message in err
         assert list(Path().iterdir()) == []
 
+    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    def test_the_source_is_never_replaced(self, run: Run, folder: Path, quantizer: str) -> None:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        words = ("group_size=16", "timesteps=4", f"quantizer={quantizer}")
+        status, _, err = run("quantize", "--model", folder, "--output", folder, *words)
+        assert status == 2
+        assert "the source or a folder that holds it" in err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
     def test_a_quantized_folder_is_not_quantized_again(self, run: Run, folder: Path) -> None:
         assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
         status, _, err = run("quantize", "--model", "small", "--output", "smaller")

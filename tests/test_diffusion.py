@@ -9,7 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermo_lib.diffusion import (
     SAMPLERS,
@@ -40,7 +40,7 @@ class TableLM:
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Nothing depends on the timestep."""
 
-    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The rows of the chosen positions; the mask token gets no probability."""
         rows = self.table.expand(len(ids), -1, -1)[at].clone()
         rows[:, self.mask_token_id] = -1e30
@@ -84,6 +84,12 @@ class TestSchedule:
         torch.testing.assert_close((still_masked[:-1] * rho).sum(), torch.tensor(1.0, dtype=torch.float64))
         # Equal shares: with the linear schedule every step fills 1/T of the tokens.
         torch.testing.assert_close(ratios[:-1] * rho, torch.full((timesteps,), 1 / timesteps, dtype=torch.float64))
+
+    def test_a_schedule_that_ends_above_zero(self) -> None:
+        # eps = 1/5, T = 4: t_i = 1, 0.8, 0.6, 0.4, 0.2; the last step fills all.
+        torch.testing.assert_close(mask_ratios(4, 0.2), torch.tensor([1, 0.8, 0.6, 0.4, 0.2], dtype=torch.float64))
+        expected = torch.tensor([0.2, 0.25, 1 / 3, 1.0], dtype=torch.float64)
+        torch.testing.assert_close(unmask_probabilities(4, 0.2), expected)
 
     def test_no_timestep_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="timesteps: found 0, allowed is at least 1"):
@@ -154,6 +160,11 @@ class TestSampleTokens:
         assert set(kept) == set(order[: len(kept)])
         assert mass[order[: len(kept)]].sum() >= p - 1e-6
         assert mass[order[: len(kept) - 1]].sum() <= p + 1e-6
+
+    def test_top_p_is_of_all_tokens_also_with_top_k(self) -> None:
+        # The nucleus of mass 0.5 is {0.4, 0.3}; among the two likeliest alone it would be the first.
+        kept = filter_logits(torch.tensor([[0.4, 0.3, 0.2, 0.1]]).log(), 0.5, 2)[0] > -torch.inf
+        assert kept.tolist() == [True, True, False, False]
 
     @given(
         logits=distinct_logits(8),
@@ -257,6 +268,7 @@ class TestGenerate:
             torch.full((1, masked), MASK),
             timesteps=timesteps,
             sampler=sampler,
+            eps=0.0,
             on_state=lambda _, rows, x: counts.append(int((x == MASK).sum())),
         )
         expected = [masked]
@@ -284,6 +296,7 @@ class TestGenerate:
             torch.full((1, 3), MASK),
             timesteps=3,
             sampler=sampler,
+            eps=0.0,
             on_state=lambda _, rows, x: states.append(x[0].clone()),
         )
         states.append(text[0])
@@ -301,6 +314,7 @@ class TestGenerate:
             timesteps=3,
             sampler="maskgit_plus",
             alg_temp=alg_temp,
+            eps=0.0,
             batch_size=count,
             on_state=lambda _, rows, x: states.append(x.clone()),
         )
@@ -309,9 +323,11 @@ class TestGenerate:
         expected = (torch.tensor([0.9, 0.7, 0.5], dtype=torch.float64) / alg_temp).softmax(-1) * count
         assert chisquare(first[:, 1].bincount(minlength=3), expected).pvalue > 1e-3
 
-    @given(timesteps=st.integers(2, 8), seed=st.integers(0, 1000))
+    @given(timesteps=st.integers(2, 8), seed=st.integers(0, 1000), eps=st.sampled_from([0.0, 1e-3, 0.4]))
     @settings(max_examples=15)
-    def test_origin_fills_each_position_with_the_scheduled_probability(self, timesteps: int, seed: int) -> None:
+    def test_origin_fills_each_position_with_the_scheduled_probability(
+        self, timesteps: int, seed: int, eps: float
+    ) -> None:
         rows, length = 200, 50
         counts: list[int] = []
         generate(
@@ -320,12 +336,13 @@ class TestGenerate:
             timesteps=timesteps,
             sampler="origin",
             temperature=1.0,
+            eps=eps,
             seed=seed,
             batch_size=rows,
             on_state=lambda _, rows, x: counts.append(int((x == MASK).sum())),
         )
         for timestep, count in enumerate(counts):
-            share = 1 - timestep / timesteps
+            share = 1 - timestep * (1 - eps) / timesteps
             assert abs(count - rows * length * share) <= 6 * (rows * length * share * (1 - share)) ** 0.5
 
     def test_every_state_of_a_trajectory_is_reported_once_with_its_rows(
@@ -349,7 +366,17 @@ class TestGenerate:
             ({"top_p": 0.0}, "top_p: found 0.0, allowed is above 0 and at most 1"),
             ({"top_p": 1.1}, "top_p: found 1.1"),
             ({"top_k": 0}, "top_k: found 0, allowed is at least 1"),
+            ({"top_k": 1.5}, "top_k: found 1.5, allowed is at least 1"),
             ({"timesteps": 0}, "timesteps: found 0, allowed is at least 1"),
+            ({"timesteps": 2.5}, "timesteps: found 2.5, allowed is at least 1, a whole number"),
+            ({"timesteps": True}, "timesteps: found True, allowed is at least 1, a whole number"),
+            ({"temperature": float("nan")}, "temperature: found nan, allowed is at least 0 and finite"),
+            ({"temperature": float("inf")}, "temperature: found inf, allowed is at least 0 and finite"),
+            ({"alg_temp": -0.1}, "alg_temp: found -0.1, allowed is at least 0 and finite"),
+            ({"alg_temp": float("nan")}, "alg_temp: found nan, allowed is at least 0 and finite"),
+            ({"eps": 1.0}, "eps: found 1.0, allowed is at least 0 and below 1"),
+            ({"eps": -0.1}, "eps: found -0.1, allowed is at least 0 and below 1"),
+            ({"batch_size": 0}, "batch_size: found 0, allowed is at least 1"),
         ],
     )
     def test_a_value_out_of_range_is_named(
@@ -357,6 +384,85 @@ class TestGenerate:
     ) -> None:
         with pytest.raises(ValueError, match=message):
             generate(tiny, prompts, **{"timesteps": 2, **arguments})
+
+    @pytest.mark.parametrize(
+        ("ids", "message"),
+        [
+            (torch.zeros(3, dtype=torch.int64), r"ids: found torch.int64 of shape \(3,\), allowed are integers"),
+            (torch.zeros(1, 3), r"ids: found torch.float32 of shape \(1, 3\), allowed are integers"),
+            (torch.tensor([[9999, MASK]]), r"ids: found 9999, allowed are 0\.\."),
+        ],
+        ids=["one row", "floats", "no token"],
+    )
+    def test_what_is_no_batch_of_ids_is_named(self, tiny: DiffusionLM, ids: Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(tiny, ids, timesteps=2)
+
+    def test_no_temperature_of_positions_is_zero(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        none, zero = (generate(tiny, prompts, timesteps=4, alg_temp=alg_temp) for alg_temp in (None, 0.0))
+        assert torch.equal(none, zero)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_ids_of_a_gpu_give_the_same_text_there(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        text = generate(tiny, prompts.cuda(), timesteps=4, temperature=1.0)
+        assert text.is_cuda
+        assert torch.equal(text.cpu(), generate(tiny, prompts, timesteps=4, temperature=1.0))
+
+
+class TestPadding:
+    """A row of a batch that is padded on the left gives what it gives alone, and its padding stays."""
+
+    LENGTHS = (14, 9, 4)
+
+    @pytest.fixture
+    def rows(self, random_ids: RandomIds) -> list[Tensor]:
+        """Rows of other lengths; the first half of each is visible."""
+        return [
+            torch.cat([random_ids(1, n // 2, seed=n), torch.full((1, n - n // 2), MASK)], dim=1) for n in self.LENGTHS
+        ]
+
+    @pytest.mark.parametrize("block_length", [None, 2])
+    @pytest.mark.parametrize("pad", [5, MASK])
+    @pytest.mark.parametrize("sampler", CONFIDENCE_SAMPLERS)
+    def test_each_row_gives_what_it_gives_alone(
+        self, tiny: DiffusionLM, rows: list[Tensor], sampler: str, pad: int, block_length: int | None
+    ) -> None:
+        longest = self.LENGTHS[0]
+        padded = torch.cat([nn.functional.pad(row, (longest - row.shape[1], 0), value=pad) for row in rows])
+        is_text = torch.arange(longest) >= longest - torch.tensor(self.LENGTHS)[:, None]
+        steps = 4 if block_length is None else 2
+        blocks = [1 if block_length is None else -(-int((row == MASK).sum()) // block_length) for row in rows]
+        text = generate(
+            tiny,
+            padded,
+            timesteps=steps * blocks[0],
+            attention_mask=is_text,
+            sampler=sampler,
+            block_length=block_length,
+        )
+        assert (text[~is_text] == pad).all()
+        for found, row, count in zip(text, rows, blocks, strict=True):
+            alone = generate(tiny, row, timesteps=steps * count, sampler=sampler, block_length=block_length)
+            assert torch.equal(found[-row.shape[1] :], alone[0])
+
+    def test_a_mask_without_padding_changes_nothing(self, tiny: DiffusionLM, prompts: Tensor) -> None:
+        everything = torch.ones_like(prompts, dtype=torch.bool)
+        assert torch.equal(
+            generate(tiny, prompts, timesteps=4, attention_mask=everything), generate(tiny, prompts, timesteps=4)
+        )
+
+    @pytest.mark.parametrize(
+        ("mask", "message"),
+        [
+            (torch.ones(5, 14), r"attention_mask: found torch.float32 of shape \(5, 14\), allowed is torch.bool"),
+            (torch.ones(5, 13, dtype=torch.bool), r"attention_mask: found torch.bool of shape \(5, 13\), allowed is"),
+            ((torch.arange(14) < 13).expand(5, -1), "attention_mask: found padding after text, allowed is padding on"),
+        ],
+        ids=["floats", "another shape", "on the right"],
+    )
+    def test_another_mask_is_named(self, tiny: DiffusionLM, prompts: Tensor, mask: Tensor, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            generate(tiny, prompts, timesteps=2, attention_mask=mask)
 
 
 def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:
@@ -502,19 +608,20 @@ class TestHooks:
         )
         assert torch.equal(hooked, plain)
 
-    def test_on_logits_sees_the_state_before_and_the_logits_where_it_is_masked(
+    def test_on_logits_sees_the_state_before_and_the_logits_of_all_positions(
         self, tiny: DiffusionLM, prompts: Tensor
     ) -> None:
         seen: list[int] = []
+        before: list[Tensor] = []
 
         def look(step: int, ids: Tensor, logits: Tensor) -> Tensor:
-            is_masked = ids == MASK
-            assert torch.equal(logits[is_masked], tiny.logits(ids, is_masked))
-            assert torch.equal(logits.isnan().any(-1), ~is_masked)
+            everywhere = torch.ones_like(ids, dtype=torch.bool)
+            assert torch.equal(logits, tiny.logits(ids, everywhere).unflatten(0, ids.shape))
+            assert torch.equal(ids == MASK, before[-1] == MASK)
             seen.append(step)
             return logits
 
-        generate(tiny, prompts, timesteps=3, on_logits=look)
+        generate(tiny, prompts, timesteps=3, on_logits=look, on_state=lambda _, rows, x: before.append(x.clone()))
         assert seen == [0, 1, 2]
 
     def test_what_on_logits_returns_is_sampled_from(self, tiny: DiffusionLM, prompts: Tensor) -> None:
@@ -532,10 +639,15 @@ class TestHooks:
         after: list[Tensor] = []
         before: list[Tensor] = []
 
-        def look(step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
-            assert torch.equal(logits.isnan().any(-1), before[-1] != MASK)
-            assert logits[before[-1] == MASK].max() <= 1
-            after.append(ids.clone())
+        def look(step: int | None, ids: Tensor, logits: Tensor | None) -> Tensor:
+            if step is None:
+                assert logits is None
+                assert not before
+                assert torch.equal(ids, prompts)
+            else:
+                assert logits.shape[:2] == ids.shape
+                assert logits.max() <= 1
+                after.append(ids.clone())
             return ids
 
         text = generate(
@@ -550,19 +662,37 @@ class TestHooks:
             assert torch.equal(state, previous)
 
     def test_what_on_tokens_masks_is_filled_again(self, tiny: DiffusionLM, prompts: Tensor) -> None:
-        def remask_first(step: int, ids: Tensor, logits: Tensor | None) -> Tensor:
-            return ids if step == 2 else torch.cat([torch.full_like(ids[:, :1], MASK), ids[:, 1:]], dim=1)
+        def remask_first(step: int | None, ids: Tensor, logits: Tensor | None) -> Tensor:
+            return ids if step in (None, 2) else torch.cat([torch.full_like(ids[:, :1], MASK), ids[:, 1:]], dim=1)
 
         states = run_states(tiny, prompts, timesteps=3, block_length=3, on_tokens=remask_first)
         assert (prompts[:, 0] != MASK).any()
         assert all((x[:, 0] == MASK).all() for x in states[1:3])
         assert not (states[3] == MASK).any()
 
-    def test_after_the_last_mask_there_are_no_logits(self, tiny: DiffusionLM) -> None:
-        seen: list[Tensor | None] = []
+    def test_generation_starts_from_what_on_tokens_returns_before_the_first_step(
+        self, tiny: DiffusionLM, prompts: Tensor
+    ) -> None:
+        # Three positions more are visible; the others are numbered into blocks without them.
+        start = torch.cat([prompts[:, :-3], torch.full((5, 3), 7)], dim=1)
+        most = int((start == MASK).sum(1).max())
+        arguments = {"timesteps": 2 * -(-most // 2), "block_length": 2}
+        assert (prompts == MASK).sum(1).max() > most + 1  # so that the blocks of the prompts alone would be more
+        text = generate(
+            tiny, prompts, on_tokens=lambda step, ids, _: start[: len(ids)] if step is None else ids, **arguments
+        )
+        assert torch.equal(text, generate(tiny, start, **arguments))
+
+    def test_hooks_are_called_at_every_step_with_logits_also_when_nothing_is_left(self, tiny: DiffusionLM) -> None:
+        seen: list[tuple[str, int | None, bool]] = []
         ids = torch.full((1, 4), 9)
-        generate(tiny, ids, timesteps=2, on_tokens=lambda step, x, logits: seen.append(logits) or x)
-        assert seen == [None, None]
+
+        def look(name: str, result: int) -> Callable[..., Tensor]:
+            return lambda *given: seen.append((name, given[0], given[2] is not None)) or given[result]
+
+        generate(tiny, ids, timesteps=2, on_logits=look("logits", 2), on_tokens=look("tokens", 1))
+        steps = [(name, step, True) for step in range(2) for name in ("logits", "tokens")]
+        assert seen == [("tokens", None, False), *steps]
 
     @pytest.mark.parametrize("hook", ["on_logits", "on_tokens"])
     @pytest.mark.parametrize(("returned", "found"), [(None, "None"), (torch.zeros(2), r"\(2,\)")])
@@ -571,3 +701,79 @@ class TestHooks:
     ) -> None:
         with pytest.raises(ValueError, match=rf"{hook}: returned {found}, expected a tensor of shape \(5, 14"):
             generate(tiny, prompts, timesteps=2, **{hook: lambda *_: returned})
+
+
+def published_loop(
+    lm: DiffusionLM,
+    x: Tensor,
+    steps: int,
+    sampler: str,
+    top_p: float | None,
+    top_k: int | None,
+    hooks: tuple[Callable[..., Tensor], Callable[..., Tensor]],
+) -> Tensor:
+    """Dream's sampling loop at temperature 0 (arXiv 2508.15487) of one sequence, a position at a time in float64."""
+    on_tokens, on_logits = hooks
+    x = on_tokens(None, x.clone(), None)
+    schedule = [1 + (1e-3 - 1) * i / steps for i in range(steps + 1)]
+    for step, (t, s) in enumerate(itertools.pairwise(schedule)):
+        logits = lm.model(x)
+        logits[..., lm.mask_token_id] = -torch.inf  # which the published loop doesn't
+        logits = on_logits(step, x, logits)
+        surest = []
+        for place in (x[0] == lm.mask_token_id).nonzero().flatten().tolist():
+            probabilities, order = logits[0, place].double().softmax(-1).sort(descending=True)
+            count = int((probabilities.cumsum(0) - probabilities <= (1 if top_p is None else top_p)).sum())
+            kept = probabilities[: min(count, top_k or count)]
+            kept = torch.cat([kept / kept.sum(), torch.zeros(1, dtype=torch.float64)])
+            score = {
+                "maskgit_plus": kept[0],
+                "topk_margin": kept[0] - kept[1],
+                "entropy": (kept * (kept + 1e-10).log()).sum(),
+            }[sampler]
+            surest.append((-score.item(), place, order[0].item()))
+        filled = len(surest) if step == steps - 1 else int(len(surest) * (1 - s / t))
+        for _, place, token in sorted(surest)[:filled]:
+            x[0, place] = token
+        x = on_tokens(step, x, logits)
+    return x
+
+
+class TestPublishedLoop:
+    """``generate`` writes what Dream's published loop writes."""
+
+    @pytest.fixture
+    def unsure(self, build_tiny: Callable[[int], DiffusionLM]) -> DiffusionLM:
+        """A model whose nuclei have several tokens, so that no two positions are equally sure after the filters."""
+        lm = build_tiny(0)
+        lm.model.lm_head.weight.mul_(0.3)
+        return lm
+
+    @pytest.mark.parametrize("has_hooks", [False, True])
+    @pytest.mark.parametrize(("top_p", "top_k"), [(None, None), (0.6, 5)])
+    @pytest.mark.parametrize("sampler", ["maskgit_plus", "topk_margin", "entropy"])
+    def test_greedy_texts_are_equal(
+        self,
+        unsure: DiffusionLM,
+        random_ids: RandomIds,
+        sampler: str,
+        top_p: float | None,
+        top_k: int | None,
+        has_hooks: bool,
+    ) -> None:
+        def pin(step: int | None, ids: Tensor, logits: Tensor | None) -> Tensor:
+            return torch.cat([ids[:, :-2], torch.tensor([[7, 8]])], dim=1) if has_hooks else ids
+
+        def from_the_right(step: int, ids: Tensor, logits: Tensor) -> Tensor:
+            # Each position's logits lean on its right neighbour's, filled or not.
+            return logits + 0.5 * logits.roll(-1, 1).clamp(min=-1e3) if has_hooks else logits
+
+        differing = 0
+        for masked, steps in ((8, 8), (12, 5), (16, 4), (6, 12), (24, 16)):
+            ids = torch.cat([random_ids(1, 5, seed=masked), torch.full((1, masked), MASK)], dim=1)
+            settings = {"timesteps": steps, "sampler": sampler, "top_p": top_p, "top_k": top_k}
+            hooks = {"on_tokens": pin, "on_logits": from_the_right} if has_hooks else {}
+            text = generate(unsure, ids, **settings, **hooks)
+            assert torch.equal(text, published_loop(unsure, ids, steps, sampler, top_p, top_k, (pin, from_the_right)))
+            differing += not torch.equal(text, generate(unsure, ids, **settings, **hooks, eps=0.0))
+        assert differing  # so that the schedule counts

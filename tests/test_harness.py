@@ -102,7 +102,7 @@ class TestLikelihood:
     def test_greedy_is_what_the_model_fills_in(self, harness: HarnessLM) -> None:
         prompt = harness.tok_encode("x = ")
         ids = torch.tensor([prompt + [harness.lm.mask_token_id] * 3])
-        filled = generate(harness.lm, ids, timesteps=3, sampler="maskgit_plus")[0, len(prompt) :].tolist()
+        filled = generate(harness.lm, ids, timesteps=3, sampler="maskgit_plus", eps=0.0)[0, len(prompt) :].tolist()
         assert harness._is_greedy(prompt, filled)
         assert not harness._is_greedy(prompt, [*filled[:2], (filled[2] + 1) % 100])
 

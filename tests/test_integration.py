@@ -28,6 +28,7 @@ from thermo_lib import (
 from thermo_lib.architectures import ARCHITECTURES, MaskPredictor
 
 FLOAT32 = {"dtype": torch.float32}
+BIASED = "model.layers.0.self_attn.q_proj"
 DATA_FREE = {"quantizer": "least_squares", "group_size": 16, "activation_bits": 16, "num_time_groups": 1}
 
 
@@ -155,6 +156,51 @@ class TestQuantized:
         assert outputs(load_quantized(again).model).equal(outputs(quantized.model))
         assert outputs(AutoModel.from_pretrained(again, **FLOAT32)).equal(outputs(quantized.model))
 
+    @BOTH
+    @pytest.mark.parametrize("fields", [{}, {"embedding_bits": 8}], ids=str)
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_the_folder_says_what_to_compute_in(
+        self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any], dtype: torch.dtype
+    ) -> None:
+        source = write(layout)
+        quantized = quantize(load_model(str(source), dtype=dtype), ThermoConfig(**DATA_FREE | fields))
+        save_quantized(quantized, tmp_path / "quantized")
+        model = AutoModel.from_pretrained(tmp_path / "quantized")
+        assert model.dtype == dtype
+        assert outputs(model).equal(outputs(quantized.model))
+        again = saved(model, tmp_path / "again", source)
+        assert same_tensors(again, tmp_path / "quantized")
+        assert outputs(AutoModel.from_pretrained(again)).equal(outputs(quantized.model))
+
+    @BOTH
+    @pytest.mark.parametrize(
+        "fields",
+        [{"embedding_bits": 8}, {"activation_bits": 8, "num_time_groups": 2, "timesteps": 8}, {"quantizer": "trellis"}],
+        ids=str,
+    )
+    def test_a_model_that_is_cast_is_the_model_loaded_so(
+        self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any]
+    ) -> None:
+        lm = load_model(str(write(layout)))
+        calibration = calibrate(lm, [(torch.arange(21).view(3, 7), None)], timesteps=8, source="forward")
+        save_quantized(quantize(lm, ThermoConfig(**DATA_FREE | fields), calibration), tmp_path / "quantized")
+        cast = load_quantized(tmp_path / "quantized")
+        cast.model.to(torch.bfloat16)
+        loaded = load_quantized(tmp_path / "quantized", dtype=torch.bfloat16)
+        assert outputs(cast.model).equal(outputs(loaded.model))
+        for lm, name in ((cast, "cast"), (loaded, "loaded")):
+            save_quantized(lm, tmp_path / name)
+        assert same_tensors(tmp_path / "cast", tmp_path / "loaded")
+        assert {t.dtype for n, t in stored(tmp_path / "cast").items() if n.endswith("weight_scale")} == {torch.float16}
+
+    def test_only_what_from_pretrained_has_loaded_is_saved_by_save_pretrained(
+        self, write: Callable[..., Path], tmp_path: Path
+    ) -> None:
+        quantized = quantize(load_model(str(write())), ThermoConfig(**DATA_FREE))
+        with pytest.raises(ValueError, match=r"save_pretrained: found a quantized model.*use save_quantized"):
+            quantized.model.save_pretrained(tmp_path / "quantized")
+        assert not (tmp_path / "quantized").exists()
+
     def test_damaged_folders_are_refused(self, write: Callable[..., Path], tmp_path: Path) -> None:
         folder = tmp_path / "quantized"
         save_quantized(quantize(load_model(str(write())), ThermoConfig(**DATA_FREE)), folder)
@@ -172,6 +218,112 @@ class TestQuantized:
             save_file({n: t.contiguous() for n, t in bad.items()}, path, metadata={"format": "pt"})
             with pytest.raises(ValueError, match=reason):
                 AutoModel.from_pretrained(folder)
+
+
+def edited(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Writes the tensors of a folder, changed, as its only file."""
+    tensors = stored(folder)
+    change(tensors)
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def pickled(folder: Path) -> None:
+    tensors = stored(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+
+
+def outside(folder: Path) -> None:
+    """Moves the shards out of the folder, and lets the index name them there."""
+    shard = folder.parent / "outside.safetensors"
+    save_file(stored(folder), shard, metadata={"format": "pt"})
+    names = dict.fromkeys(stored(folder), "../outside.safetensors")
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+def truncated(folder: Path) -> None:
+    edited(folder, lambda _: None)
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+class TestBadInput:
+    """A folder is checked as the library's own functions check it, quantized already or while it is read."""
+
+    @pytest.fixture(params=["quantized", "on the fly"])
+    def load(
+        self, request: pytest.FixtureRequest, write: Callable[..., Path], tmp_path: Path
+    ) -> Callable[[Callable[[Path], None]], MaskPredictor]:
+        """Changes a folder of a model and loads it."""
+        folder, options = write(), {"quantization_config": ThermoConfig(**DATA_FREE)}
+        if request.param == "quantized":
+            lm = quantize(load_model(str(folder)), options.pop("quantization_config"))
+            folder = tmp_path / "quantized"
+            save_quantized(lm, folder)
+
+        def changed(change: Callable[[Path], None]) -> MaskPredictor:
+            change(folder)
+            return AutoModel.from_pretrained(folder, **options)
+
+        return changed
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (pickled, r"found pytorch_model\.bin in .*, allowed are safetensors"),
+            (outside, r"found shard .*outside\.safetensors outside the folder"),
+            (truncated, "safetensors file"),
+        ],
+        ids=lambda value: getattr(value, "__name__", ""),
+    )
+    def test_bad_files_are_refused(
+        self, load: Callable[..., MaskPredictor], change: Callable[[Path], None], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            load(change)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda t: t["model.norm.weight"].fill_(torch.nan), "tensor model.norm.weight: found NaN"),
+            (lambda t: t["model.embed_tokens.weight"][1].fill_(torch.inf), "model.embed_tokens.weight: found NaN"),
+            (lambda t: t[f"{BIASED}.bias"].fill_(torch.nan), f"tensor {BIASED}.bias: found NaN"),
+            (lambda t: t.pop("model.norm.weight"), "missing tensors model.norm.weight"),
+            (lambda t: [t.pop(name) for name in list(t) if BIASED in name], f"missing tensors {BIASED}"),
+            (lambda t: t.update(more=torch.tensor(0.0)), "unexpected tensors more"),
+            (lambda t: t.update({f"{BIASED}.bias": torch.zeros(3)}), f"tensor {BIASED}.bias: found shape"),
+            (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].to(torch.int8)}), "lm_head.weight: found torch"),
+        ],
+        ids=[
+            "norm NaN",
+            "embeddings infinite",
+            "bias NaN",
+            "norm missing",
+            "linear missing",
+            "extra",
+            "bias of another shape",
+            "head of another type",
+        ],
+    )
+    def test_bad_tensors_are_named(
+        self, load: Callable[..., MaskPredictor], change: Callable[[dict[str, Tensor]], object], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            load(lambda folder: edited(folder, change))
+
+    def test_a_quantized_folder_says_how_it_was_quantized(self, write: Callable[..., Path], tmp_path: Path) -> None:
+        save_quantized(quantize(load_model(str(write())), ThermoConfig(**DATA_FREE)), tmp_path / "quantized")
+        path = tmp_path / "quantized/config.json"
+        content = json.loads(path.read_text())
+        del content["quantization_config"]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"quantization_config: found none, required by tensors .*\.packed"):
+            AutoModel.from_pretrained(tmp_path / "quantized")
 
 
 class TestOnTheFly:

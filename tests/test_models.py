@@ -1,17 +1,21 @@
 """Models: what they compute, and that a damaged or unknown folder is refused with a message that says why."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from thermo_lib import architectures, models
+from thermo_lib import ThermoConfig, architectures, models, quantize, save_quantized
 from thermo_lib.models import DiffusionLM, load_model, save_model
 
 RandomIds = Callable[..., Tensor]
@@ -43,6 +47,25 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) ->
     tensors = load_file(folder / models.WEIGHTS_NAME)
     change(tensors)
     save_file(tensors, folder / models.WEIGHTS_NAME)
+
+
+def into_shards(folder: Path) -> None:
+    """Put every second tensor of model.safetensors into a.safetensors, the others into b.safetensors."""
+    tensors = load_file(folder / models.WEIGHTS_NAME)
+    names = sorted(tensors)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in parts.items():
+        save_file({name: tensors[name] for name in part}, folder / file)
+    (folder / models.WEIGHTS_NAME).unlink()
+    weight_map = {name: file for file, part in parts.items() for name in part}
+    (folder / models.INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
+    """Change the weight map of the index."""
+    content = json.loads((folder / models.INDEX_NAME).read_text(encoding="utf-8"))
+    change(content["weight_map"])
+    (folder / models.INDEX_NAME).write_text(json.dumps(content), encoding="utf-8")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -115,6 +138,29 @@ class TestForward:
         torch.testing.assert_close(chosen[:, other], everywhere[at][:, other], rtol=1e-4, atol=1e-4)
         assert (chosen.softmax(-1)[:, tiny.mask_token_id] == 0).all()
 
+    @pytest.mark.parametrize("pad", [1, 4])
+    def test_chosen_logits_of_a_padded_row_are_those_of_the_row_alone(
+        self, tiny: DiffusionLM, random_ids: RandomIds, pad: int
+    ) -> None:
+        ids = random_ids(2, 6)
+        padded = torch.cat([random_ids(2, pad, seed=1), ids], dim=1)
+        is_text = torch.arange(pad + 6).expand(2, -1) >= pad
+        everything = torch.ones_like(ids, dtype=torch.bool)
+        torch.testing.assert_close(
+            tiny.logits(padded, is_text, is_text), tiny.logits(ids, everything), rtol=1e-3, atol=1e-3
+        )
+
+    @pytest.mark.parametrize("unknown", [-1, 9999])
+    def test_an_id_outside_the_vocabulary_is_named(
+        self, tiny: DiffusionLM, random_ids: RandomIds, unknown: int
+    ) -> None:
+        ids = random_ids(1, 3)
+        ids[0, 1] = unknown
+        with pytest.raises(
+            ValueError, match=rf"ids: found {unknown}, allowed are 0\.\.{tiny.model.config.vocab_size - 1}"
+        ):
+            tiny.logits(ids, ids == tiny.mask_token_id)
+
     def test_equal_seeds_give_equal_weights(self, build_tiny: Callable[[int], DiffusionLM]) -> None:
         first, again, other = (build_tiny(seed).model.state_dict() for seed in (3, 3, 4))
         assert all(torch.equal(first[name], again[name]) for name in first)
@@ -171,16 +217,15 @@ class TestSaveAndLoad:
         )
 
     def test_shards_are_read_as_one_model(self, folder: Path, saved: Path) -> None:
-        tensors = load_file(folder / models.WEIGHTS_NAME)
-        names = sorted(tensors)
-        parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
-        for file, part in parts.items():
-            save_file({name: tensors[name] for name in part}, folder / file)
-        (folder / models.WEIGHTS_NAME).unlink()
-        weight_map = {name: file for file, part in parts.items() for name in part}
-        (folder / models.INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+        into_shards(folder)
         sharded, whole = load_model(str(folder)).model.state_dict(), load_model(str(saved)).model.state_dict()
         assert all(torch.equal(sharded[name], whole[name]) for name in whole)
+
+    def test_a_single_file_goes_before_an_index(self, folder: Path, saved: Path) -> None:
+        into_shards(folder)
+        shutil.copy(saved / models.WEIGHTS_NAME, folder)
+        edit_tensors(folder, lambda t: t["model.norm.weight"].fill_(3))
+        assert (load_model(str(folder)).model.state_dict()["model.norm.weight"] == 3).all()
 
     def test_a_download_of_the_hub_is_read_through_its_links(self, folder: Path, tmp_path: Path) -> None:
         # huggingface_hub keeps the content in blobs/ and links to it from snapshots/<revision>/.
@@ -239,6 +284,8 @@ class TestRefusals:
     )
     def test_a_damaged_json_file_is_named(self, folder: Path, file: str, text: str) -> None:
         (folder / file).write_text(text, encoding="utf-8")
+        if file == models.INDEX_NAME:
+            (folder / models.WEIGHTS_NAME).unlink()  # an index beside it isn't read
         with pytest.raises(ValueError, match=file.replace(".", r"\.")):
             load_model(str(folder))
 
@@ -293,16 +340,25 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             load_model(str(folder))
 
-    def test_pickled_weights_are_refused_with_a_hint(self, folder: Path) -> None:
-        (folder / models.WEIGHTS_NAME).rename(folder / "pytorch_model.bin")
-        with pytest.raises(
-            ValueError, match=r"found no model\.safetensors in .*; pytorch_model\.bin is a pickle, convert it"
-        ):
-            load_model(str(folder))
-
-    def test_a_folder_without_weights(self, folder: Path) -> None:
+    @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+    def test_pickled_weights_are_refused_with_a_way_to_convert_them(
+        self, folder: Path, name: str, saved: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        torch.save(load_file(folder / models.WEIGHTS_NAME), folder / name)
         (folder / models.WEIGHTS_NAME).unlink()
-        with pytest.raises(ValueError, match=r"found no model\.safetensors in [^;]*$"):
+        with pytest.raises(
+            ValueError, match=rf"found no model\.safetensors in .*; {re.escape(name)} is a pickle, convert it: pickled"
+        ) as error:
+            load_model(str(folder))
+        monkeypatch.chdir(folder)
+        command = str(error.value).partition("trust them: ")[2]
+        eval(command, {"safetensors": safetensors, "torch": torch, "FILE": name})  # the message's own way works
+        converted, whole = load_model(str(folder)).model.state_dict(), load_model(str(saved)).model.state_dict()
+        assert all(torch.equal(converted[tensor], whole[tensor]) for tensor in whole)
+
+    def test_a_folder_without_weights_as_of_a_hub_id_with_pickles(self, folder: Path) -> None:
+        (folder / models.WEIGHTS_NAME).unlink()
+        with pytest.raises(ValueError, match=r"found no model\.safetensors in [^;]*; pickled weights are never read;"):
             load_model(str(folder))
 
     @pytest.mark.parametrize(
@@ -314,11 +370,115 @@ class TestRefusals:
             target.parent.mkdir(exist_ok=True)
             shutil.copy(folder / models.WEIGHTS_NAME, target)
         names = load_file(folder / models.WEIGHTS_NAME)
+        (folder / models.WEIGHTS_NAME).unlink()
         index = {"weight_map": dict.fromkeys(names, shard)}
         (folder / models.INDEX_NAME).write_text(json.dumps(index), encoding="utf-8")
         with pytest.raises(ValueError, match="outside the folder") as error:
             load_model(str(folder))
         assert repr(shard) in str(error.value)
+
+    @pytest.mark.parametrize("entry", ["..", ".", "", None, 5, ["a.safetensors"], "config.json", "model.bin"], ids=str)
+    def test_an_entry_of_the_index_that_is_no_shard_is_named(self, folder: Path, entry: object) -> None:
+        into_shards(folder)
+        edit_index(folder, lambda weight_map: weight_map.update({"model.norm.weight": entry}))
+        message = re.escape(
+            f"index.json: weight_map: model.norm.weight: found {entry!r}, allowed are files in {folder}"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_model(str(folder))
+
+    def test_an_index_without_entries_says_so(self, folder: Path) -> None:
+        into_shards(folder)
+        edit_index(folder, lambda weight_map: weight_map.clear())
+        with pytest.raises(ValueError, match=r"index\.json: weight_map: found an empty object"):
+            load_model(str(folder))
+
+    def test_a_missing_shard_is_named(self, folder: Path) -> None:
+        into_shards(folder)
+        (folder / "b.safetensors").unlink()
+        with pytest.raises(
+            ValueError, match=r"found no b\.safetensors in .*, which model\.safetensors\.index\.json names"
+        ):
+            load_model(str(folder))
+
+    @pytest.mark.parametrize("is_listed", [True, False])
+    def test_a_tensor_in_two_shards_is_refused(self, folder: Path, is_listed: bool) -> None:
+        into_shards(folder)
+        for file in ("a.safetensors", "b.safetensors"):
+            save_file(load_file(folder / file) | {"model.norm.weight": torch.ones(32)}, folder / file)
+        if not is_listed:
+            edit_index(folder, lambda weight_map: weight_map.pop("model.norm.weight"))
+        with pytest.raises(
+            ValueError, match=r"weight_map: model\.norm\.weight: found it in '[ab].safetensors', allowed is"
+        ):
+            load_model(str(folder))
+
+    def test_a_tensor_in_another_shard_than_the_index_says_is_refused(self, folder: Path) -> None:
+        into_shards(folder)
+        swap = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}
+        edit_index(folder, lambda weight_map: weight_map.update({n: swap[f] for n, f in weight_map.items()}))
+        with pytest.raises(ValueError, match=r"found it in 'a.safetensors', allowed is 'b.safetensors' alone"):
+            load_model(str(folder))
+
+    @pytest.mark.parametrize("dtype", [torch.int32, torch.bool, torch.float8_e4m3fn, torch.complex64])
+    def test_weights_of_another_type_are_named(self, folder: Path, dtype: torch.dtype) -> None:
+        edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.ones(32).to(dtype)}))
+        message = (
+            rf"tensor model\.norm\.weight: found {dtype}, allowed are torch\.float64, torch\.float32, torch\.float16"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_model(str(folder))
+
+    @pytest.mark.parametrize(
+        ("stored", "dtype", "value"),
+        [(torch.float64, torch.float32, 1e300), (torch.float32, torch.float16, 1e5)],
+    )
+    def test_a_number_that_the_wanted_type_cannot_hold_is_named(
+        self, folder: Path, stored: torch.dtype, dtype: torch.dtype, value: float
+    ) -> None:
+        edit_tensors(folder, lambda t: t.update({"model.norm.weight": torch.full((32,), value, dtype=stored)}))
+        with pytest.raises(ValueError, match=rf"tensor model\.norm\.weight as {dtype}: found NaN or infinity"):
+            load_model(str(folder), dtype=dtype)
+
+    def test_a_missing_tokenizer_is_said_before_the_weights_are_read(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (folder / "tokenizer.json").unlink()
+        monkeypatch.setattr(models, "read_tensors", lambda _: 1 / 0)
+        with pytest.raises(ValueError, match=r"found no tokenizer\.json"):
+            load_model(str(folder))
+
+    def test_a_tokenizer_with_more_ids_than_the_model_is_refused(self, folder: Path, tiny: DiffusionLM) -> None:
+        larger = Tokenizer.from_str(tiny.tokenizer.to_str())
+        size = tiny.model.config.vocab_size
+        larger.add_tokens(["<more>"])
+        larger.save(str(folder / "tokenizer.json"))
+        with pytest.raises(
+            ValueError, match=rf"tokenizer: found id {size} of '<more>', allowed is below vocab_size={size}"
+        ):
+            load_model(str(folder))
+
+    def test_a_quantized_folder_is_refused_with_what_loads_it(self, tiny: DiffusionLM, tmp_path: Path) -> None:
+        save_quantized(quantize(tiny, ThermoConfig(quantizer="rtn", num_time_groups=1, group_size=16)), tmp_path / "q")
+        with pytest.raises(ValueError, match=r"model: found a quantized model in .*, load it with load_quantized"):
+            load_model(str(tmp_path / "q"))
+
+    @pytest.mark.parametrize(
+        ("found", "method"), [({"quant_method": "gptq"}, "'gptq'"), ({}, "None"), ("fp8", "'fp8'")]
+    )
+    def test_a_model_quantized_by_others_is_refused_with_its_method(
+        self, folder: Path, found: object, method: str
+    ) -> None:
+        edit_config(folder, quantization_config=found)
+        with pytest.raises(
+            ValueError, match=rf"config\.json: quantization_config: found quant_method {method}, allowed"
+        ):
+            load_model(str(folder))
+
+    def test_no_name_is_not_the_working_directory(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(folder)
+        with pytest.raises(ValueError, match="model: found '', allowed are 'reference', a folder"):
+            load_model("")
 
 
 class TestAtomicWrite:
@@ -346,21 +506,25 @@ class TestAtomicWrite:
 
     @pytest.mark.parametrize("name", ["m", "model.v1", ".hidden"])
     def test_a_new_folder_replaces_the_earlier_one(self, tmp_path: Path, name: str) -> None:
+        def write(target: Path, text: str) -> None:
+            for file in ("config.json", text):  # only a model's folder is replaced
+                (target / file).write_text(text, encoding="utf-8")
+
         parent = tmp_path / "made on the way"
         for text in ("first", "second"):
-            models.write_folder(parent / name, lambda target, t=text: (target / t).write_text(t, encoding="utf-8"))
-        assert contents(parent) == {f"{name}/second": b"second"}
+            models.write_folder(parent / name, partial(write, text=text))
+        assert contents(parent) == {f"{name}/config.json": b"second", f"{name}/second": b"second"}
         assert (parent / name).stat().st_mode & 0o777 == 0o755
 
     def test_a_leftover_of_a_killed_run_does_not_block_the_next(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def write(target: Path) -> None:
-            (target / "file").write_text("content", encoding="utf-8")
+            (target / "config.json").write_text("content", encoding="utf-8")
 
         models.write_folder(tmp_path / "model.v1", write)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed before the old folder is removed
             models.write_folder(tmp_path / "model.v1", write)
         models.write_folder(tmp_path / "model.v1", write)
-        assert (tmp_path / "model.v1" / "file").read_text(encoding="utf-8") == "content"
+        assert (tmp_path / "model.v1" / "config.json").read_text(encoding="utf-8") == "content"

@@ -1,16 +1,20 @@
 """Low-bit quantization: packing is lossless, and every quantizer's error is bounded or least as it says."""
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from thermo_lib.quant import (
     BIT_WIDTHS,
     LARGEST,
+    QuantizedEmbedding,
     QuantizedLinear,
     QuantizedWeight,
     fake_quantize,
@@ -570,6 +574,44 @@ class TestQuantizedLinear:
         layer = linear_of(quantized, activation_bits=4)
         x = weights(5, 4, 1)
         assert torch.equal(layer(x), F.linear(fake_quantize_per_token(x, 4), quantized.dequantize()))
+
+    @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
+    def test_casting_leaves_the_parameters_of_codes_as_they_are(self, cast: Callable[[nn.Module], nn.Module]) -> None:
+        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4)
+        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        before = layer.state_dict()
+        after = cast(layer).state_dict()
+        assert after.pop("bias").dtype == cast(nn.Linear(1, 1)).bias.dtype
+        for name, tensor in after.items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_static_ranges_keep_the_type_of_the_input(self, dtype: torch.dtype) -> None:
+        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4).to(dtype)
+        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        x = weights(5, 8, 2).to(dtype)
+        assert layer(x).dtype == dtype
+        assert torch.equal(layer.quantized_input(x), fake_quantize(x.float(), 0.1, 8.0, 4).to(dtype))
+
+    def test_rows_that_are_loaded_are_the_rows_that_count(self) -> None:
+        quantized = round_to_nearest(weights(2, 4, 0), 4, 4)
+        layers = [linear_of(quantized, timesteps=2) for _ in range(2)]
+        for layer, rows in zip(layers, ([0, 1], [1, 0]), strict=True):
+            layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
+            layer.zero_point = torch.stack([quantized.zero_point] * 2)
+            layer.weight_row = torch.tensor(rows, dtype=torch.int32)
+        assert torch.equal(layers[0].weight(), quantized.dequantize())
+        layers[0].load_state_dict(layers[1].state_dict())
+        assert torch.equal(layers[0].weight(), 2 * quantized.dequantize())
+
+    def test_a_group_beyond_the_row_is_the_row(self) -> None:
+        quantized = round_to_nearest(weights(3, 7, 0), 8, 7)
+        wide = replace(quantized, group_size=10**15)
+        assert torch.equal(linear_of(wide).weight(), quantized.dequantize())
+        table = QuantizedEmbedding(3, 7, bits=8, group_size=10**15, dtype=torch.float32)
+        table.packed, table.scale, table.zero_point = quantized.codes, quantized.scale[None], quantized.zero_point[None]
+        assert torch.equal(table(torch.arange(3)), quantized.dequantize())
 
     def test_printing_a_layer_names_its_size_and_precision(self) -> None:
         layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, activation_bits=8)

@@ -1,5 +1,6 @@
 """Quantized models: what is quantized, what is stored, and that a saved model computes what it computed before."""
 
+import copy
 import itertools
 import json
 import shutil
@@ -270,6 +271,11 @@ class TestQuantize:
         with pytest.raises(ValueError, match=r"model\.layers\.1\.self_attn\.v_proj: found NaN or infinity"):
             quantize(lm, config_of(quantizer=quantizer), calibration)
 
+    def test_a_model_elsewhere_than_on_the_cpu_is_refused(self, tiny: DiffusionLM) -> None:
+        elsewhere = DiffusionLM(copy.deepcopy(tiny.model).to("meta"), tiny.tokenizer, tiny.mask_token_id, "elsewhere")
+        with pytest.raises(ValueError, match="lm: found a model on meta, allowed is cpu"):
+            quantize(elsewhere, config_of())
+
     def test_a_quantized_model_is_not_quantized_again(self, quantized: Quantize) -> None:
         with pytest.raises(ValueError, match="quantized"):
             quantize(quantized(), config_of(bit_width=4))
@@ -494,7 +500,7 @@ class TestSaveAndLoad:
         self, quantized: Quantize, tmp_path: Path
     ) -> None:
         save_quantized(quantized(), tmp_path / "q")
-        with pytest.raises(ValueError, match="missing tensors"):
+        with pytest.raises(ValueError, match=r"found a quantized model in .*load_quantized"):
             load_model(str(tmp_path / "q"))
 
     def test_a_missing_folder_is_named(self, tmp_path: Path) -> None:
@@ -553,6 +559,21 @@ class TestDamagedFolders:
                 id="codes of another type",
             ),
             pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.weight_scale": t[f"{Q_PROJ}.weight_scale"].float()}),
+                f"tensor {Q_PROJ}.weight_scale: found torch.float32, expected torch.float16",
+                id="scale of another type",
+            ),
+            pytest.param(
+                lambda t: t.update({f"{Q_PROJ}.activation_scale": t[f"{Q_PROJ}.activation_scale"].double()}),
+                f"tensor {Q_PROJ}.activation_scale: found torch.float64, expected torch.float32",
+                id="range of another type",
+            ),
+            pytest.param(
+                lambda t: t.update({"model.norm.weight": t["model.norm.weight"].to(torch.int8)}),
+                "tensor model.norm.weight: found torch.int8, allowed are",
+                id="norm of another type",
+            ),
+            pytest.param(
                 lambda t: t[f"{Q_PROJ}.weight_scale"].fill_(torch.nan),
                 f"tensor {Q_PROJ}.weight_scale: found NaN",
                 id="scale NaN",
@@ -604,6 +625,14 @@ class TestDamagedFolders:
         save_quantized(quantized(quantizer="trellis"), tmp_path / "q")
         refused(tmp_path / "q", change, message)
 
+    @pytest.mark.parametrize("table", ["model.embed_tokens", "lm_head"])
+    def test_damaged_tables_are_named(self, quantized: Quantize, tmp_path: Path, table: str) -> None:
+        save_quantized(quantized(embedding_bits=8), tmp_path / "q")
+        name = f"{table}.weight_scale"
+        refused(tmp_path / "q", lambda t: t[name].neg_(), f"tensor {name}: found -.*, allowed is above 0")
+        save_quantized(quantized(embedding_bits=8), tmp_path / "q")
+        refused(tmp_path / "q", lambda t: t.update({name: t[name].double()}), f"tensor {name}: found torch.float64")
+
     def test_a_truncated_file_is_named(self, folder: Path) -> None:
         path = folder / "model.safetensors"
         path.write_bytes(path.read_bytes()[:-100])
@@ -621,6 +650,8 @@ class TestDamagedFolders:
         [
             ({**BASE, "bit_width": 3}, "bit_width"),
             ({**BASE, "surplus": 1}, "surplus"),
+            ({**BASE, "timesteps": 10**10}, "config.json: timesteps: found 10000000000, allowed is"),
+            ([1], r"config.json: quantization_config: found \[1\]"),
             ({**BASE, "num_time_groups": 7}, "num_time_groups: found 7"),
             ({**BASE, "bit_width": 4}, "missing tensors|unexpected tensors|found shape"),
             ({**BASE, "quant_method": "gptq"}, "quantization_config: found .*gptq.*expected .*'thermo'"),
@@ -634,7 +665,8 @@ class TestDamagedFolders:
     ) -> None:
         path = folder / "config.json"
         content = json.loads(path.read_text(encoding="utf-8"))
-        changed = {"quant_method": "thermo", "format_version": 2, **changed} if changed else changed
+        if isinstance(changed, dict):
+            changed = {"quant_method": "thermo", "format_version": 2, **changed}
         path.write_text(json.dumps({**content, "quantization_config": changed}), encoding="utf-8")
         with pytest.raises(ValueError, match=message):
             load_quantized(folder)

@@ -3,10 +3,15 @@
 import errno
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +30,13 @@ from thermo_lib import (
     calibrate,
     load_model,
     load_quantized,
+    models,
     quantize,
     save_quantized,
     streaming,
 )
 from thermo_lib.architectures import build_model, read_config
+from thermo_lib.models import only_writer, save_model, write_folder
 from thermo_lib.streaming import calibration_states, quantize_checkpoint
 
 SMALL = {"group_size": 16, "activation_bits": 16, "num_time_groups": 1}
@@ -117,8 +124,11 @@ class TestResult:
         for name, tensor in expected.items():
             assert streamed[name].dtype == tensor.dtype, name
             assert torch.equal(streamed[name], tensor), name
-        for name in ("config.json", "tokenizer.json"):
-            assert (tmp_path / "streamed" / name).read_text() == (tmp_path / "in memory" / name).read_text()
+        found, wanted = (files(tmp_path / name) for name in ("streamed", "in memory"))
+        assert found["tokenizer.json"] == wanted["tokenizer.json"]
+        # The type of what isn't quantized: the checkpoint's own, or that of the model in memory.
+        about = [{k: v for k, v in json.loads(f["config.json"]).items() if k != "torch_dtype"} for f in (found, wanted)]
+        assert about[0] == about[1]
         assert not unfinished(tmp_path / "streamed").exists()
 
     @BOTH
@@ -230,7 +240,7 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
         assert not unfinished(output).exists()
 
-    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    @pytest.mark.parametrize(("quantizer", "swaps"), [("least_squares", True), ("gptq", True), ("gptq", False)])
     def test_every_single_write_may_be_the_last(
         self,
         write: Callable[..., Path],
@@ -238,8 +248,11 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         output: Path,
         monkeypatch: pytest.MonkeyPatch,
         quantizer: str,
+        swaps: bool,
     ) -> None:
         """The same call goes on each time; its work is repeated at most for one shard, or one block."""
+        if not swaps:
+            monkeypatch.setattr(models, "_exchange", lambda *_: False)
         source, config = write(), configured(quantizer=quantizer, timesteps=8)
         calibration = states_of(source) if config.needs_calibration else None
         quantize_checkpoint(source, tmp_path / "whole", config, calibration)
@@ -268,6 +281,101 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
             assert {"config.json": b"earlier"} in found or files(tmp_path / "whole") in found
         assert stops > 3
         assert files(output) == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize("swaps", [True, False])
+    def test_stopped_at_its_end_a_run_has_nothing_to_redo(
+        self,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        swaps: bool,
+    ) -> None:
+        """Whatever is renamed, swapped or removed in the end, the next call computes nothing."""
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
+        whole, stops = files(tmp_path / "whole"), 0
+        for allowed in range(100):
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
+            (output / "config.json").write_text("earlier", encoding="utf-8")
+            steps = Steps(allowed)
+            with monkeypatch.context() as patch:
+                if not swaps:
+                    patch.setattr(models, "_exchange", lambda *_: False)
+                patch.setattr(streaming, "save_tokenizer", steps.begin(streaming.save_tokenizer))
+                for module, name in ((os, "replace"), (shutil, "rmtree"), (models, "_exchange")):
+                    patch.setattr(module, name, steps.limited(getattr(module, name)))
+                with suppress(KeyboardInterrupt):
+                    quantize_checkpoint(source, output, config, calibration)
+            found = files(output) if output.exists() else None
+            if found:
+                found.pop(streaming.RUN_NAME, None)
+            assert found in (whole, {"config.json": b"earlier"}) or (found is None and not swaps)
+            with monkeypatch.context() as patch:
+                patch.setattr(streaming, "_stored", lambda *_: 1 / 0)
+                patch.setattr(streaming, "coded_blocks", lambda *_: 1 / 0)
+                if steps.left >= 0:
+                    break
+                quantize_checkpoint(source, output, config, calibration)
+            stops += 1
+            assert files(output) == whole
+            assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        assert stops >= (2 if swaps else 3)
+
+    def test_an_output_that_was_set_aside_is_back_whatever_comes_next(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, rename = write(), os.replace
+
+        def stopped(old: Any, new: Any) -> None:
+            if Path(new) == output:
+                raise KeyboardInterrupt
+            rename(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(models, "_exchange", lambda *_: False)
+            patch.setattr(os, "replace", stopped)
+            with suppress(KeyboardInterrupt):
+                quantize_checkpoint(source, output, configured())
+        assert not output.exists()
+        (source / "tokenizer.json").unlink()
+        with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+            quantize_checkpoint(source, output, configured())
+        assert files(output) == {"config.json": b"earlier"}
+
+    @pytest.mark.parametrize(
+        "named",
+        ["quant.damping", "trellis", "number of threads", "tokenizer.json", "chat_template.jinja", "format version"],
+    )
+    def test_whatever_else_the_result_depends_on_is_refused_by_its_name(
+        self,
+        write: Callable[..., Path],
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        override: Callable[[dict[str, Any]], None],
+        named: str,
+    ) -> None:
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            with suppress(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config, calibration)
+        if named in ("quant.damping", "trellis"):
+            override({"quant.damping": 0.5} if named == "quant.damping" else {"trellis.beam": 3})
+        elif named == "number of threads":
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+        elif named == "format version":
+            monkeypatch.setattr(ThermoConfig, "format_version", 1000)
+        elif named == "tokenizer.json":
+            path = source / named
+            path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        else:
+            (source / named).write_text("{{ messages }}", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"unfinished run of another {named} in"):
+            quantize_checkpoint(source, output, config, calibration)
 
     @pytest.mark.parametrize("changed", ["configuration", "config.json", "shard"])
     def test_another_source_or_configuration_is_refused_until_the_folder_is_deleted(
@@ -312,6 +420,177 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         assert [path.name for path in unfinished(output).iterdir()] == [streaming.RUN_NAME]
         quantize_checkpoint(source, output, configured())
         assert files(output) == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    def test_no_file_may_be_larger_than_the_disk(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, quantizer: str
+    ) -> None:
+        """Each limit stops another file; the run goes on as the limit rises."""
+        source, config = write(), configured(quantizer=quantizer, timesteps=8)
+        calibration = states_of(source) if config.needs_calibration else None
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
+        largest = max(len(content) for content in files(tmp_path / "whole").values())
+        stopped = set()
+        for limit in (0, 1000, 2000, 3000, 4000, largest - 1):
+            with pytest.raises(OSError, match=r"output: could not write .*; ") as caught, file_limit(limit):
+                quantize_checkpoint(source, output, config, calibration)
+            stopped.add(str(caught.value).split()[4])
+            assert files(output) == {"config.json": b"earlier"}
+            assert list(output.parent.glob("**/*.tmp")) == []
+        assert len(stopped) > 2
+        quantize_checkpoint(source, output, config, calibration)
+        assert files(output) == files(tmp_path / "whole")
+
+    def test_a_model_that_is_larger_than_the_disk_leaves_the_earlier_one(self, tiny: Any, tmp_path: Path) -> None:
+        save_model(tiny, tmp_path / "m")
+        earlier = files(tmp_path / "m")
+        for limit in (0, len(earlier["tokenizer.json"]) - 1, len(earlier["model.safetensors"]) - 1):
+            with pytest.raises(OSError, match=r"output: could not write .*/m .*; an earlier"), file_limit(limit):
+                save_model(tiny, tmp_path / "m")
+            assert files(tmp_path / "m") == earlier
+            assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Steps:
+    """Counts calls from a moment on, and stops the run at the call after ``left``."""
+
+    def __init__(self, left: int):
+        self.left, self.counts = left, False
+
+    def begin(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, after which calls count."""
+
+        def called(*arguments: Any) -> None:
+            function(*arguments)
+            self.counts = True
+
+        return called
+
+    def limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, a call of which counts; all that follow a stop are stopped too, as in a dead process."""
+
+        def called(*arguments: Any, **more: Any) -> Any:
+            self.left -= self.counts
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return function(*arguments, **more)
+
+        return called
+
+
+class TestOutput:
+    """What may be written, and by whom."""
+
+    @pytest.mark.parametrize(
+        ("named", "found"),
+        [
+            ("parent/source", "the source"),
+            ("parent", "the source"),
+            ("link to source", "the source"),
+            ("notes", "a folder with something else"),
+            ("project", "a folder with something else"),
+            ("file", "something else than a folder"),
+            ("pipe", "something else than a folder"),
+            ("loop", "something else than a folder"),
+            ("home", "the working directory"),
+            ("", "the working directory"),
+            (".", "the working directory"),
+            ("..", "the working directory"),
+            ("/", "the working directory"),
+        ],
+    )
+    def test_what_it_would_destroy_is_refused(
+        self, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, named: str, found: str
+    ) -> None:
+        place = tmp_path / "place"
+        (place / "parent").mkdir(parents=True)
+        (place / "parent" / "config.json").write_text("precious", encoding="utf-8")
+        source = write().rename(place / "parent" / "source")
+        for folder in ("notes", "home/here", "project/inside"):
+            (place / folder).mkdir(parents=True)
+        for file in ("file", "notes/note.txt", "project/config.json"):
+            (place / file).write_text("precious", encoding="utf-8")
+        (place / "link to source").symlink_to(source)
+        (place / "loop").symlink_to(place / "loop")
+        os.mkfifo(place / "pipe")
+        monkeypatch.chdir(place / "home" / "here")
+        output = named if named in ("", ".", "..", "/") else place / named
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(ValueError, match=f"output: found .*, {found}.*; allowed is a new folder"):
+            quantize_checkpoint(source, output, configured())
+        if found != "the source":
+            with pytest.raises(ValueError, match=f"output: found .*, {found}.*; allowed is a new folder"):
+                write_folder(output, lambda _: pytest.fail("began to write"))
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_behind_a_link_the_folder_is_replaced_and_the_link_stays(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path
+    ) -> None:
+        source, link = write(), tmp_path / "elsewhere" / "link"
+        link.parent.mkdir()
+        link.symlink_to(output)
+        quantize_checkpoint(source, tmp_path / "whole", configured())
+        quantize_checkpoint(source, link, configured())
+        assert link.readlink() == output
+        assert files(output) == files(tmp_path / "whole")
+        assert [path.name for path in link.parent.iterdir()] == ["link"]
+
+    def test_what_a_killed_writer_left_is_no_obstacle(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Files and folders with anything in them, under every name that is used beside an output."""
+        source = write()
+        quantize_checkpoint(source, tmp_path / "whole", configured())
+        monkeypatch.setattr(models, "_exchange", lambda *_: False)
+        for is_folder in (True, False):
+            for name in ("partial", "partial.old", "writing"):
+                path = output.with_name(f".{output.name}.{name}")
+                path.joinpath("in").mkdir(parents=True) if is_folder else path.write_text("left", encoding="utf-8")
+            output.with_name(f".{output.name}.lock").touch()
+            write_folder(output, lambda folder: (folder / "config.json").write_text("later", encoding="utf-8"))
+            assert files(output) == {"config.json": b"later"}
+            quantize_checkpoint(source, output, configured())
+            assert files(output) == files(tmp_path / "whole")
+            assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+    def test_a_second_run_is_refused_at_once(self, write: Callable[..., Path], output: Path) -> None:
+        source = write()
+        with only_writer(output), pytest.raises(ValueError, match=f"output: found another run writing {output}, "):
+            quantize_checkpoint(source, output, configured())
+        assert [path.name for path in output.parent.iterdir() if path.name.startswith(".")] == []
+        quantize_checkpoint(source, output, configured())
+
+    def test_of_many_writers_one_is_at_work(self, tmp_path: Path) -> None:
+        """The lock's file goes and comes back with each of them."""
+        working, most = 0, 0
+
+        def write() -> None:
+            nonlocal working, most
+            for _ in range(20):
+                with only_writer(tmp_path / "output", wait=True):
+                    working += 1
+                    most = max(most, working)
+                    time.sleep(0.001)
+                    working -= 1
+
+        writers = [threading.Thread(target=write) for _ in range(8)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        assert most == 1
+        assert list(tmp_path.iterdir()) == []
 
 
 def _stop_at_second(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -411,6 +690,15 @@ class TestBadSource:
             quantize_checkpoint(source, output, configured())
         assert files(output) == {"config.json": b"earlier"}
 
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing"])
+    def test_a_shard_that_is_no_file_is_refused(self, write: Callable[..., Path], output: Path, kind: str) -> None:
+        source = write()
+        path = shard_of(source, "lm_head.weight")
+        path.unlink()
+        {"pipe": os.mkfifo, "folder": os.mkdir, "link to nothing": lambda p: p.symlink_to("nothing")}[kind](path)
+        with pytest.raises(ValueError, match=f"model: found no {path.name}"):
+            quantize_checkpoint(source, output, configured())
+
     def test_pickles_and_shards_outside_the_folder_are_refused(self, write: Callable[..., Path], output: Path) -> None:
         source = write()
         index = source / "model.safetensors.index.json"
@@ -488,6 +776,48 @@ class TestCluster:
         with Client(cluster) as client, pytest.raises(ValueError, match=r"model\.norm\.weight: found NaN or infinity"):
             quantize_checkpoint(source, output, configured(), client=client)
 
+    def test_a_cluster_without_workers_is_an_error(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streaming, "_WORKER_SECONDS", 0.5)
+        with (
+            LocalCluster(n_workers=0, dashboard_address=None) as empty,
+            Client(empty) as client,
+            pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
+        ):
+            quantize_checkpoint(write(), output, configured(), client=client)
+        assert files(output) == {"config.json": b"earlier"}
+
+    def test_a_scheduler_that_is_lost_is_an_error(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It dies while the second shard is worked on."""
+        source, address = write(), tmp_path / "scheduler.json"
+        parts = {"dask_scheduler": ["--port", "0", "--no-dashboard"], "dask_worker": ["--no-nanny", "--no-dashboard"]}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", f"distributed.cli.{part}", "--scheduler-file", str(address), *options],
+                stderr=subprocess.DEVNULL,
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+            for part, options in parts.items()
+        ]
+        monkeypatch.setattr(streaming, "_write_shard", KillsOther(processes[0].pid))
+        try:
+            with (
+                dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+                Client(scheduler_file=str(address), timeout="30s") as client,
+                pytest.raises(OSError, match="scheduler: the scheduler was lost"),
+            ):
+                quantize_checkpoint(source, output, configured(), client=client)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        monkeypatch.undo()
+        assert files(output) == {"config.json": b"earlier"}
+
     def test_with_calibration_it_is_refused(
         self, cluster: LocalCluster, write: Callable[..., Path], output: Path
     ) -> None:
@@ -510,4 +840,17 @@ class KillsOnce:
                 self.marker.touch()
             path.with_suffix(".half.tmp").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
+        self.write_shard(path, *arguments)
+
+
+class KillsOther:
+    """``_write_shard``, but at the second shard another process dies, and the shard waits."""
+
+    def __init__(self, process: int):
+        self.process, self.write_shard = process, streaming._write_shard
+
+    def __call__(self, path: Path, *arguments: Any) -> None:
+        if path.name.startswith("model-00002"):
+            os.kill(self.process, signal.SIGKILL)
+            time.sleep(5)
         self.write_shard(path, *arguments)

@@ -1,6 +1,7 @@
 """Tokenizers and chat templates come from a checkpoint's files alone; Dream's is Qwen2's with more tokens."""
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,13 @@ class TestDream:
         with pytest.raises(ValueError, match=rf"tokenizer_config\.json: .*{message}"):
             read_tokenizer(folder)
 
+    def test_ids_are_below_the_size_of_the_vocabulary(self, published: Path, dream: Tokenizer) -> None:
+        size = dream.get_vocab_size()
+        assert read_tokenizer(published, size).to_str() == dream.to_str()
+        found = rf"found id {size - 1} of '<\|mask\|>', allowed is below vocab_size={size - 1}"
+        with pytest.raises(ValueError, match=found):
+            read_tokenizer(published, size - 1)
+
     @pytest.mark.parametrize("file", ["vocab.json", "merges.txt"])
     def test_a_damaged_or_missing_vocabulary_is_named(self, folder: Path, file: str) -> None:
         (folder / file).write_text("{\nnot two words", encoding="utf-8")
@@ -194,6 +202,8 @@ class TestChat:
             ("{{ messages.__class__.__mro__ }}", "SecurityError"),
             ("{{ messages.append(1) }}", "SecurityError"),
             ("{% for i in range(10**9) %}{% endfor %}", "OverflowError"),
+            ("{{ 1 / 0 }}", "ZeroDivisionError"),
+            ("{{ messages.index(1) }}", "ValueError"),
         ],
     )
     def test_what_a_template_may_not_do(self, source: str, message: str) -> None:
@@ -203,6 +213,18 @@ class TestChat:
     def test_a_list_of_templates_is_refused(self, folder: Path) -> None:
         write_json(folder / "tokenizer_config.json", {"chat_template": [{"name": "default", "template": "x"}]})
         with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template: found a list, expected the text"):
+            read_chat_template(folder)
+
+    @pytest.mark.parametrize("token", [5, ["<s>"], {"id": 5}, {"content": None}], ids=str)
+    def test_a_special_token_of_odd_shape_is_named(self, folder: Path, token: object) -> None:
+        write_json(folder / "tokenizer_config.json", {"bos_token": token, "chat_template": LLADA_TEMPLATE})
+        message = re.escape(f"tokenizer_config.json: bos_token: found {token!r}, expected its text or")
+        with pytest.raises(ValueError, match=message):
+            read_chat_template(folder)
+
+    def test_a_template_file_that_is_no_text_is_named(self, folder: Path) -> None:
+        (folder / "chat_template.jinja").write_bytes(b"\xff")
+        with pytest.raises(ValueError, match=r"chat_template\.jinja: found no UTF-8"):
             read_chat_template(folder)
 
     def test_a_model_without_a_template_says_so(self, tiny: DiffusionLM) -> None:

@@ -1,8 +1,10 @@
 """Trellis-coded weights: the stream's layout, the codebook, where bits go, and that the search does what it says."""
 
+import hashlib
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from thermo_lib import trellis as trellis_module
 from thermo_lib.quant import gptq, pack
 from thermo_lib.trellis import (
     MOST_BITS,
@@ -253,3 +256,13 @@ def test_the_layer_computes_with_the_stored_weight(random_ids: Callable[..., Ten
     layer.bias = random(5, seed=3)
     x = random(2, 7, 21, seed=4)
     torch.testing.assert_close(layer(x), x @ coded.dequantize().T + layer.bias)
+
+
+def test_the_page_on_the_format_has_the_codebook_s_digest() -> None:
+    page = (Path(trellis_module.__file__).parent / "FORMAT.md").read_text(encoding="utf-8")
+    assert hashlib.sha256(codebook().numpy().astype("<f4").tobytes()).hexdigest() in page
+
+
+def test_the_codebook_is_where_the_codes_are() -> None:
+    layer = TrellisLinear(6, 3, bits=2, group_size=6, bias=False).to("meta")
+    assert layer.codes().device.type == "meta"

@@ -35,7 +35,7 @@ from thermo_lib.evaluation import (
     summarize,
 )
 from thermo_lib.layerwise import check_layerwise
-from thermo_lib.models import DiffusionLM, load_model, weight_files
+from thermo_lib.models import DiffusionLM, load_model, model_folder, output_folder, weight_files
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
 from thermo_lib.quantized_model import is_quantized, load_any, quantize, resmooth, save_quantized
@@ -201,6 +201,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         calibration = calibration_states(arguments.model, config.timesteps, arguments.layerwise, default("seed"))
         quantize_checkpoint(arguments.model, arguments.output, config, calibration, progress=True)
     elif config.needs_calibration:
+        output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
         lm = load_model(arguments.model)
         calibration = calibrate(lm, timesteps=config.timesteps)

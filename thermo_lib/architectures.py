@@ -12,14 +12,17 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 """
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.activations import ACT2FN
 
 
 class MaskPredictor(nn.Module):
@@ -64,6 +67,46 @@ class MaskPredictor(nn.Module):
         """Logits ``(batch, length, vocabulary)`` of the token at each position."""
         return self.lm_head(self.hidden(input_ids, attention_mask))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the model; the frequencies of its positions stay as precise as in a model loaded so."""
+        positions = self.model.rotary_emb
+        before = dict(positions.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            changed = getattr(positions, name)
+            if changed.dtype != tensor.dtype:
+                setattr(positions, name, tensor.to(changed.device))
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """What ``transformers`` loads, unless it is damaged or would be something else than is stored.
+
+        Raises:
+            ValueError: a file that isn't complete, or codes without a ``quantization_config``.
+        """
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"model: found a safetensors file that isn't complete ({error})") from error
+        if codes := sorted(name for name in info["unexpected_keys"] if name.endswith(".packed")):
+            raise ValueError(
+                f"config.json: quantization_config: found none, required by tensors {', '.join(codes[:5])} "
+                f"({len(codes)} in all)"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model as ``transformers`` does.
+
+        Raises:
+            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it.
+        """
+        if getattr(self, "hf_quantizer", None) is None and any(hasattr(m, "packed") for m in self.modules()):
+            expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
+            raise ValueError(f"save_pretrained: found a quantized model, {expected}")
+        super().save_pretrained(*args, **kwargs)
+
 
 def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     shifted = torch.cat([states[:, :1], states[:, :-1]], dim=1)
@@ -84,6 +127,9 @@ class Published:
         Raises:
             ValueError: what ``read_config`` raises.
         """
+        found = config_dict.get("quantization_config")
+        if found is not None and not isinstance(found, dict):
+            raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
         kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
         values = _parse(ARCHITECTURES[cls.model_type], _flat_rope(config_dict))
         return super().from_dict(values | kept, **kwargs)
@@ -233,6 +279,10 @@ _LLADA = Architecture(
     },
 )
 
+# Of what would take all memory or all time before a tensor of the wrong shape is found.
+_MOST = 2**24
+_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
+
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (_DREAM, _LLADA)}
 
 
@@ -262,7 +312,10 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # neither UTF-8 nor JSON, a number of thousands of digits, or too deep
         raise ValueError(f"{path}: found invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")
@@ -281,7 +334,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"model: found no config.json in {folder}")
     content = read_object(path)
     model_type = content.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
     try:
         architecture = ARCHITECTURES[model_type]
@@ -310,15 +363,33 @@ def _parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any
     values: dict[str, Any] = {}
     for key, attribute in architecture.sizes.items():
         found = content[key]
-        if type(found) is not int or found < 0:
-            raise ValueError(f"{key}: found {found!r}, allowed are whole numbers from 0")
+        least, most = _LIMITS.get(attribute, (1, _MOST))
+        _check_whole(key, found, least, most)
         if values.setdefault(attribute, found) != found:
             raise ValueError(f"{key}: found {found}, allowed is {attribute} = {values[attribute]}")
     _check_sizes({attribute: key for key, attribute in reversed(architecture.sizes.items())}, values)
-    for key in ("rope_theta", "rms_norm_eps"):
-        if key in content and not (type(content[key]) in (int, float) and content[key] > 0):
-            raise ValueError(f"{key}: found {content[key]!r}, allowed are numbers above 0")
-    return values | {attribute: content[key] for key, attribute in architecture.settings.items() if key in content}
+    for key, attribute in architecture.settings.items():
+        if key in content:
+            _check_setting(key, attribute, content[key])
+            values[attribute] = content[key]
+    return values
+
+
+def _check_whole(key: str, found: Any, least: int, most: int) -> None:
+    if type(found) is not int or not least <= found <= most:
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are whole numbers from {least} to {most}")
+
+
+def _check_setting(key: str, attribute: str, found: Any) -> None:
+    if attribute in ("rope_theta", "rms_norm_eps"):
+        if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
+    elif attribute == "max_position_embeddings":
+        _check_whole(key, found, 1, 2**31)
+    elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
+    elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
 
 
 def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
@@ -326,6 +397,10 @@ def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
         if values[part] < 1 or values[whole] % values[part]:
             allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
             raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
+    head_size = values["hidden_size"] // values["num_attention_heads"]
+    if head_size % 2:  # rotary embeddings turn pairs of features
+        found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"
+        raise ValueError(f"{keys['num_attention_heads']}: {found}, allowed are those of an even size")
     if values["mask_token_id"] >= values["vocab_size"]:
         allowed = f"allowed is below {keys['vocab_size']} = {values['vocab_size']}"
         raise ValueError(f"{keys['mask_token_id']}: found {values['mask_token_id']}, {allowed}")

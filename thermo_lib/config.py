@@ -1,8 +1,9 @@
 """Configuration of a quantized model; every default comes from ``params.yaml``."""
 
-from typing import Any, ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from thermo_lib.params import default
@@ -15,6 +16,18 @@ RangeObjective = Literal["activation", "output", "path_kl"]
 Reconstruction = Literal["none", "blocks", "sequential"]
 Transitions = Literal["none", "parameters", "codes", "network"]
 TrainingStates = Literal["calibration", "chains"]
+
+
+MOST_TIMESTEPS = 2**16
+
+
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a whole number")  # what is allowed; the field and what was found are known later
+    return value
+
+
+Whole = Annotated[int, BeforeValidator(_no_bool)]  # to Python and pydantic, True is 1
 
 
 def _from_params(key: str, **limits: Any) -> Any:
@@ -58,7 +71,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
             ``chains``, which the full-precision model makes itself.
         own_share: share of the chains of code in ``transitions`` that take the steps of the quantized model, as it is
             then, instead of the full-precision model's.
-        timesteps: number of denoising steps ``T`` that the time groups divide.
+        timesteps: number of denoising steps ``T`` that the time groups divide, at most 65536.
         num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
             parameters where activations are quantized, otherwise the weights' scales and zero points.
         time_group_starts: the first timestep of every time group but the first; None for groups of equal width.
@@ -67,7 +80,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         smoothing_window: timesteps smoothed on each side of a boundary, 1-20.
 
     Raises:
-        ValueError: (pydantic's ``ValidationError``) names the field, what was found and what is allowed.
+        ValueError: in one line, names every wrong field, what was found and what is allowed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,12 +91,12 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     quantizer: Quantizer = _from_params("quantizer")
     average_bits: float | None = _from_params("average_bits", ge=1, le=MOST_BITS)
     hessian: Literal["uniform", "transition"] = _from_params("hessian")
-    group_size: int = _from_params("group_size", ge=1)
+    group_size: Whole = _from_params("group_size", ge=1)
     embedding_bits: Literal[16, 8] = _from_params("embedding_bits")
     activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
     activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
     activation_clip: float = _from_params("activation_clip", gt=0, le=1)
-    activation_group_size: int | None = _from_params("activation_group_size", ge=1)
+    activation_group_size: Whole | None = _from_params("activation_group_size", ge=1)
     activation_token_states: bool = _from_params("activation_token_states")
     range_objective: RangeObjective = _from_params("range_objective")
     reconstruction: Reconstruction = _from_params("reconstruction")
@@ -91,12 +104,19 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     markov_weight: float = _from_params("markov_weight", ge=0)
     training_states: TrainingStates = _from_params("training_states")
     own_share: float = _from_params("own_share", ge=0, le=1)
-    timesteps: int = _from_params("timesteps", ge=1)
-    num_time_groups: int = _from_params("num_time_groups", ge=1)
-    time_group_starts: tuple[int, ...] | None = _from_params("time_group_starts")
+    timesteps: Whole = _from_params("timesteps", ge=1, le=MOST_TIMESTEPS)
+    num_time_groups: Whole = _from_params("num_time_groups", ge=1)
+    time_group_starts: tuple[Whole, ...] | None = _from_params("time_group_starts")
     enable_boundary_smoothing: bool = _from_params("enable_boundary_smoothing")
     smoothing_method: SmoothingMethod = _from_params("smoothing_method")
-    smoothing_window: int = _from_params("smoothing_window", ge=1, le=20)
+    smoothing_window: Whole = _from_params("smoothing_window", ge=1, le=20)
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            lines = (_in_words(found) for found in error.errors(include_url=False))
+            raise ValueError("; ".join(lines)) from None
 
     @model_validator(mode="after")
     def _groups_fit(self) -> Self:
@@ -196,3 +216,17 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     def precision(self) -> str:
         """For example ``W2A16``."""
         return f"W{self.bit_width}A{self.activation_bits}"
+
+
+def _in_words(error: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in this library's form."""
+    if not error["loc"]:
+        return str(error["ctx"]["error"])  # of ``_groups_fit``
+    field = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        allowed = f"allowed are the fields {', '.join(ThermoConfig.model_fields)}"
+    elif error["type"] == "value_error":
+        allowed = f"allowed is {error['ctx']['error']}"
+    else:
+        allowed = error["msg"].replace("Input should be", "allowed is")
+    return f"{field}: found {error['input']!r:.80}, {allowed}"

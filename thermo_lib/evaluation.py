@@ -154,6 +154,7 @@ def solve_puzzles(
         torch.where(is_answer, lm.mask_token_id, ids),
         timesteps=default("quant.timesteps") if timesteps is None else timesteps,
         sampler=default("evaluation.sampler"),
+        eps=0.0,
         temperature=default("evaluation.temperature"),
         seed=seed,
         batch_size=128,
@@ -203,7 +204,7 @@ def puzzles_under_bound(
     start = torch.where(is_answer, reference.mask_token_id, ids)
     solved = []
     for lm in (reference, quantized):
-        filled = generate(lm, start, timesteps=timesteps, sampler="origin", temperature=1.0, seed=seed)
+        filled = generate(lm, start, timesteps=timesteps, sampler="origin", temperature=1.0, eps=0.0, seed=seed)
         answers = data.decode_answers(filled, is_answer, lm.tokenizer)
         solved.append(sum(data.is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)) / len(puzzles))
     return {

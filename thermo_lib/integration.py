@@ -26,6 +26,7 @@ from thermo_lib.config import ThermoConfig
 from thermo_lib.models import check_finite, check_shapes, open_safetensors, stored_names
 from thermo_lib.quantized_model import (
     QuantizedLM,
+    check_types,
     code_tables,
     coded_tables,
     expected_tensors,
@@ -34,7 +35,30 @@ from thermo_lib.quantized_model import (
     linear_names,
     model_tensors,
     quantize_layer,
+    stored_type,
 )
+
+
+def _inside(files: Sequence[str] | None, folder: str) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint, and its files.
+
+    Args:
+        files: that ``transformers`` found, the shards by what the index calls them.
+        folder: of the model, or a hub id; then the folder is that of the first file.
+
+    Raises:
+        ValueError: no files, one that isn't safetensors, or one that isn't inside the folder.
+    """
+    if not files:
+        raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
+    paths = [Path(file) for file in files]
+    root = Path(folder) if Path(folder).is_dir() else paths[0].parent
+    for path in paths:
+        if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
+            raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {root}")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"model: found {path.name} in {root}, allowed are safetensors; convert it first")
+    return root, paths
 
 
 class _Stored(nn.Module):
@@ -111,25 +135,15 @@ class ThermoQuantizer(HfQuantizer):
             model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
         )
         self.linears = {f"{name}.weight" for name in linear_names(model)}
+        self.folder, paths = _inside(checkpoint_files, model.config.name_or_path)
+        expected = self._checked(model, paths)
         if not self.pre_quantized:
             return
-        self.folder = Path(checkpoint_files[0]).parent
-        shapes, found = {}, {}
-        for path in checkpoint_files:
-            with open_safetensors(Path(path)) as file:
-                for key in file.keys():
-                    shapes[key] = file.get_slice(key).get_shape()
-                    if key.endswith("packed_column_bits"):
-                        found[key] = file.get_tensor(key)
-        expected = expected_tensors(model, self.quantization_config, found, self.folder)
-        names = stored_names(shapes, model.config, expected)
-        check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
         self.coded = sorted(expected.keys() - model.state_dict().keys())
         owners: dict[str, dict[str, Tensor]] = {}
         for name in self.coded:
             owner, _, key = name.rpartition(".")
-            dtype = torch.uint8 if key.startswith("packed") else torch.float16 if "weight" in key else torch.float32
-            owners.setdefault(owner, {})[key] = torch.empty_like(expected[name], dtype=dtype)
+            owners.setdefault(owner, {})[key] = torch.empty_like(expected[name], dtype=stored_type(name))
         for owner, stored in owners.items():
             module = model.get_submodule(owner)
             holder = _Stored(module, stored)
@@ -140,8 +154,29 @@ class ThermoQuantizer(HfQuantizer):
             model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
             model.all_tied_weights_keys = {}
 
+    def _checked(self, model: MaskPredictor, paths: Sequence[Path]) -> dict[str, Tensor]:
+        """What is expected in the files, by the library's names, once names, shapes and types there are right."""
+        shapes, types, column_bits = {}, {}, {}
+        for path in paths:
+            with open_safetensors(path) as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    shapes[key] = part.get_shape()
+                    types[key] = (part[:1] if shapes[key] else file.get_tensor(key)).dtype
+                    if key.endswith("packed_column_bits"):
+                        column_bits[key] = file.get_tensor(key)
+        expected = model.state_dict()
+        if self.pre_quantized:
+            expected = expected_tensors(model, self.quantization_config, column_bits, self.folder)
+        names = stored_names(shapes, model.config, expected)
+        check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
+        check_types(types, self.folder)
+        return expected
+
     def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
         dtype = model.model.norm.weight.dtype
+        for name, tensor in model.state_dict().items():
+            check_finite(tensor, tensor_name(model.config, name), self.folder)
         with torch.no_grad():
             if self.pre_quantized:
                 self._install(model, dtype)
@@ -154,8 +189,6 @@ class ThermoQuantizer(HfQuantizer):
     def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
         tensors = dict(model.named_buffers())
         tensors = {name: tensors[name] for name in self.coded}
-        for name, tensor in tensors.items():
-            check_finite(tensor, tensor_name(model.config, name), self.folder)
         for name in {name.rpartition(".")[0] for name in self.coded}:
             holder = model.get_submodule(name)
             if (bias := getattr(holder, "bias", None)) is not None:

@@ -3,10 +3,11 @@
 Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
 """
 
+import ctypes
+import fcntl
 import itertools
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from thermo_lib.architectures import (
     skeleton,
     tensor_name,
 )
+from thermo_lib.snapshots import writing
 from thermo_lib.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
 
 REFERENCE_DIR = Path(__file__).resolve().parent / "reference"
@@ -36,6 +38,12 @@ WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
+FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+_CONVERT = (
+    "pickled weights are never read; on a machine where you trust them: "
+    f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), '{WEIGHTS_NAME}', metadata={{'format': 'pt'}})"
+)
 
 
 @dataclass
@@ -88,7 +96,7 @@ class DiffusionLM:
                 module.set_timestep(timestep, timesteps)
 
     @torch.no_grad()
-    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits at chosen positions only, which saves work in the head; the mask token gets no probability.
 
         A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524).
@@ -96,13 +104,21 @@ class DiffusionLM:
         Args:
             ids: int64 ``(batch, length)``.
             at: bool ``(batch, length)``, True at ``n`` positions.
+            attention_mask: bool ``(batch, length)``, False at padding on the left; None where there is none.
 
         Returns:
             ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
             model's.
+
+        Raises:
+            ValueError: ids outside the vocabulary.
         """
-        device = self.model.device
-        logits = self.model.lm_head(self.model.hidden(ids.to(device))[at.to(device)])
+        device, vocab_size = self.model.device, self.model.config.vocab_size
+        is_unknown = (ids < 0) | (ids >= vocab_size)
+        if is_unknown.any():
+            raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
+        visible = None if attention_mask is None else attention_mask.to(device)
+        logits = self.model.lm_head(self.model.hidden(ids.to(device), visible)[at.to(device)])
         logits[:, self.mask_token_id] = NO_PROBABILITY
         return logits.to(ids.device)
 
@@ -127,27 +143,43 @@ def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], 
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors file, or the shards that its index names.
+    """A folder's safetensors file or else, as in ``transformers``, the shards that its index names.
 
     Raises:
-        ValueError: no weights, pickled weights only, or a shard outside the folder.
+        ValueError: no weights, pickled weights only, a damaged index, or shards that hold something else than it says.
     """
-    index = folder / INDEX_NAME
+    whole, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if whole.is_file():
+        return [whole]
     if index.is_file():
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{index}: weight_map: found {type(weight_map).__name__}, expected an object")
-        names = sorted(set(weight_map.values()))
-    else:
-        names = [WEIGHTS_NAME]
-    paths = [folder / name for name in names]
-    for name, path in zip(names, paths, strict=True):
+        return _shards(index)
+    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
+    raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{_CONVERT}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, no tensor in another or in more than it says."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        found = "an empty object" if weight_map == {} else type(weight_map).__name__
+        raise ValueError(f"{index}: weight_map: found {found}, expected an object from tensors to files")
+    for tensor, name in weight_map.items():
+        allowed = f"allowed are files in {index.parent} that end in .safetensors"
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map: {tensor}: found {name!r}, {allowed}")
         if Path(name).name != name:
-            raise ValueError(f"{index}: found shard {name!r} outside the folder, allowed are files in {folder}")
+            raise ValueError(f"{index}: weight_map: {tensor}: found shard {name!r} outside the folder, {allowed}")
+    paths = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    holder = dict(weight_map)
+    for path in paths:
         if not path.is_file():
-            pickled = sorted(p.name for p in folder.glob("*.bin"))
-            hint = f"; {pickled[0]} is a pickle, convert it to safetensors first" if pickled else ""
-            raise ValueError(f"model: found no {name} in {folder}{hint}")
+            raise ValueError(f"model: found no {path.name} in {path.parent}, which {index.name} names")
+        with open_safetensors(path) as file:
+            for tensor in file.keys():
+                if holder.setdefault(tensor, path.name) != path.name:
+                    found = f"found it in {path.name!r}, allowed is {holder[tensor]!r} alone"
+                    raise ValueError(f"{index}: weight_map: {tensor}: {found}")
     return paths
 
 
@@ -187,9 +219,17 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
         check_finite(tensor, name, where)
 
 
+def check_full_precision(dtype: torch.dtype, name: str, where: Path) -> None:
+    """Raise ValueError if a tensor of a checkpoint is of a type that full-precision weights don't have."""
+    if dtype not in FULL_PRECISION:
+        allowed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
+        raise ValueError(f"{where}: tensor {name}: found {dtype}, allowed are {allowed}")
+
+
 def check_finite(tensor: Tensor, name: str, where: Path) -> None:
     """Raise ValueError if a tensor of a checkpoint holds NaN or infinity."""
-    if tensor.is_floating_point() and not tensor.isfinite().all():
+    numbers = tensor if tensor.dtype in FULL_PRECISION else tensor.float()  # 8-bit floats have no isfinite
+    if tensor.is_floating_point() and not numbers.isfinite().all():
         raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
 
 
@@ -262,7 +302,7 @@ def model_folder(name: str) -> Path:
     """
     if name == "reference":
         return REFERENCE_DIR
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():  # Path("") is the working directory
         return Path(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -282,41 +322,177 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
         dtype: of the weights in memory.
 
     Raises:
-        ValueError: unknown model, unsupported type, or damaged weights; the message says which and why.
+        ValueError: unknown model, a quantized one, unsupported type, or damaged weights; the message says which and
+            why.
     """
     folder = model_folder(name)
     config = read_config(folder)
+    check_unquantized(folder)
+    tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     model = skeleton(config)
-    fill(model, take_expected(read_tensors(folder), config, model.state_dict(), folder), dtype)
-    return DiffusionLM(
-        model,
-        read_tokenizer(folder),
-        config.mask_token_id,
-        name,
-        chat_template=read_chat_template(folder),
-    )
+    found = read_tensors(folder)
+    for key, tensor in found.items():
+        check_full_precision(tensor.dtype, key, folder)
+    tensors = take_expected(found, config, model.state_dict(), folder)
+    for key in tensors:
+        tensors[key] = tensors[key].to(dtype)
+        check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
+    fill(model, tensors, dtype)
+    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template)
+
+
+def check_unquantized(folder: Path) -> None:
+    """Raise ValueError if a folder's ``config.json`` says that its weights are quantized."""
+    path = folder / "config.json"
+    found = read_object(path).get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method == "thermo":
+        raise ValueError(f"model: found a quantized model in {folder}, load it with load_quantized")
+    raise ValueError(f"{path}: quantization_config: found quant_method {method!r}, allowed is a model without")
+
+
+def output_folder(folder: str | Path, source: Path | None = None) -> Path:
+    """Where a model folder may be written, as an absolute path without links.
+
+    Args:
+        folder: as it was named; through a link, what it leads to.
+        source: the model folder that is read meanwhile.
+
+    Raises:
+        ValueError: writing there would take away the working directory, the source, or what isn't a model.
+    """
+    path, held = Path(os.path.realpath(folder)), [] if source is None else [source, *source.iterdir()]
+    if Path.cwd().is_relative_to(path):
+        found = "the working directory or a folder that holds it"
+    elif any(Path(os.path.realpath(each)).is_relative_to(path) for each in held):
+        found = "the source or a folder that holds it"
+    elif os.path.lexists(path) and not path.is_dir():
+        found = "something else than a folder"
+    elif path.is_dir() and not _is_replaceable(path):
+        found = "a folder with something else than a model in it"
+    else:
+        return path
+    allowed = "a new folder, an empty one, or one with config.json and no folder in it, which is replaced"
+    raise ValueError(f"output: found {str(folder)!r}, {found}; allowed is {allowed}")
+
+
+def _is_replaceable(folder: Path) -> bool:
+    inside = list(folder.iterdir())
+    return not inside or ((folder / "config.json").is_file() and not any(path.is_dir() for path in inside))
+
+
+@contextmanager
+def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Be the only one that writes a folder; an earlier one that a killed writer left aside is put back first.
+
+    The lock is on a file beside the folder and ends with the process, however that ends.
+
+    Args:
+        folder: of ``output_folder``.
+        wait: for another writer.
+
+    Raises:
+        ValueError: there is another writer and ``wait`` is False.
+        OSError: no right to write beside the folder.
+    """
+    path, retired = folder.with_name(f".{folder.name}.lock"), _retired(folder)
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(path, wait)
+    if lock is None:
+        found = f"found another run writing {folder}"
+        raise ValueError(f"output: {found}, allowed is one at a time; wait for it or name another folder")
+    try:
+        with writing(folder):
+            if os.path.lexists(folder):
+                remove(retired)
+            elif retired.is_dir():
+                os.replace(retired, folder)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is locked, see _lock
+        os.close(lock)
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """The descriptor of a locked file; None if another writer holds the lock and isn't to be waited for."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.stat(path), os.fstat(lock)):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        except FileNotFoundError:
+            pass
+        os.close(lock)  # of a file that the writer before has removed; whoever comes now locks a new one
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fill a new folder beside ``folder``, then put it in its place: complete or not there at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
-        write(temporary)
-        replace_folder(folder, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Fill a new folder beside ``folder``, then put it in its place: complete or not there at all.
+
+    Another writer of the same folder is waited for.
+
+    Args:
+        folder: to write.
+        write: fills the folder that it is given.
+
+    Raises:
+        ValueError: what ``output_folder`` raises.
+        OSError: no space left, or no right to write.
+    """
+    folder = output_folder(folder)
+    temporary = folder.with_name(f".{folder.name}.writing")
+    with only_writer(folder, wait=True), writing(folder, "an earlier folder is as it was"):
+        remove(temporary)  # of a writer that was killed
+        try:
+            temporary.mkdir()
+            temporary.chmod(0o755)
+            write(temporary)
+            replace_folder(folder, temporary)
+        finally:
+            remove(temporary)
 
 
 def replace_folder(folder: Path, complete: Path) -> None:
-    """Put a complete folder in the place of another, which may not exist, beside it."""
-    retired = complete.with_name(f"{complete.name}.old")
-    if folder.exists():
-        shutil.rmtree(retired, ignore_errors=True)  # of a run that was stopped here
-        os.replace(folder, retired)
-    os.replace(complete, folder)
-    shutil.rmtree(retired, ignore_errors=True)
+    """Put a complete folder in the place of another, which may not exist, beside it.
+
+    Where the system can swap names, one of both is there at every moment; elsewhere ``only_writer`` puts the earlier
+    one back if this is killed between its two steps.
+    """
+    retired = _retired(folder)
+    if folder.is_dir() and _exchange(folder, complete):
+        remove(complete)  # which is now the earlier one
+    else:
+        if folder.is_dir():
+            remove(retired)
+            os.replace(folder, retired)
+        os.replace(complete, folder)
+    remove(retired)
+
+
+def _retired(folder: Path) -> Path:
+    """Where a folder is while another takes its place, if the system can't swap names."""
+    return folder.with_name(f".{folder.name}.partial.old")
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap the names of two folders in one step; False where the system or the file system can't."""
+    here, exchange = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+    swap = getattr(ctypes.CDLL(None), "renameat2", None)
+    return swap is not None and swap(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all in it as far as that is allowed, or whatever else is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def save_model(

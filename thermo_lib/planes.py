@@ -26,7 +26,9 @@ def width(in_features: int, bits: int, group_size: int) -> int:
     return 0 if in_features % group_size or group_size % per_byte else group_size // per_byte
 
 
-def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+def plane_weight(
+    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor, dense: Tensor | None = None
+) -> None:
     """``(codes - zero_point) * scale`` of some rows, computed in float32.
 
     Args:
@@ -34,10 +36,13 @@ def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, o
         scale, zero_point: float32 ``(rows, groups)``.
         bits: of a code.
         out: takes the result, ``(rows, in_features)``.
+        dense: float32 of the same shape, overwritten: for many calls, since new memory takes as long as the work.
     """
+    if dense is None:
+        dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=out.device)[:, None, None]
-    codes = (packed >> shifts) & (2**bits - 1)  # plane by plane for all groups, so that each pass is over long rows
-    dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+    codes = packed >> shifts  # plane by plane for all groups, so that each pass is over long rows
+    codes &= 2**bits - 1
     grouped = dense.view(*scale.shape, -1)
     grouped.unflatten(-1, (8 // bits, -1)).permute(2, 0, 1, 3).copy_(codes.view(8 // bits, *scale.shape, -1))
     grouped -= zero_point[..., None]
@@ -144,10 +149,11 @@ def linear(
     rows = max(1, min(most, len(packed)))
     weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
     dequantize = _native_weight if native else _fused_weight if compiled else plane_weight
+    work = [] if compiled else [torch.empty(weight.shape, device=x.device)]
 
     def product(*some: Tensor) -> Tensor:
-        dense = weight[: len(some[0])]
-        dequantize(*some, bits, dense)
+        dense, *rest = (tensor[: len(some[0])] for tensor in (weight, *work))
+        dequantize(*some, bits, dense, *rest)
         return F.linear(x, dense)
 
     if rows == len(packed):  # to split costs as much as it looks for small weights

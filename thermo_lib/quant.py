@@ -7,6 +7,7 @@ the input dimension and are stored as float16. A row's last group may be shorter
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -300,7 +301,12 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: f
     _check_bits(bits)
     check_weight(weight)
     check_hessian(hessian, weight.shape[1])
-    Hinv = inverse_factor(hessian, damping)
+    quantized = _column_by_column(weight, inverse_factor(hessian, damping), bits, group_size)
+    return refit(weight, quantized, hessian, ridge)
+
+
+def _column_by_column(weight: Tensor, Hinv: Tensor, bits: int, group_size: int) -> QuantizedWeight:
+    """The loop of ``gptq``; ``Hinv`` as ``inverse_factor`` gives it."""
     W = weight.double().clone()
     codes = torch.zeros(weight.shape, dtype=torch.uint8)
     scales, zeros = [], []
@@ -317,8 +323,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: f
             Err[:, column - start] = (W[:, column] - (q - z) * s) / Hinv[column, column]
             W[:, column:stop] -= Err[:, column - start, None] * Hinv[column, column:stop]
         W[:, stop:] -= Err @ Hinv[start:stop, stop:]
-    quantized = QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
-    return refit(weight, quantized, hessian, ridge)
+    return QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -328,11 +333,14 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         hessian: ``sum x x^T``, ``(in_features, in_features)``.
         damping: share of the mean diagonal that is added to the diagonal.
     """
-    H = hessian.double().clone()
+    # By columns, as LAPACK has it, so that each step is in place.
+    H = torch.empty_like(hessian, dtype=torch.float64).mT.copy_(hessian)
     diagonal = H.diagonal()
     diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weight doesn't matter
     diagonal += damping * diagonal.mean()
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    torch.linalg.cholesky(H, out=H)
+    torch.cholesky_inverse(H, out=H)
+    return torch.linalg.cholesky(H, upper=True, out=H)
 
 
 def check_hessian(hessian: Tensor, in_features: int) -> None:
@@ -452,7 +460,25 @@ _ALL = slice(None)
 _DENSE = 2**24  # weights of a layer that are dequantized at a time
 
 
-class QuantizedLinear(nn.Module):
+class _Coded(nn.Module):
+    """A module with buffers that move between devices with the model, but keep their precision.
+
+    ``PRECISE`` names them: a parameter of a code in bfloat16, say, would be that of another weight.
+    """
+
+    PRECISE: tuple[str, ...] = ("scale", "zero_point")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = {name: self._buffers[name] for name in self.PRECISE}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            changed = self._buffers[name]
+            if changed.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(changed.device)
+        return self
+
+
+class QuantizedLinear(_Coded):
     """A linear layer that computes from packed weights, with parameters that may depend on the timestep.
 
     Time-dependent parameters are tables of distinct rows with one row number a timestep, so neighbouring
@@ -477,6 +503,7 @@ class QuantizedLinear(nn.Module):
     """
 
     STORED: tuple[str, ...] = ("packed",)
+    PRECISE = ("scale", "zero_point", "activation_scale", "activation_zero_point")
     has_zero_point = True
 
     def __init__(
@@ -501,6 +528,7 @@ class QuantizedLinear(nn.Module):
         self.compiled = False
         self.activation_group_size = activation_group_size or in_features
         self.is_masked: Tensor | None = None
+        self._rows: dict[str, tuple[Tensor, list[int]]] = {}  # what ``_row`` has read
         groups = -(-in_features // group_size)
         packed_width = -(-in_features * bits // 8)
         self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
@@ -522,6 +550,22 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"timestep: found {timestep}, allowed are 0..{timesteps - 1}")
         self.timestep = timestep * self.timesteps // timesteps
 
+    def _row(self, table: str) -> int:
+        """The row of the current timestep in ``weight_row`` or ``activation_row``.
+
+        A table is read once: an index that is a tensor on a GPU is waited for, at every call of every layer.
+        """
+        tensor = self._buffers[table]
+        read, rows = self._rows.get(table, (None, []))
+        if read is not tensor:
+            rows = tensor.tolist()
+            self._rows[table] = tensor, rows
+        return rows[self.timestep]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._rows.clear()  # a table may have been overwritten where it is
+
     def set_token_state(self, is_masked: Tensor) -> None:
         """Say which tokens of the next input are masked, bool ``(batch, length)``."""
         self.is_masked = is_masked if self.activation_scale.shape[1] == 2 else None
@@ -538,29 +582,29 @@ class QuantizedLinear(nn.Module):
 
     def weight(self, rows: slice = _ALL) -> Tensor:
         """The dequantized weight at the current timestep, or some of its rows, float32 ``(rows, in_features)``."""
-        row = self.weight_row[self.timestep]
+        row = self._row("weight_row")
         scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
         if not self.has_planes:
-            return dequantize(self.codes(rows), scale, zero_point, self.group_size)
+            return dequantize(self.codes(rows), scale, zero_point, min(self.group_size, self.in_features))
         weight = torch.empty((len(scale), self.in_features), device=scale.device)
         planes.plane_weight(self.packed[rows], scale.float(), zero_point.float(), self.bits, weight)
         return weight
 
     def quantized_input(self, x: Tensor) -> Tensor:
-        """The input as the layer sees it at the current timestep, ``(..., in_features)``."""
+        """The input as the layer sees it at the current timestep, ``(..., in_features)``, of the input's type."""
         if self.activation_bits == 16:
             return x
         if not len(self.activation_scale):
             return fake_quantize_per_token(x, self.activation_bits, self.activation_clip)
-        row = self.activation_row[self.timestep]
+        row = self._row("activation_row")
         scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
-        return fake_quantize(x, scale, zero_point, self.activation_bits)
+        return fake_quantize(x, scale, zero_point, self.activation_bits).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         x = self.quantized_input(x)
         if x.dtype != torch.float32 and self.has_planes:
-            row = self.weight_row[self.timestep]
+            row = self._row("weight_row")
             parameters = self.packed, self.scale[row], self.zero_point[row]
             product = planes.linear(x, *parameters, self.bits, compiled=self.compiled)
             return product if self.bias is None else product + self.bias
@@ -577,14 +621,14 @@ class QuantizedLinear(nn.Module):
         return f"{size}, bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
 
 
-class QuantizedEmbedding(nn.Module):
+class QuantizedEmbedding(_Coded):
     """A table of token embeddings as packed codes; only the rows that are looked up are dequantized.
 
     Args:
         num_embeddings, embedding_dim: size of the table.
         bits: bits of a code.
         group_size: neighbours in a row that share scale and zero point.
-        dtype: of the embeddings.
+        dtype: of the embeddings; it follows the model's where that is cast.
 
     ``packed``, ``scale`` and ``zero_point`` are those of a ``QuantizedLinear`` of as many rows.
     """
@@ -592,14 +636,21 @@ class QuantizedEmbedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int, dtype: torch.dtype):
         super().__init__()
         _check_bits(bits)
-        self.embedding_dim, self.bits, self.group_size, self.dtype = embedding_dim, bits, group_size, dtype
+        self.embedding_dim, self.bits, self.group_size = embedding_dim, bits, group_size
         groups = -(-embedding_dim // group_size)
         packed_width = -(-embedding_dim * bits // 8)
         self.register_buffer("packed", torch.zeros((num_embeddings, packed_width), dtype=torch.uint8))
         self.register_buffer("scale", torch.ones((1, num_embeddings, groups), dtype=torch.float16))
         self.register_buffer("zero_point", torch.zeros((1, num_embeddings, groups), dtype=torch.float16))
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # is cast with the model
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the embeddings."""
+        return self.like.dtype
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids, any shape, to embeddings ``(..., embedding_dim)``."""
         codes = unpack(self.packed[ids], self.bits, self.embedding_dim, self.group_size)
-        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], self.group_size).to(self.dtype)
+        group_size = min(self.group_size, self.embedding_dim)
+        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], group_size).to(self.dtype)

@@ -25,6 +25,7 @@ from thermo_lib.models import (
     HEAD,
     WEIGHTS_NAME,
     DiffusionLM,
+    check_full_precision,
     fill,
     load_model,
     model_folder,
@@ -162,9 +163,11 @@ def _install(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> None:
 
 
 def _install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    rows, layer.weight_row = _table(params, config, whole_zero_points=False)
-    layer.scale = torch.stack([row.scale for row in rows]).to(torch.float16)
-    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(torch.float16)
+    rows, row_of_step = _table(params, config, whole_zero_points=False)
+    like = {"device": layer.packed.device, "dtype": torch.float16}
+    layer.scale = torch.stack([row.scale for row in rows]).to(**like)
+    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
+    layer.weight_row = row_of_step.to(layer.packed.device)
 
 
 def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
@@ -172,9 +175,10 @@ def _install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], 
     layer.activation_group_size = config.activation_group_size or layer.in_features
     if config.activation_ranges == "static":
         rows, row_of_step = _table(params, config, whole_zero_points=True)
-        layer.activation_scale = torch.stack([row.scale for row in rows]).float()
-        layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).float()
-        layer.activation_row = row_of_step
+        like = {"device": layer.packed.device, "dtype": torch.float32}
+        layer.activation_scale = torch.stack([row.scale for row in rows]).to(**like)
+        layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
+        layer.activation_row = row_of_step.to(layer.packed.device)
 
 
 def install_dynamic_ranges(lm: QuantizedLM) -> None:
@@ -586,8 +590,8 @@ def quantize(
         progress: show bars.
 
     Raises:
-        ValueError: the model is quantized already, the configuration needs calibration and there is none, a weight
-            holds NaN or infinity, or ``resume`` has a snapshot of another run.
+        ValueError: the model is quantized already or not on the CPU, the configuration needs calibration and there is
+            none, a weight holds NaN or infinity, or ``resume`` has a snapshot of another run.
     """
     if config.needs_calibration and calibration is None:
         raise ValueError(
@@ -597,6 +601,8 @@ def quantize(
         )
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
+    if lm.model.device.type != "cpu":
+        raise ValueError(f"lm: found a model on {lm.model.device}, allowed is cpu; what is quantized can be moved")
     sequential = config.reconstruction == "sequential"
     untrained = {**config.model_dump(), "transitions": "none"} | ({} if sequential else {"reconstruction": "none"})
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
@@ -1069,6 +1075,18 @@ def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
     return tensors | _group_tensors("activation", lm.activation_params, lm.config)
 
 
+def quantized_config_json(config: PreTrainedConfig, thermo: ThermoConfig, dtype: torch.dtype) -> str:
+    """``config.json`` of a quantized folder.
+
+    Args:
+        config: of the model.
+        thermo: how it was quantized.
+        dtype: of its norms, in which ``from_pretrained`` computes unless it is told another; the first tensor of the
+            file, where it would look otherwise, may be a scale.
+    """
+    return config_json(config, torch_dtype=str(dtype).removeprefix("torch."), quantization_config=thermo.to_dict())
+
+
 def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
 
@@ -1080,7 +1098,8 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
-        (target / "config.json").write_text(config_json(lm.model.config, quantization_config=lm.config.to_dict()))
+        text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)
+        (target / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(lm.tokenizer, lm.chat_template, target)
 
     write_folder(Path(folder), write)
@@ -1113,14 +1132,16 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
         chat_template=read_chat_template(folder),
     )
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
+    check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
     install(lm, tensors, folder, dtype)
     fill(model, tensors, dtype)
     return lm
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a model is quantized, by its ``config.json``."""
-    return "quantization_config" in read_object(model_folder(name) / "config.json")
+    """Whether a model is quantized, by its ``config.json``; without that file it isn't."""
+    path = model_folder(name) / "config.json"
+    return path.is_file() and "quantization_config" in read_object(path)
 
 
 def load_any(name: str, *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
@@ -1163,6 +1184,31 @@ def expected_tensors(
     return expected
 
 
+def stored_type(name: str) -> torch.dtype | None:
+    """The type of a tensor of a quantized folder; None where it may be any of full precision."""
+    key = name.rpartition(".")[2]
+    if key in ("packed", "packed_column_bits"):
+        return torch.uint8
+    if key in ("weight_scale", "weight_zero_point"):
+        return torch.float16
+    return torch.float32 if key in ("activation_scale", "activation_zero_point") else None
+
+
+def check_types(found: Mapping[str, torch.dtype], where: Path) -> None:
+    """Raise ValueError unless tensors of a quantized folder, name to type, have the types of the format."""
+    for name, dtype in found.items():
+        expected = stored_type(name)
+        if expected is None:
+            check_full_precision(dtype, name, where)
+        elif dtype != expected:
+            raise ValueError(f"{where}: tensor {name}: found {dtype}, expected {expected}")
+
+
+def _check_positive(scales: Tensor, name: str, where: Path) -> None:
+    if (scales <= 0).any():
+        raise ValueError(f"{where}: tensor {name}: found {scales.min().item():.3g}, allowed is above 0")
+
+
 def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     """Put what is stored of quantized linears and tables into a model that isn't quantized yet.
 
@@ -1173,7 +1219,7 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         dtype: of what isn't quantized, and of the computation.
 
     Raises:
-        ValueError: codes of another type, or a scale that isn't positive.
+        ValueError: a scale that isn't positive.
     """
     config, thermo = lm.model.config, lm.config
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
@@ -1183,26 +1229,22 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
             ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             scales = values["scale"]
-            if (scales <= 0).any():
-                smallest = f"found {scales.min().item():.3g}, allowed is above 0"
-                raise ValueError(f"{folder}: tensor {stored_name}.{kind}_scale: {smallest}")
+            _check_positive(scales, f"{stored_name}.{kind}_scale", folder)
             zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
                 TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
                 for time_range, scale, zero in zip(ranges, scales, zeros, strict=True)
             ]
         stored = {key: tensors.pop(f"{name}.{key}") for key in _layer_type(thermo).STORED}
-        for key, tensor in stored.items():
-            if tensor.dtype != torch.uint8:
-                raise ValueError(f"{folder}: tensor {stored_name}.{key}: found {tensor.dtype}, expected torch.uint8")
         if linear.bias is not None:
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         _install(lm, name, stored)
         if thermo.activation_bits < 16:
             _install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
     for name in coded_tables(lm.model, thermo):
-        keys = ("packed", "weight_scale", "weight_zero_point")
-        _install_table(lm, name, {key: tensors.pop(f"{name}.{key}") for key in keys}, dtype)
+        stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
+        _check_positive(stored["weight_scale"], f"{tensor_name(config, name)}.weight_scale", folder)
+        _install_table(lm, name, stored, dtype)
 
 
 def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
@@ -1235,7 +1277,8 @@ def _expected_streams(
     expected = {key: torch.empty(-(-columns // 2), device="meta")}
     named = tensor_name(config, key)
     packed = found.get(named)
-    if packed is not None and packed.dtype == torch.uint8 and packed.shape == expected[key].shape:
+    if packed is not None and packed.shape == expected[key].shape:
+        check_types({named: packed.dtype}, folder)
         column_bits = unpack(packed, 4, columns)
         if column_bits.max() > MOST_BITS:
             raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")

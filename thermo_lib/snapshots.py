@@ -1,9 +1,10 @@
-"""Snapshots of long training, so that a run that was stopped goes on where it was, with the same result bit for bit."""
+"""Snapshots of long runs, so that one that was stopped goes on where it was, with the same result bit for bit."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,26 @@ def digest(*parts: Any) -> str:
     return found.hexdigest()[:16]
 
 
+@contextmanager
+def writing(path: Path, after: str = "") -> Iterator[None]:
+    """Say which file or folder could not be written, whatever library failed at it.
+
+    Args:
+        path: that is written.
+        after: what there is now and what to do.
+
+    Raises:
+        OSError: no space left, no right to write, and the like.
+    """
+    try:
+        yield
+    except Exception as error:
+        # tokenizers raises nothing narrower than Exception itself.
+        if not (isinstance(error, OSError | SafetensorError) or type(error) is Exception):
+            raise
+        raise OSError(f"output: could not write {path} ({error})" + (f"; {after}" if after else "")) from error
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """The state of a run in a safetensors file, which is replaced whole.
@@ -40,11 +61,21 @@ class Snapshot:
     run: str
 
     def save(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the file by one with this state."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace the file by one with this state.
+
+        Raises:
+            OSError: no space left, or no right to write; an earlier file is as it was.
+        """
         temporary = self.path.with_suffix(".tmp")
-        save_file({k: v.detach().contiguous().clone() for k, v in state.items()}, temporary, metadata={"run": self.run})
-        os.replace(temporary, self.path)
+        tensors = {k: v.detach().contiguous().clone() for k, v in state.items()}
+        with writing(self.path, "an earlier snapshot is kept, the same call goes on from there"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                save_file(tensors, temporary, metadata={"run": self.run})
+                os.replace(temporary, self.path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
 
     def load(self) -> dict[str, Tensor]:
         """The state; empty where there is no file yet.

@@ -8,6 +8,8 @@ import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.architectures import MaskPredictor, config_json, read_config, read_object, skeleton, tensor_name
+from thermo_lib.architectures import MaskPredictor, read_config, read_object, skeleton, tensor_name
 from thermo_lib.calibration import Calibration, calibrate, calibration_batches
 from thermo_lib.config import ThermoConfig
 from thermo_lib.layerwise import check_layerwise, coded_blocks
@@ -28,18 +30,23 @@ from thermo_lib.models import (
     INDEX_NAME,
     DiffusionLM,
     check_finite,
+    check_full_precision,
     check_shapes,
+    check_unquantized,
     model_folder,
+    only_writer,
     open_safetensors,
+    output_folder,
+    remove,
     replace_folder,
     stored_names,
     weight_files,
 )
 from thermo_lib.params import default
-from thermo_lib.quantized_model import TABLES, QuantizedLM, coded_weight, linear_names
+from thermo_lib.quantized_model import TABLES, QuantizedLM, coded_weight, linear_names, quantized_config_json
 from thermo_lib.report import write_json
-from thermo_lib.snapshots import Snapshot, digest
-from thermo_lib.tokenization import read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.snapshots import Snapshot, digest, writing
+from thermo_lib.tokenization import SETTINGS_NAME, TEMPLATE_NAME, read_chat_template, read_tokenizer, save_tokenizer
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -47,8 +54,10 @@ if TYPE_CHECKING:
 RUN_NAME = "run.json"
 STATES_NAME = "states.safetensors"
 _KEPT = "complete shards are kept, the same call goes on after them"
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS_NAME, TEMPLATE_NAME)
 _SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
+_WORKER_SECONDS = 60  # for the first worker of a cluster to come
 
 
 @dataclass(frozen=True)
@@ -85,11 +94,12 @@ def quantize_checkpoint(
     """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
 
     Until it is complete, the new folder is beside ``output`` under the name ``.<output>.partial``, and an earlier
-    ``output`` stays as it was. A run that was stopped at any moment goes on from there with the same result.
+    ``output`` stays as it was. A run that was stopped at any moment goes on from there with the same result; one that
+    was stopped at its very end leaves a ``run.json`` in ``output``, which the same call removes.
 
     Args:
         source: a folder in the layout of Dream or LLaDA, or a hub id.
-        output: folder to write.
+        output: folder to write, see ``models.output_folder``; the only run that writes it.
         config: how to quantize; with calibration, what ``layerwise.check_layerwise`` allows.
         calibration: states for ``gptq``, ``trellis`` and time groups, e.g. by the forward process, see
             ``calibration_states``.
@@ -100,8 +110,10 @@ def quantize_checkpoint(
 
     Raises:
         ValueError: a configuration that needs calibration and there is none, or that needs the whole model; a damaged
-            source, or an unfinished run of another source, configuration or calibration.
-        OSError: no space left, no right to write, or every worker that tried a shard was lost.
+            source, an output that may not be replaced or that another run is writing, or an unfinished run of another
+            source, configuration or calibration.
+        OSError: no space left, no right to write, no worker, every worker that tried a shard was lost, or the
+            scheduler was.
     """
     if config.needs_calibration:
         check_layerwise(config)
@@ -112,25 +124,42 @@ def quantize_checkpoint(
             )
         if client is not None:
             raise ValueError(f"client: found one, allowed is None with quantizer={config.quantizer!r}, block by block")
-    folder, output = model_folder(str(source)).absolute(), Path(output)
+    folder = model_folder(str(source)).absolute()
+    output = output_folder(output, folder)
+    with only_writer(output):
+        _quantize(folder, output, config, calibration, client, shard_bytes or _SHARD_BYTES, progress)
+
+
+def _quantize(
+    folder: Path,
+    output: Path,
+    config: ThermoConfig,
+    calibration: Calibration | None,
+    client: "Client | None",
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    """``quantize_checkpoint`` after its checks, as the only writer of the output."""
     model_config = read_config(folder)
+    check_unquantized(folder)
     tasks = _tasks(folder, model_config, config)
-    tokenizer, chat_template = read_tokenizer(folder), read_chat_template(folder)
+    tokenizer, chat_template = read_tokenizer(folder, model_config.vocab_size), read_chat_template(folder)
     partial = output.with_name(f".{output.name}.partial")
-    shard_bytes = shard_bytes or _SHARD_BYTES
     run = _run(folder, config, calibration) | {"shard size": shard_bytes}
+    if _is_done(output, run):
+        _finish(output, partial)
+        return
     _begin(partial, run)
     blocks = _by_block(tasks) if config.needs_calibration else []
     inside = {task.key for block in blocks for task in block}
     shards = blocks + _shards([task for task in tasks if task.key not in inside], shard_bytes)
     paths = [partial / f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
-    weight_map: dict[str, str] = {}
     with tqdm(
         total=sum(t.size for t in tasks), desc="quantize", unit="B", unit_scale=True, disable=not progress
     ) as bar:
         if not all(path.is_file() for path in paths[: len(blocks)]):
             rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})  # as ``quantize`` fits
-            lm = QuantizedLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(source), rough)
+            lm = QuantizedLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(folder), rough)
             snapshot = Snapshot(partial / STATES_NAME, digest(run))
             for number, tensors in coded_blocks(lm, _reader(tasks), calibration, snapshot):
                 bar.n = sum(task.size for block in blocks[: number + 1] for task in block)
@@ -140,17 +169,35 @@ def quantize_checkpoint(
         bar.reset()
         for number in _written(shards, paths, model_config, config, client):
             bar.update(sum(task.size for task in shards[number]))
+    weight_map: dict[str, str] = {}
     for path in paths:
         with open_safetensors(path) as file:
             weight_map |= dict.fromkeys(file.keys(), path.name)
     total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
-    write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    text = config_json(model_config, quantization_config=config.to_dict())
-    (partial / "config.json").write_text(text, encoding="utf-8")
-    save_tokenizer(tokenizer, chat_template, partial)
-    for leftover in [partial / STATES_NAME, *partial.glob("*.tmp"), partial / RUN_NAME]:
-        leftover.unlink(missing_ok=True)
-    replace_folder(output, partial)
+    with writing(partial, _KEPT):
+        write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        text = quantized_config_json(model_config, config, _reader(tasks)("model.norm.weight").dtype)
+        (partial / "config.json").write_text(text, encoding="utf-8")
+        save_tokenizer(tokenizer, chat_template, partial)
+        for leftover in [partial / STATES_NAME, *partial.glob("*.tmp"), *partial.glob(".*.tmp"), output / RUN_NAME]:
+            leftover.unlink(missing_ok=True)
+        replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
+    _finish(output, partial)
+
+
+def _is_done(output: Path, run: Mapping[str, Any]) -> bool:
+    """Whether the same run was stopped after it had put its result in place, and before its end."""
+    try:
+        return (output / RUN_NAME).is_file() and read_object(output / RUN_NAME) == run
+    except ValueError:
+        return False
+
+
+def _finish(output: Path, partial: Path) -> None:
+    """Remove what a run leaves when its result is in place."""
+    with writing(output):
+        remove(partial)
+        (output / RUN_NAME).unlink()
 
 
 def _skeleton(model_config: PreTrainedConfig) -> MaskPredictor:
@@ -174,7 +221,8 @@ def calibration_states(source: str | Path, timesteps: int, count: int, seed: int
         raise ValueError(f"states: found {count}, allowed are 1..{most}")
     folder = model_folder(str(source))
     model_config = read_config(folder)
-    lm = DiffusionLM(_skeleton(model_config), read_tokenizer(folder), model_config.mask_token_id, str(source))
+    tokenizer = read_tokenizer(folder, model_config.vocab_size)
+    lm = DiffusionLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(source))
     code, *_ = calibration_batches(lm, seed)
     (states,) = calibrate(lm, [code], timesteps=timesteps, source="forward", seed=seed).parts
     return Calibration((states[torch.arange(count) * len(states.ids) // count],), timesteps, "forward")
@@ -196,6 +244,7 @@ def _reader(tasks: list[_Task]) -> Callable[[str], Tensor]:
     def read(name: str) -> Tensor:
         with open_safetensors(known[name].path) as file:
             tensor = file.get_tensor(known[name].key)
+        check_full_precision(tensor.dtype, known[name].key, known[name].path)
         check_finite(tensor, known[name].key, known[name].path)
         return tensor
 
@@ -249,6 +298,7 @@ def _shards(tasks: list[_Task], most: int) -> list[list[_Task]]:
 def _rows(file: safe_open, task: _Task) -> Iterator[Tensor]:
     """A tensor in parts of its rows."""
     part = file.get_slice(task.key)
+    check_full_precision(part[:1].dtype, task.key, task.path)
     if len(task.shape) < 2:
         yield part[:]
         return
@@ -277,13 +327,14 @@ def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -
 
 def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a cluster may work on one shard twice
-    try:
-        save_file(dict(tensors), temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"output: could not write {path} ({error}); {_KEPT}") from error
+    with writing(path, _KEPT):
+        try:
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            temporary.chmod(0o644)
+            os.replace(temporary, path)
+        except (SafetensorError, OSError):
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _write_shard(path: Path, shard: list[_Task], model_config: PreTrainedConfig, config: ThermoConfig) -> None:
@@ -306,14 +357,15 @@ def _written(
             yield number
         return
     from distributed import as_completed
+    from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
     absolute = [path.absolute() for path in paths]
-    futures = {
-        client.submit(_write_shard, path, shard, model_config, config, pure=False): number
-        for number, (shard, path) in enumerate(zip(shards, absolute, strict=True))
-    }
+    futures: dict[Any, int] = {}
     try:
+        client.wait_for_workers(1, timeout=_WORKER_SECONDS)
+        for number, (shard, path) in enumerate(zip(shards, absolute, strict=True)):
+            futures[client.submit(_write_shard, path, shard, model_config, config, pure=False)] = number
         for future in as_completed(futures):
             future.result()
             if not paths[futures[future]].is_file():
@@ -321,21 +373,35 @@ def _written(
                     f"output: found no {absolute[futures[future]]}, which a worker wrote on its own file system"
                 )
             yield futures[future]
+    except TimeoutError as error:
+        raise OSError(f"scheduler: found no worker in {_WORKER_SECONDS} s, allowed is at least one; {_KEPT}") from error
     except KilledWorker as error:
         raise OSError(f"scheduler: every worker that tried a shard was lost ({error}); {_KEPT}") from error
+    except (CancelledError, CommClosedError) as error:
+        raise OSError(f"scheduler: the scheduler was lost ({error}); {_KEPT}") from error
     finally:
-        client.cancel(list(futures))
+        with suppress(CancelledError, OSError):  # from a scheduler that was lost
+            client.cancel(list(futures))
 
 
 def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) -> dict[str, Any]:
-    """What the result of a run depends on."""
-    run: dict[str, Any] = {"configuration": config.model_dump(mode="json")}
+    """What the result of a run depends on.
+
+    Weights are known by their file's size, time and header: other numbers under the same size and time aren't noticed,
+    and the same file with another time is taken for another.
+    """
+    run: dict[str, Any] = {"configuration": config.model_dump(mode="json"), "format version": config.format_version}
     if calibration is not None:
-        run["calibration"] = digest(calibration.tensors())
-    for path in [folder / "config.json", *weight_files(folder)]:
+        run["calibration"] = [digest(calibration.tensors()), calibration.timesteps, calibration.source]
+        run |= {key: default(key) for key in ("quant.damping", "quant.ridge", "trellis")}
+        run["number of threads"] = torch.get_num_threads()  # sums are added up in another order
+    for path in [folder / "config.json", *(folder / name for name in _TOKENIZER_FILES)]:
+        if path.is_file():
+            run[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in weight_files(folder):
         about = path.stat()
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little") if path.suffix == ".safetensors" else about.st_size
+            length = int.from_bytes(file.read(8), "little")
             file.seek(0)
             start = hashlib.sha256(file.read(min(8 + length, about.st_size))).hexdigest()
         run[path.name] = [about.st_size, about.st_mtime_ns, start]
@@ -352,7 +418,7 @@ def _begin(partial: Path, run: dict[str, Any]) -> None:
             found = f"found an unfinished run of another {', '.join(changed)} in {partial}"
             raise ValueError(f"output: {found}; delete that folder, or bring back what has changed")
         return
-    partial.mkdir(parents=True, exist_ok=True)
-    for leftover in partial.iterdir():  # of a run that was stopped between its last file and its end, or its first
-        leftover.unlink()
-    write_json(path, run)
+    with writing(path, "an earlier output is as it was"):
+        remove(partial)  # of a run that was stopped before its first file
+        partial.mkdir()
+        write_json(path, run)

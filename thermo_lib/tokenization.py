@@ -24,13 +24,25 @@ QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     """The tokenizer of a model folder.
 
+    Args:
+        folder: the model folder.
+        vocab_size: the model's, above every id; None for any ids.
+
     Raises:
-        ValueError: no tokenizer, one of another class than Qwen2's that only its own code could build, or a damaged
-            file.
+        ValueError: no tokenizer, one of another class than Qwen2's that only its own code could build, a damaged
+            file, or an id that the model doesn't know.
     """
+    tokenizer = _read_any(folder)
+    token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if vocab_size is not None and number >= vocab_size:
+        raise ValueError(f"{folder}: tokenizer: found id {number} of {token!r}, allowed is below {vocab_size=}")
+    return tokenizer
+
+
+def _read_any(folder: Path) -> Tokenizer:
     path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if path.is_file():
         try:
@@ -114,7 +126,7 @@ class ChatTemplate:
             return environment.from_string(self.source).render(
                 messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
-        except (TemplateError, TypeError, OverflowError) as error:
+        except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
 
 
@@ -125,18 +137,29 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         None where there is none, as with base models.
 
     Raises:
-        ValueError: damaged JSON, or a template that isn't text.
+        ValueError: damaged JSON, a template that isn't text, or a special token that isn't.
     """
     settings, path = _read_settings(folder), folder / TEMPLATE_NAME
-    source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    try:
+        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found no UTF-8 ({error})") from error
     if source is None:
         return None
     if not isinstance(source, str):
         found = f"found a {type(source).__name__}, expected the text of one template"
         raise ValueError(f"{folder / SETTINGS_NAME}: chat_template: {found}")
     tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None}
-    # A token is stored as its text, or as an object with its text and how it is matched.
-    return ChatTemplate(source, {n: t["content"] if isinstance(t, dict) else str(t) for n, t in tokens.items()})
+    return ChatTemplate(source, {name: _text_of(token, name, folder) for name, token in tokens.items()})
+
+
+def _text_of(token: Any, name: str, folder: Path) -> str:
+    """A token's text; it is stored as that, or as an object with the text and how it is matched."""
+    text = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(text, str):
+        expected = 'expected its text or {"content": text}'
+        raise ValueError(f"{folder / SETTINGS_NAME}: {name}: found {token!r:.80}, {expected}")
+    return text
 
 
 def save_tokenizer(tokenizer: Tokenizer, chat_template: ChatTemplate | None, folder: Path) -> None:

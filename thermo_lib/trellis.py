@@ -55,6 +55,11 @@ def codebook() -> Tensor:
     return torch.special.ndtri(quantile).half().float()
 
 
+@cache
+def _codebook_on(device: torch.device) -> Tensor:
+    return codebook().to(device)
+
+
 def gains(column_bits: Tensor) -> Tensor:
     """How far each column's values reach, ``sqrt(1 - 4^-k)``, float32 ``(in_features,)``.
 
@@ -99,7 +104,7 @@ def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
 
 def read_codes(packed: Tensor, column_bits: Tensor) -> Tensor:
     """The weights before scaling, float32 ``(out_features, in_features)``; arguments as ``read_states``."""
-    return codebook()[read_states(packed, column_bits)] * gains(column_bits)
+    return _codebook_on(packed.device)[read_states(packed, column_bits)] * gains(column_bits)
 
 
 @dataclass(frozen=True)
