@@ -132,7 +132,7 @@ def test_compiled_layers_compute_the_same(bits: int, dtype: torch.dtype, monkeyp
 
 
 @needs_compiler
-@pytest.mark.parametrize(("tokens", "rows", "groups"), [(1, 1, 1), (17, 300, 1), (70, 257, 9)])
+@pytest.mark.parametrize(("tokens", "rows", "groups"), [(0, 5, 1), (1, 1, 1), (17, 300, 1), (70, 257, 9)])
 def test_products_of_every_size_are_exact(tokens: int, rows: int, groups: int) -> None:
     """More rows, tokens and features than are multiplied at a time, and rests of each."""
     layer, x = layer_of(rows, groups, 2, group_size=128), whole_numbers(tokens, groups * 128)

@@ -57,7 +57,9 @@ def _inside(files: Sequence[str] | None, folder: str) -> tuple[Path, list[Path]]
         if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
             raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {root}")
         if path.suffix != ".safetensors":
-            raise ValueError(f"model: found {path.name} in {root}, allowed are safetensors; convert it first")
+            how = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+            found = f"found {path.name} in {root}, allowed are safetensors"
+            raise ValueError(f"model: {found}; convert it, on a machine where you trust it: {how}")
     return root, paths
 
 

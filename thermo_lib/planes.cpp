@@ -102,6 +102,7 @@ extern "C" bool can_multiply() { return at::native::cpublas::could_pack(at::kBFl
 
 // `x` (tokens, in_features) times `weight`, transposed, to `out` (tokens, rows), all bfloat16; the group size is even.
 extern "C" void multiply(const Packed* weight, const at::BFloat16* x, at::BFloat16* out, int64_t tokens) {
+  if (tokens == 0) return;
   constexpr int64_t tile = 16, rows_at_a_time = 16 * tile, features_at_a_time = 512;
   const int64_t group_size = weight->group_size(), in_features = weight->groups * group_size;
   const int64_t step = std::clamp<int64_t>(features_at_a_time / group_size, 1, weight->groups);  // of groups
