@@ -90,7 +90,7 @@ def _native_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor,
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty((len(tokens), len(packed)), dtype=x.dtype)
     _library().multiply(_packed(packed, scale, zero_point, bits), tokens.data_ptr(), out.data_ptr(), len(tokens))
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], len(packed))
 
 
 @functools.cache
