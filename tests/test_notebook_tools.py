@@ -10,7 +10,8 @@ import pytest
 import torch
 from nbformat import v4
 
-from thermo_lib.notebooks import THREADS, reproducible, tidy
+from thermo_lib import notebooks
+from thermo_lib.notebooks import THREADS, processor, reproducible, tidy
 
 TIMES = {"start_time": "2026-01-01T00:00:00", "duration": 1.5}
 
@@ -75,7 +76,8 @@ class TestTidy:
         assert [output.output_type for output in code.outputs] == ["stream", "execute_result", "display_data"]
         assert code.outputs[0].text == "a result\n"
         assert code.outputs[1].data == {"text/plain": "42"}
-        assert json.loads(path.read_text(encoding="utf-8"))["metadata"].keys() == {"kernelspec", "language_info"}
+        metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
+        assert metadata.keys() == {"kernelspec", "language_info", "processor"}
 
     def test_no_trace_of_times_or_bars_is_left(self, tmp_path: Path) -> None:
         path = write(tmp_path / "n.ipynb", notebook(1))
@@ -122,6 +124,16 @@ class TestTidy:
         assert path.read_bytes() == before
         assert [p.name for p in tmp_path.iterdir()] == ["n.ipynb"]
 
+    def test_the_processor_is_that_of_the_run(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        path = write(tmp_path / "n.ipynb", notebook(1))
+        tidy(path)
+        assert nbformat.read(path, as_version=4).metadata["processor"] == processor() != ""
+        monkeypatch.setattr(notebooks, "processor", lambda: "another")
+        tidy(path)  # papermill has left no trace: it wasn't executed again
+        assert nbformat.read(path, as_version=4).metadata["processor"] == processor()
+        tidy(write(path, notebook(1)))
+        assert nbformat.read(path, as_version=4).metadata["processor"] == "another"
+
     def test_what_is_no_notebook_is_an_error_that_the_command_line_catches(self, tmp_path: Path) -> None:
         (tmp_path / "n.ipynb").write_text("text", encoding="utf-8")
         for name, error in (("n.ipynb", ValueError), ("absent.ipynb", OSError)):
@@ -139,10 +151,12 @@ def test_reproducible_sets_threads_deterministic_kernels_and_portable_instructio
         reproducible()
         assert torch.get_num_threads() == THREADS == 2
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory
         assert os.environ["ATEN_CPU_CAPABILITY"] == "avx2"
         assert {"MKL_CBWR", "ONEDNN_MAX_CPU_ISA"} <= os.environ.keys()
     finally:
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
         for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
             os.environ.pop(name, None)

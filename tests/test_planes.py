@@ -85,8 +85,8 @@ def test_only_a_block_of_the_weight_is_ever_dense(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(planes, "_NUMBERS", 3 * 32)
     sizes = []
 
-    def recorded(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor, dense: Tensor) -> None:
-        plane_weight(packed, scale, zero_point, bits, out, dense)
+    def recorded(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor, *work: Tensor) -> None:
+        plane_weight(packed, scale, zero_point, bits, out, *work)
         sizes.append(out.numel())
 
     plane_weight = planes.plane_weight

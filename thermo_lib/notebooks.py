@@ -37,7 +37,8 @@ def reproducible() -> None:
     os.environ.update(_PORTABLE)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it, and to fill it takes a tenth of the time
+    # Nothing reads it, and to fill it takes a tenth of the time.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def processor() -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 _ROWS = 512  # of a weight that are dequantized at a time on a CPU
-_NUMBERS = 2**21  # the same uncompiled, which goes over them several times
+_NUMBERS = 2**22  # the same uncompiled, which goes over them several times
 _ROWS_ON_GPU = 2**14  # there a launch costs more than a trip to memory
 
 
@@ -27,7 +27,13 @@ def width(in_features: int, bits: int, group_size: int) -> int:
 
 
 def plane_weight(
-    packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor, dense: Tensor | None = None
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out: Tensor,
+    codes: Tensor | None = None,
+    dense: Tensor | None = None,
 ) -> None:
     """``(codes - zero_point) * scale`` of some rows, computed in float32.
 
@@ -36,12 +42,13 @@ def plane_weight(
         scale, zero_point: float32 ``(rows, groups)``.
         bits: of a code.
         out: takes the result, ``(rows, in_features)``.
-        dense: float32 of the same shape, overwritten: for many calls, since new memory takes as long as the work.
+        codes, dense: uint8 ``(8 / bits, *packed.shape)`` and float32 ``out.shape``, overwritten: for many calls, since
+            new memory takes as long as the work.
     """
     if dense is None:
         dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=out.device)[:, None, None]
-    codes = packed >> shifts  # plane by plane for all groups, so that each pass is over long rows
+    codes = torch.bitwise_right_shift(packed, shifts, out=codes)  # plane by plane, so that each pass is over long rows
     codes &= 2**bits - 1
     grouped = dense.view(*scale.shape, -1)
     grouped.unflatten(-1, (8 // bits, -1)).permute(2, 0, 1, 3).copy_(codes.view(8 // bits, *scale.shape, -1))
@@ -149,10 +156,13 @@ def linear(
     rows = max(1, min(most, len(packed)))
     weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
     dequantize = _native_weight if native else _fused_weight if compiled else plane_weight
-    work = [] if compiled else [torch.empty(weight.shape, device=x.device)]
+    work = []
+    if not compiled:
+        codes = torch.empty((8 // bits, rows, packed.shape[1]), dtype=torch.uint8, device=x.device)
+        work = [codes, torch.empty(weight.shape, device=x.device)]
 
     def product(*some: Tensor) -> Tensor:
-        dense, *rest = (tensor[: len(some[0])] for tensor in (weight, *work))
+        dense, *rest = (tensor[..., : len(some[0]), :] for tensor in (weight, *work))
         dequantize(*some, bits, dense, *rest)
         return F.linear(x, dense)
 
