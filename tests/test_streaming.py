@@ -347,7 +347,15 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
 
     @pytest.mark.parametrize(
         "named",
-        ["quant.damping", "trellis", "number of threads", "tokenizer.json", "chat_template.jinja", "format version"],
+        [
+            "quant.damping",
+            "trellis",
+            "number of threads",
+            "torch version",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "format version",
+        ],
     )
     def test_whatever_else_the_result_depends_on_is_refused_by_its_name(
         self,
@@ -367,6 +375,8 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
             override({"quant.damping": 0.5} if named == "quant.damping" else {"trellis.beam": 3})
         elif named == "number of threads":
             monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+        elif named == "torch version":
+            monkeypatch.setattr(torch, "__version__", "1.0.0")
         elif named == "format version":
             monkeypatch.setattr(ThermoConfig, "format_version", 1000)
         elif named == "tokenizer.json":

@@ -312,10 +312,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # neither UTF-8 nor JSON, a number of thousands of digits, or too deep
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of thousands of digits, or too deep
         raise ValueError(f"{path}: found invalid JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: found a {type(content).__name__}, expected an object")

@@ -23,7 +23,7 @@ from transformers.quantizers.auto import (
 
 from thermo_lib.architectures import ARCHITECTURES, MaskPredictor, tensor_name
 from thermo_lib.config import ThermoConfig
-from thermo_lib.models import check_finite, check_shapes, open_safetensors, stored_names
+from thermo_lib.models import CONVERT, check_finite, check_shapes, open_safetensors, stored_names
 from thermo_lib.quantized_model import (
     QuantizedLM,
     check_types,
@@ -57,9 +57,7 @@ def _inside(files: Sequence[str] | None, folder: str) -> tuple[Path, list[Path]]
         if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
             raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {root}")
         if path.suffix != ".safetensors":
-            how = "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
-            found = f"found {path.name} in {root}, allowed are safetensors"
-            raise ValueError(f"model: {found}; convert it, on a machine where you trust it: {how}")
+            raise ValueError(f"model: found {path.name} in {root}, allowed are safetensors; {CONVERT}")
     return root, paths
 
 

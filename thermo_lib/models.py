@@ -40,7 +40,7 @@ HEAD = "lm_head.weight"
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
 FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-_CONVERT = (
+CONVERT = (
     "pickled weights are never read; on a machine where you trust them: "
     f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), '{WEIGHTS_NAME}', metadata={{'format': 'pt'}})"
 )
@@ -155,7 +155,7 @@ def weight_files(folder: Path) -> list[Path]:
         return _shards(index)
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
-    raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{_CONVERT}")
+    raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{CONVERT}")
 
 
 def _shards(index: Path) -> list[Path]:

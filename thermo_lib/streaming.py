@@ -395,6 +395,7 @@ def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) ->
         run["calibration"] = [digest(calibration.tensors()), calibration.timesteps, calibration.source]
         run |= {key: default(key) for key in ("quant.damping", "quant.ridge", "trellis")}
         run["number of threads"] = torch.get_num_threads()  # sums are added up in another order
+        run["torch version"] = str(torch.__version__)
     for path in [folder / "config.json", *(folder / name for name in _TOKENIZER_FILES)]:
         if path.is_file():
             run[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
