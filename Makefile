@@ -25,6 +25,8 @@ export DVC_NO_ANALYTICS := 1
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
+# Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
+KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
 # Before a command: what it starts by name (papermill, python, a kernel) is that of .venv.
 IN_VENV = PATH="$$(pwd)/.venv/bin:$$PATH"
 PIP_MODULE = -m pip --disable-pip-version-check --no-input
@@ -41,25 +43,24 @@ help:
 	@echo "Each of the first five makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
-	$(IN_VENV) .venv/bin/dvc repro
+	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
 
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
 	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/test_notebooks.py
-	$(IN_VENV) $(PYTEST) --nbval --nbval-current-env notebooks/executed
+	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env notebooks/executed
 	$(IN_VENV) $(PYTEST) tests/test_notebooks.py
 
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
 
 # What the report has already is kept, and a run that was stopped goes on. For a new one delete artifacts/peers and
-# reports/peers.json. The last command keeps freed memory: HQQ spends most of its time on it otherwise.
+# reports/peers.json. Without KEEP_MEMORY HQQ spends most of its time on memory.
 peers: .venv/.stamp .venv-peers/.stamp
 	.venv-peers/bin/python -m thermo_lib.peers.quantize
 	.venv/bin/python -m thermo_lib.peers
-	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000 MALLOC_TOP_PAD_=1000000000 \
-		.venv-peers/bin/python -m thermo_lib.peers.full_size
+	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.peers.full_size
 
 # Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp

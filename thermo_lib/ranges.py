@@ -103,7 +103,8 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         return _spanning(low * low_share, high * high_share, bits)
 
     def error(low_share: Tensor, high_share: Tensor) -> float:
-        return float((fake_quantize(values, *parameters(low_share, high_share), bits) - values).square().mean())
+        quantized = fake_quantize(values, *parameters(low_share, high_share), bits)
+        return float(quantized.sub_(values).square_().mean())
 
     both = min(shares, key=lambda share: error(share, share))
     low_share = high_share = both
@@ -173,7 +174,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
         for number, (a, b) in enumerate((a, b) for a in shares for b in shares):
             scale, zero = _spanning(low * a, high * b, bits)
             for t, x in enumerate(steps):
-                error[t, number] = (fake_quantize(x, scale, zero, bits) - x).square().sum()
+                error[t, number] = fake_quantize(x, scale, zero, bits).sub_(x).square_().sum()
         error /= torch.stack([x.double().square().sum() for x in steps])[:, None]
         until = torch.cat([torch.zeros_like(error[:1]), error.cumsum(0)])
         for start in range(timesteps):
