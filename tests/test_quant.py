@@ -216,6 +216,14 @@ class TestRounding:
             )
             assert found < share * best
 
+    def test_wide_groups_that_min_max_holds_exactly_stay_exact_among_others(self) -> None:
+        weight = weights(64, 256, 0)
+        weight[::3] = (torch.randint(0, 4, weight[::3].shape, generator=torch.Generator().manual_seed(0)) - 1) / 16
+        found = least_squares(weight, 2, 128).dequantize()
+        assert found[::3].equal(weight[::3])
+        alone = least_squares(weight[1::3], 2, 128).dequantize()
+        assert found[1::3].equal(alone)
+
     def test_least_squares_is_much_better_at_two_bits(self) -> None:
         # A normal distribution on four equally spaced levels: 0.119 of the variance at best (Max, 1960); min-max
         # of 128 values spans about 5.5 deviations, so its error is about (5.5 / 3)^2 / 12 = 0.28.

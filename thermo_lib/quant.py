@@ -177,7 +177,8 @@ def least_squares_parameters(weight: Tensor, bits: int, iterations: int = 8) -> 
 
 _SHRINK = {2: 0.65, 4: 0.9, 8: 1.0}  # of the range, to start from
 _STEPS = (1.5, 1.5, 1.0)  # as multiples of an alternation's: two that go further save another
-_USUAL = {2: (0.08, 0.14)}  # squared error of a group with 4 levels, as a share of its variance
+_USUAL = 0.08, 0.14  # squared error of a wide group at 2 bits, as a share of its variance
+_WIDE = 128
 
 
 def _round(weight: Tensor, bits: int, codes: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +192,8 @@ def _fit(weight: Tensor, bits: int, codes: Tensor, centered: Tensor, work: Tenso
     """Parameters of each row for least squared error, over twenty times as fast as ``least_squares_parameters``.
 
     A few of its alternations from a single start, the range shrunk towards the mean as it ends best at that precision.
-    Min-max parameters take the place of these where they are better; at 2 bits, where that is rare, only rows with an
-    error that isn't a usual one are looked at.
+    Min-max parameters take the place of these where they are better. At 2 bits in wide groups that is rare, so there
+    only rows with an error that isn't a usual one are looked at.
 
     Args:
         weight: float32 ``(rows, group)``.
@@ -219,11 +220,11 @@ def _fit(weight: Tensor, bits: int, codes: Tensor, centered: Tensor, work: Tenso
         level = torch.lerp(level, mean_code, step)
     fitted = storable(scale, level - mean / scale)
     _encode(weight, *fitted, bits, codes)
-    if bits not in _USUAL:
+    if bits > 2 or weight.shape[1] < _WIDE:
         return _better_of(fitted, weight, bits, codes, centered, work)
     error = 1 - covariance.square() / (variance * _squares(centered))
-    least, most = _USUAL[bits]
-    rows = (~((error > least) & (error < most))).flatten().nonzero().flatten()
+    least, most = _USUAL
+    rows = (~((error > least) & (error < most))).flatten().nonzero().flatten()  # NaN, of equal weights, isn't usual
     found = codes[rows]
     better = _better_of([p[rows] for p in fitted], weight[rows], bits, found, centered[: len(rows)], work[: len(rows)])
     codes[rows] = found
@@ -244,7 +245,7 @@ def _better_of(
     errors = []
     for (scale, zero_point), found in ((fitted, codes), (spanned, other)):
         difference = torch.sub(found, zero_point.float(), out=work).mul_(scale.float()).sub_(weight)
-        errors.append(_squares(difference))
+        errors.append(torch.linalg.vector_norm(difference, dim=1, keepdim=True))
     better = ~(errors[0] <= errors[1])
     rows = better.flatten().nonzero().flatten()
     codes[rows] = other[rows]
@@ -280,6 +281,7 @@ def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tupl
     codes = torch.empty(groups.shape, dtype=torch.uint8)
     scale, zero_point = (torch.empty((len(groups), 1), dtype=torch.float16) for _ in range(2))
     step = min(max(1, _AT_A_TIME // groups.shape[1]), len(groups))
+    # Five rows apart: buffers whose distance is a power of two get in each other's way in the processor's cache.
     buffers = torch.empty((4, step + 5, groups.shape[1]))
     for start in range(0, len(groups), step):
         rows = slice(start, start + step)
