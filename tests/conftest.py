@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,9 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from thermo_lib import data, params
 from thermo_lib.calibration import Calibration, calibrate
@@ -111,3 +115,17 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
         return {f"{split}.py": "".join(f"def {split}_{i}(x):\n    return x + {i}\n" for i in range(60))}
 
     monkeypatch.setattr(data, "load_corpus", load)
+
+
+class _OneDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [x for x in tree_leaves((args, kwargs or {})) if isinstance(x, Tensor) and x.ndim]
+        devices = {tensor.device.type for tensor in tensors}
+        assert len(devices) < 2, f"{func} of tensors on {devices}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def one_device() -> AbstractContextManager[None]:
+    """Refuses tensors of several devices in one operation, as a GPU would; numbers may come from anywhere."""
+    return _OneDevice()

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -79,6 +80,18 @@ def test_bias_is_added() -> None:
     without = layer(x)
     layer.bias = torch.arange(6).bfloat16()
     assert layer(x).equal(without + layer.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_is_computed_where_the_weight_is(
+    dtype: torch.dtype, one_device: AbstractContextManager[None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planes, "_NUMBERS", 3 * 32)
+    layer = layer_of(11, 2, 2, timesteps=2).to("meta")  # the device without numbers stands for a GPU
+    monkeypatch.setattr(layer, "_row", lambda table: 1)
+    with one_device:
+        product = layer(torch.empty(3, 32, dtype=dtype, device="meta"))
+    assert (product.shape, product.device.type, product.dtype) == ((3, 11), "meta", dtype)
 
 
 def test_only_a_block_of_the_weight_is_ever_dense(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +26,7 @@ from thermo_lib import (
 )
 from thermo_lib.calibration import States
 from thermo_lib.models import DiffusionLM, save_model
-from thermo_lib.quant import unpack
+from thermo_lib.quant import QuantizedLinear, unpack
 from thermo_lib.quantized_model import (
     QuantizedLM,
     input_hessians,
@@ -182,6 +183,31 @@ class TestQuantize:
         assert all(torch.equal(after[name], before[name]) for name in before)
         assert all(type(lm.model.get_submodule(name)) is nn.Linear for name in linear_names(lm.model))
         assert not any(module._forward_pre_hooks for module in lm.model.modules())
+
+    @pytest.mark.parametrize(
+        "changes", [*CONFIGURATIONS.values(), {"embedding_bits": 8}], ids=[*CONFIGURATIONS, "8-bit embeddings"]
+    )
+    def test_everything_is_computed_where_the_model_is(
+        self,
+        quantized: Quantize,
+        random_ids: RandomIds,
+        one_device: AbstractContextManager[None],
+        monkeypatch: pytest.MonkeyPatch,
+        changes: dict[str, Any],
+    ) -> None:
+        # The device without numbers stands for a GPU.
+        lm = copy.deepcopy(quantized(**changes))
+        lm.set_timestep(TIMESTEPS - 1, TIMESTEPS)
+        layers = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
+        tables = {layer: {name: layer._row(name) for name in ("weight_row", "activation_row")} for layer in layers}
+        monkeypatch.setattr(QuantizedLinear, "_row", lambda layer, table: tables[layer][table])
+        ids = random_ids(2, 10, seed=5).to("meta")
+        for dtype in (torch.float32, torch.bfloat16):
+            model = lm.model.to(device="meta", dtype=dtype)
+            with one_device:
+                logits = model(ids, attention_mask=ids != 0)
+            assert logits.shape[:2] == ids.shape
+            assert (logits.device.type, logits.dtype) == ("meta", dtype)
 
     @every_configuration
     def test_equal_inputs_give_equal_models(
