@@ -82,12 +82,42 @@ def changed_copy(path: Path) -> tuple[NotebookNode, int]:
     raise AssertionError(f"{path.name} prints no number")
 
 
-def failing_cells(folder: Path) -> dict[str, list[int]]:
-    """Which cells of each notebook in a folder fail in nbval, compared as the project's notebooks are."""
+STORED = "path KL  23.57  0.357..0.404  16 of 17\n-------  met\n"
+PRINTED = {  # and whether it agrees with what is stored, on another processor
+    STORED: True,
+    "path KL   23.6  0.4..0.4  16 of 17\n-----  met\n": True,
+    STORED.replace("23.57", "21.30"): True,
+    STORED.replace("23.57", "21.10"): False,
+    STORED.replace("0.357", "0.250"): False,
+    STORED.replace("0.357", "-0.357"): False,
+    STORED.replace("16", "15"): False,
+    STORED.replace("met", "not met"): False,
+    STORED.replace("..0.404", ""): False,
+}
+
+
+@pytest.fixture(scope="module")
+def changed() -> dict[str, tuple[NotebookNode, int]]:
+    return {path.stem: changed_copy(path) for path in sorted(EXECUTED.glob("*.ipynb"))}
+
+
+@pytest.fixture(scope="module")
+def failing(
+    changed: dict[str, tuple[NotebookNode, int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[int]]:
+    """Which cells of which notebook fail in nbval, all in one run, compared as the project's notebooks are."""
+    folder = tmp_path_factory.mktemp("nbval")
+    output = v4.new_output("stream", name="stdout", text=STORED)
+    cells = [v4.new_code_cell(f"print({text!r}, end='')", outputs=[output], execution_count=1) for text in PRINTED]
+    for name, model in (("this", processor()), ("another", "another")):
+        nbformat.write(v4.new_notebook(cells=cells, metadata={"processor": model}), folder / f"{name}.ipynb")
+    for name, (notebook, _) in changed.items():
+        notebook.metadata["processor"] = processor()  # where every character counts
+        nbformat.write(notebook, folder / f"{name}.ipynb")
     shutil.copy(ROOT / "notebooks" / "conftest.py", folder)
     results = folder / "results.xml"
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(folder)]
-    options = ["--nbval", "--nbval-current-env", f"--junitxml={results}", str(folder)]
+    options = ["--nbval", "--nbval-current-env", "-n", "2", "--dist", "loadfile", f"--junitxml={results}", str(folder)]
     run = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout
     failed: dict[str, list[int]] = {path.stem: [] for path in folder.glob("*.ipynb")}
@@ -98,35 +128,13 @@ def failing_cells(folder: Path) -> dict[str, list[int]]:
     return failed
 
 
-def test_nbval_fails_at_a_changed_number(tmp_path: Path) -> None:
+def test_nbval_fails_at_a_changed_number(
+    changed: dict[str, tuple[NotebookNode, int]], failing: dict[str, list[int]]
+) -> None:
     """One digit of one stored output is changed in each notebook: just that cell fails, everything before passes."""
-    expected = {}
-    for path in sorted(EXECUTED.glob("*.ipynb")):
-        notebook, number = changed_copy(path)
-        notebook.metadata["processor"] = processor()  # where every character counts
-        nbformat.write(notebook, tmp_path / path.name)
-        expected[path.stem] = [number]
-    assert failing_cells(tmp_path) == expected
+    assert {name: failing[name] for name in changed} == {name: [number] for name, (_, number) in changed.items()}
 
 
-def test_on_another_processor_numbers_may_differ_by_little_and_nothing_else(tmp_path: Path) -> None:
-    stored = "path KL  23.57  0.357..0.404  16 of 17\n-------  met\n"
-    printed = {
-        stored: True,
-        "path KL   23.6  0.4..0.4  16 of 17\n-----  met\n": True,
-        stored.replace("23.57", "21.30"): True,
-        stored.replace("23.57", "21.10"): False,
-        stored.replace("0.357", "0.250"): False,
-        stored.replace("0.357", "-0.357"): False,
-        stored.replace("16", "15"): False,
-        stored.replace("met", "not met"): False,
-        stored.replace("..0.404", ""): False,
-    }
-    output = v4.new_output("stream", name="stdout", text=stored)
-    cells = [v4.new_code_cell(f"print({text!r}, end='')", outputs=[output], execution_count=1) for text in printed]
-    nbformat.write(v4.new_notebook(cells=cells, metadata={"processor": "another"}), tmp_path / "another.ipynb")
-    nbformat.write(v4.new_notebook(cells=cells, metadata={"processor": processor()}), tmp_path / "this.ipynb")
-    assert failing_cells(tmp_path) == {
-        "another": [number for number, agrees in enumerate(printed.values()) if not agrees],
-        "this": list(range(1, len(printed))),
-    }
+def test_on_another_processor_numbers_may_differ_by_little_and_nothing_else(failing: dict[str, list[int]]) -> None:
+    assert failing["another"] == [number for number, agrees in enumerate(PRINTED.values()) if not agrees]
+    assert failing["this"] == list(range(1, len(PRINTED)))
