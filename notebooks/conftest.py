@@ -13,23 +13,24 @@ from thermo_lib.notebooks import processor
 _NUMBER = re.compile(r"[-+]?\d+\.\d+")
 
 
+def _words(text: str) -> list[str]:
+    """All but the numbers, without what a column's width changes."""
+    return re.sub(r"-{2,}", "--", _NUMBER.sub(" # ", text)).split()
+
+
 class Roughly(str):
     """A text that equals another one if only its numbers differ, and these by little."""
 
     __hash__ = None
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, str) or self._words() != Roughly._words(other):
+        if not isinstance(other, str) or _words(self) != _words(other):
             return False
         pairs = zip(*([float(number) for number in _NUMBER.findall(text)] for text in (self, other)), strict=True)
         return all(abs(a - b) <= 0.1 * max(1, abs(a), abs(b)) for a, b in pairs)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
-
-    def _words(self: str) -> list[str]:
-        """All but the numbers, without what a column's width changes."""
-        return re.sub(r"-{2,}", "--", _NUMBER.sub(" # ", self)).split()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
