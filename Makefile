@@ -48,9 +48,9 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/test_notebooks.py
+	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/project/test_notebooks.py
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env notebooks/executed
-	$(IN_VENV) $(PYTEST) tests/test_notebooks.py
+	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
 
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
@@ -58,9 +58,9 @@ lab: .venv/.stamp
 # What the report has already is kept, and a run that was stopped goes on. For a new one delete artifacts/peers and
 # reports/peers.json. Without KEEP_MEMORY HQQ spends most of its time on memory.
 peers: .venv/.stamp .venv-peers/.stamp
-	.venv-peers/bin/python -m thermo_lib.peers.quantize
-	.venv/bin/python -m thermo_lib.peers
-	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.peers.full_size
+	.venv-peers/bin/python -m thermo_lib.studies.peers.quantize
+	.venv/bin/python -m thermo_lib.studies.peers
+	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.full_size
 
 # Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp
@@ -88,14 +88,14 @@ check-platform:
 	$(PIP) install -qq --progress-bar off --use-pep517 -r requirements.lock
 	@touch $@
 
-.venv/.stamp: requirements.lock pyproject.toml $(wildcard thermo_lib/lm_eval_plugin/*) .venv/.packages | check-platform
+.venv/.stamp: requirements.lock pyproject.toml $(wildcard thermo_lib/integrations/lm_eval_plugin/*) .venv/.packages | check-platform
 	@rm -f $@
 	$(PIP) install -qq --progress-bar off --no-deps --no-build-isolation -e .
 	$(PIP) check
 	@touch $@
 
 # Some peers are built from source here, with the compilers of the machine.
-.venv-peers/.stamp: thermo_lib/peers/requirements.lock | check-platform
+.venv-peers/.stamp: thermo_lib/studies/peers/requirements.lock | check-platform
 	@echo "Setting up .venv-peers: this takes ten minutes and 2 GB of disk."
 	@rm -f $@
 	"$(PYTHON)" -m venv --clear .venv-peers

@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from thermo_lib import data, params
-from thermo_lib.calibration import Calibration, calibrate
-from thermo_lib.models import DiffusionLM, build_reference
+from thermo_lib import params
+from thermo_lib.data import corpus
+from thermo_lib.data.corpus import train_tokenizer
+from thermo_lib.data.puzzles import MASK, SPECIAL_TOKENS
+from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.models.lm import DiffusionLM, build_reference
 
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -40,7 +43,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
     """About 290 tokens: the special ones, the bytes and a few merges."""
-    return data.train_tokenizer(iter(TEXTS), 300)
+    return train_tokenizer(iter(TEXTS), 300)
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +51,7 @@ def build_tiny(tokenizer: Tokenizer) -> Callable[[int], DiffusionLM]:
     """Builds a model with two layers of width 32 from a seed; its weights are large, so that its logits differ."""
 
     def build(seed: int = 0) -> DiffusionLM:
-        mask_token_id = tokenizer.token_to_id(data.MASK)
+        mask_token_id = tokenizer.token_to_id(MASK)
         model = build_reference(tokenizer.get_vocab_size(), mask_token_id, SIZES, seed).eval().requires_grad_(False)
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
@@ -73,7 +76,7 @@ def random_ids(tokenizer: Tokenizer) -> Callable[..., torch.Tensor]:
 
     def make(*shape: int, seed: int = 0) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return torch.randint(len(data.SPECIAL_TOKENS), tokenizer.get_vocab_size(), shape, generator=generator)
+        return torch.randint(len(SPECIAL_TOKENS), tokenizer.get_vocab_size(), shape, generator=generator)
 
     return make
 
@@ -114,7 +117,7 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(split: str, packages: Mapping[str, str] | None = None) -> dict[str, str]:
         return {f"{split}.py": "".join(f"def {split}_{i}(x):\n    return x + {i}\n" for i in range(60))}
 
-    monkeypatch.setattr(data, "load_corpus", load)
+    monkeypatch.setattr(corpus, "load_corpus", load)
 
 
 class _OneDevice(TorchDispatchMode):

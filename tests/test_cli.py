@@ -24,14 +24,15 @@ from thermo_lib import (
     load_quantized,
     params,
     quantize,
-    study,
 )
 from thermo_lib import __main__ as command_line
-from thermo_lib.evaluation import Evaluation, PuzzleResult, summarize
-from thermo_lib.models import DiffusionLM, save_model
+from thermo_lib.diffusion.path_kl import PathKL
+from thermo_lib.evaluation.scores import Evaluation, PuzzleResult, summarize
+from thermo_lib.models.lm import DiffusionLM, save_model
 from thermo_lib.params import default
-from thermo_lib.streaming import calibration_states
-from thermo_lib.transition import PathKL
+from thermo_lib.pipeline.streaming import calibration_states
+from thermo_lib.studies import grid
+from thermo_lib.studies import smoothing as study
 
 TINY_PARAMS = {
     "data.sequence_length": 24,
@@ -467,6 +468,6 @@ class TestStudy:
         first = Path("grid.json").read_bytes()
         rows = json.loads(first)["rows"]
         assert {row["point"]["activation_bits"] for row in rows} == {4, 8}
-        monkeypatch.setattr(study, "score", lambda *_: pytest.fail("a point was measured again"))
+        monkeypatch.setattr(grid, "score", lambda *_: pytest.fail("a point was measured again"))
         assert run("study", "--axes", "reduced", "--output", "grid.json")[0] == 0
         assert Path("grid.json").read_bytes() == first

@@ -19,29 +19,33 @@ import transformers
 import yaml
 from tqdm import tqdm
 
-from thermo_lib import report
-from thermo_lib.calibration import calibrate
-from thermo_lib.config import ThermoConfig
-from thermo_lib.diffusion import SAMPLERS, generate
-from thermo_lib.evaluation import (
-    build_suite,
+from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.diffusion.states import calibrate
+from thermo_lib.evaluation import report
+from thermo_lib.evaluation.scores import build_suite, evaluate, summarize
+from thermo_lib.evaluation.smoothing import (
     check_comparable,
     compare_smoothing,
-    evaluate,
     identity_target,
     overhead_targets,
     same_outputs,
     smoothing_overhead,
-    summarize,
 )
-from thermo_lib.layerwise import check_layerwise
-from thermo_lib.models import DiffusionLM, load_model, model_folder, output_folder, weight_files
+from thermo_lib.files.folders import output_folder
+from thermo_lib.files.tensors import weight_files
+from thermo_lib.files.text import write_json, write_text
+from thermo_lib.models.lm import DiffusionLM, load_model, model_folder
 from thermo_lib.notebooks import reproducible, tidy
 from thermo_lib.params import default
-from thermo_lib.quantized_model import is_quantized, load_any, quantize, resmooth, save_quantized
-from thermo_lib.streaming import calibration_states, quantize_checkpoint
-from thermo_lib.study import COLUMNS, Grid, configuration, point, slices, summary
-from thermo_lib.time_aware import METHODS, WINDOWED
+from thermo_lib.pipeline.activations import resmooth
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.layerwise import check_layerwise
+from thermo_lib.pipeline.quantize import quantize
+from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
+from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
+from thermo_lib.studies.grid import Grid, configuration, point
+from thermo_lib.studies.smoothing import COLUMNS, slices, summary
+from thermo_lib.time_aware.smoothing import METHODS, WINDOWED
 
 _WITHOUT_DATA = {"quantizer": "least_squares", "activation_bits": 16, "num_time_groups": 1}
 
@@ -254,7 +258,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     suite = build_suite(reference, timesteps=arguments.timesteps, progress=True)
     row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))
     if arguments.output is not None:
-        report.write_json(arguments.output, row)
+        write_json(arguments.output, row)
     print(report.table([row]))
 
 
@@ -290,9 +294,9 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         targets += overhead_targets(timings, config, methods[0])
         bar.update()
     content = report.build_report(arguments.model, full_precision, rows, targets)
-    report.write_json(arguments.output / "report.json", content)
-    report.write_json(arguments.output / "timings.json", timings)
-    report.write_text(arguments.output / "report.txt", report.report_text(content))
+    write_json(arguments.output / "report.json", content)
+    write_json(arguments.output / "timings.json", timings)
+    write_text(arguments.output / "report.txt", report.report_text(content))
     print(report.report_text(content))
 
 

@@ -1,0 +1,578 @@
+"""Evaluation: scores against slow direct computations, paired statistics, and verdicts on targets."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from thermo_lib import Calibration, ThermoConfig, build_suite, evaluate, evaluate_jsonl, quantize, validate
+from thermo_lib.data import corpus
+from thermo_lib.data.puzzles import SUDOKU, TASKS, Puzzle, encode_puzzles, held_out, make_puzzles
+from thermo_lib.diffusion.path_kl import PathKL, reference_logits
+from thermo_lib.diffusion.states import States, forward_states, trajectory_states
+from thermo_lib.evaluation import statistics
+from thermo_lib.evaluation.scores import (
+    Evaluation,
+    PuzzleResult,
+    Suite,
+    accuracy_interval,
+    context_free_scores,
+    masked_token_scores,
+    path_kl_difference,
+    path_kl_interval,
+    puzzles_under_bound,
+    relative_accuracy_gain,
+    solve_puzzles,
+    summarize,
+)
+from thermo_lib.evaluation.smoothing import (
+    compare_smoothing,
+    denoise_once,
+    identity_target,
+    overhead_targets,
+    same_outputs,
+    smoothing_overhead,
+    smoothing_targets,
+)
+from thermo_lib.evaluation.statistics import interval, paired_ratio, verdict
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.pipeline.activations import resmooth
+from thermo_lib.pipeline.model import QuantizedLM
+
+TIMESTEPS = 6
+MPMATH = {"mpmath": default("data.packages")["mpmath"]}
+RandomIds = Callable[..., Tensor]
+Override = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class FixedLM:
+    """A model whose logits at each row and position are given."""
+
+    table: Tensor
+    tokenizer: Tokenizer | None = None
+    mask_token_id: int = 0
+    name: str = "fixed"
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Nothing depends on the timestep."""
+
+    def logits(self, ids: Tensor, at: Tensor) -> Tensor:
+        """As ``DiffusionLM.logits``: the mask token gets no probability."""
+        rows = self.table.expand(len(ids), ids.shape[1], -1)[at].clone()
+        rows[:, self.mask_token_id] = -1e30
+        return rows
+
+
+def exact_states(length: int, vocabulary: int) -> States:
+    """One sequence at each of ``length`` timesteps, with exactly the scheduled number of masks."""
+    clean = (torch.arange(length) % (vocabulary - 1) + 1).repeat(length, 1)
+    is_masked = torch.arange(length) < length - torch.arange(length)[:, None]
+    return States(torch.where(is_masked, 0, clean), is_masked, torch.arange(length), clean)
+
+
+def evaluation_of(correct: list[list[float]], masked: list[list[float]], path: list[list[float]]) -> Evaluation:
+    """An evaluation with given counts and path KL."""
+    tensors = [torch.tensor(values, dtype=torch.float64) for values in (correct, masked, path)]
+    return Evaluation(
+        correct=tensors[0],
+        masked=tensors[1],
+        nll=tensors[1],
+        length=10,
+        path=PathKL(tensors[2], torch.ones_like(tensors[2])),
+        puzzles=PuzzleResult(["x"], [True]),
+    )
+
+
+@pytest.fixture(scope="module")
+def suite(tiny: DiffusionLM) -> Suite:
+    """Six sequences that the tiny model wrote itself, on six timesteps, and two puzzles."""
+    start = torch.full((6, 16), tiny.mask_token_id)
+    trajectories = trajectory_states(tiny, start, None, TIMESTEPS, seed=1)
+    return Suite(
+        reference=tiny,
+        held_out=forward_states(trajectories.clean[:6], None, TIMESTEPS, tiny.mask_token_id, seed=0),
+        trajectories=trajectories,
+        reference_outputs=reference_logits(tiny, trajectories, TIMESTEPS),
+        puzzles=make_puzzles("sudoku", 2, 0, test=True),
+        timesteps=TIMESTEPS,
+    )
+
+
+@pytest.fixture(scope="module")
+def unsmoothed(tiny: DiffusionLM, calibration: Calibration) -> QuantizedLM:
+    """Eight-bit weights, four-bit activations in three time groups without smoothing."""
+    config = ThermoConfig(
+        bit_width=8,
+        quantizer="rtn",
+        group_size=20,
+        activation_bits=4,
+        activation_ranges="static",
+        timesteps=TIMESTEPS,
+        num_time_groups=3,
+        enable_boundary_smoothing=False,
+        smoothing_window=1,
+    )
+    return quantize(tiny, config, calibration)
+
+
+class TestScores:
+    """Accuracy and NELBO of masked tokens."""
+
+    def test_they_are_those_of_a_slow_computation(self, tiny: DiffusionLM, suite: Suite) -> None:
+        states = suite.held_out
+        correct, masked, nll = masked_token_scores(tiny, states, TIMESTEPS, batch_size=4)
+        expected = torch.zeros(3, 6, TIMESTEPS, dtype=torch.float64)
+        for row in range(len(states.ids)):
+            timestep, sequence = divmod(row, 6)
+            logits = tiny.model(states.ids[row : row + 1])[0].double()
+            logits[:, tiny.mask_token_id] = -torch.inf
+            for position in range(16):
+                if states.ids[row, position] != tiny.mask_token_id:
+                    continue
+                truth = int(states.clean[row, position])
+                log_probability = logits[position, truth] - logits[position].logsumexp(0)
+                hit = float(logits[position].argmax() == truth)
+                expected[:, sequence, timestep] += torch.tensor([hit, 1.0, -log_probability])
+        torch.testing.assert_close(torch.stack([correct, masked, nll]), expected, rtol=1e-4, atol=1e-4)
+        assert 0 < correct.sum() < masked.sum()
+
+    def test_accuracy_and_nelbo_are_the_documented_means(self, tiny: DiffusionLM, suite: Suite) -> None:
+        result = evaluate(tiny, suite)
+        correct, masked, nll = masked_token_scores(tiny, suite.held_out, TIMESTEPS)
+        shares = [float(correct[:, i].sum() / masked[:, i].sum()) for i in range(TIMESTEPS)]
+        assert result.accuracy_per_timestep.tolist() == pytest.approx(shares)
+        assert result.accuracy == pytest.approx(sum(shares) / TIMESTEPS)
+        # rho_i = 1 / (T - i); 6 sequences of 16 tokens.
+        nelbo = sum(float(nll[:, i].sum()) / (TIMESTEPS - i) for i in range(TIMESTEPS)) / 6 / 16
+        assert result.nelbo == pytest.approx(nelbo)
+
+    def test_the_reference_has_no_divergence_from_itself(self, tiny: DiffusionLM, suite: Suite) -> None:
+        result = evaluate(tiny, suite)
+        assert result.path.total == 0
+        assert result.path.mean_cosine == pytest.approx(1, abs=1e-6)
+
+    @given(length=st.integers(1, 12), vocabulary=st.integers(3, 50))
+    def test_a_uniform_model_has_the_nelbo_of_a_uniform_guess(self, length: int, vocabulary: int) -> None:
+        # With exactly t_i n masked tokens at timestep i the NELBO is sum_i rho_i t_i ln(V - 1) = ln(V - 1): a masked
+        # position never is a mask token, so one of V - 1 is guessed.
+        states = exact_states(length, vocabulary)
+        _, masked, nll = masked_token_scores(FixedLM(torch.zeros(1, 1, vocabulary)), states, length)
+        assert masked.tolist() == [[length - i for i in range(length)]]
+        result = replace(evaluation_of([[0]], [[1]], [[0]]), nll=nll, length=length)
+        assert result.nelbo == pytest.approx(math.log(vocabulary - 1), rel=1e-6)
+
+    def test_a_model_that_knows_the_text_is_right_everywhere(self) -> None:
+        states = exact_states(5, 7)
+        known = torch.nn.functional.one_hot(states.clean[0], 7).float()[None] * 50
+        correct, masked, nll = masked_token_scores(FixedLM(known), states, 5)
+        assert torch.equal(correct, masked)
+        assert nll.abs().max() < 1e-6
+
+
+class TestContextFree:
+    """Baselines without context, worked out by hand.
+
+    Counts 0, 3, 1, 0 plus one each: probabilities 1/8, 4/8, 2/8, 1/8. The text is 1 1 2 3; the first of two timesteps
+    masks all of it, the second the first and third token. rho is 1/2 and 1.
+    """
+
+    CLEAN = torch.tensor([[1, 1, 2, 3], [1, 1, 2, 3]])
+    MASKED = torch.tensor([[True, True, True, True], [True, False, True, False]])
+    STATES = States(torch.where(MASKED, 0, CLEAN), MASKED, torch.tensor([0, 1]), CLEAN)
+    COUNTS = torch.tensor([0, 3, 1, 0])
+
+    def test_unigram(self) -> None:
+        # Surprise in bits: 1 + 1 + 2 + 3 = 7, then 1 + 2 = 3: (7/2 + 3) / 4 bits a token. It always guesses token 1:
+        # 2 of 4 and 1 of 2 are right.
+        accuracy, nelbo = context_free_scores(self.STATES, 2, self.COUNTS, copy=False)
+        assert accuracy == pytest.approx(0.5)
+        assert nelbo == pytest.approx((7 / 2 + 3) / 4 * math.log(2))
+
+    def test_copying(self) -> None:
+        # At the second timestep 1 and 3 are visible: half of (1, 4, 2, 1)/8 and half of (0, 4, 0, 4)/8 is
+        # (1, 8, 2, 5)/16: surprise 1 + 3 = 4 bits. At the first nothing is visible: the unigram model.
+        accuracy, nelbo = context_free_scores(self.STATES, 2, self.COUNTS, copy=True)
+        assert accuracy == pytest.approx(0.5)
+        assert nelbo == pytest.approx((7 / 2 + 4) / 4 * math.log(2))
+
+
+class TestIntervals:
+    """Bootstrap percentile intervals, paired over sequences."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_an_interval_holds_the_value_and_is_the_same_again(self, seed: int, override: Override) -> None:
+        override({"evaluation.resamples": 200})
+        values = np.random.default_rng(seed).normal(size=30)
+        low, high = interval(lambda index: float(values[index].mean()), 30)
+        assert low < values.mean() < high
+        assert (low, high) == interval(lambda index: float(values[index].mean()), 30)
+        override({"evaluation.resamples": 200, "seed": 1})
+        assert (low, high) != interval(lambda index: float(values[index].mean()), 30)
+
+    def test_the_width_is_that_of_a_95_percent_interval(self) -> None:
+        # The mean of 400 values of variance 1 has a standard error of 1/20: 2 * 1.96 / 20 = 0.196.
+        values = np.random.default_rng(0).normal(size=400)
+        values = (values - values.mean()) / values.std()
+        low, high = interval(lambda index: float(values[index].mean()), 400)
+        assert high - low == pytest.approx(0.196, rel=0.1)
+
+    def test_intervals_of_accuracy_and_path_kl_hold_their_values(self, override: Override) -> None:
+        override({"evaluation.resamples": 200})
+        rng = np.random.default_rng(0)
+        masked = np.full((12, 4), 20.0)
+        result = evaluation_of(rng.integers(0, 20, (12, 4)).tolist(), masked.tolist(), rng.random((12, 4)).tolist())
+        low, high = accuracy_interval(result)
+        assert low < result.accuracy < high
+        low, high = path_kl_interval(result.path)
+        assert low < result.path.total < high
+
+    def test_equal_evaluations_differ_by_exactly_nothing(self, tiny: DiffusionLM, suite: Suite) -> None:
+        first, again = evaluate(tiny, suite), evaluate(tiny, suite)
+        assert relative_accuracy_gain(first, again) == (0.0, (0.0, 0.0))
+        assert path_kl_difference(first, again) == (0.0, (0.0, 0.0))
+
+    def test_a_gain_over_nothing_is_refused(self) -> None:
+        nothing = evaluation_of([[0.0]], [[10.0]], [[1.0]])
+        with pytest.raises(ValueError, match="baseline: found an accuracy of 0"):
+            relative_accuracy_gain(nothing, nothing)
+
+    def test_a_gain_is_relative_and_paired(self, override: Override) -> None:
+        # Every sequence has 6 of 10 right instead of 5 of 10: the gain is 20 % on any resample; its pairing removes
+        # the spread between sequences.
+        override({"evaluation.resamples": 200})
+        masked = [[10.0], [20.0], [40.0]]
+        before = evaluation_of([[5.0], [10.0], [20.0]], masked, [[1.0], [5.0], [9.0]])
+        after = evaluation_of([[6.0], [12.0], [24.0]], masked, [[0.5], [4.5], [8.5]])
+        value, ci = relative_accuracy_gain(after, before)
+        assert (value, *ci) == pytest.approx((0.2, 0.2, 0.2))
+        value, ci = path_kl_difference(after, before)
+        assert (value, *ci) == pytest.approx((-0.5, -0.5, -0.5))
+
+
+class TestVerdict:
+    """A target is met or not where the whole interval is on one side."""
+
+    @pytest.mark.parametrize(
+        ("ci", "at_least", "below"),
+        [
+            ((0.3, 0.4), "met", "not met"),
+            ((0.1, 0.15), "not met", "met"),
+            ((0.1, 0.3), "inconclusive", "inconclusive"),
+            ((0.2, 0.3), "met", "not met"),  # "at least" includes the target, "below" doesn't
+            ((0.1, 0.2), "inconclusive", "inconclusive"),
+            ((0.2, 0.2), "met", "not met"),
+            ((0.1, 0.1), "not met", "met"),
+        ],
+    )
+    def test_both_directions(self, ci: tuple[float, float], at_least: str, below: str) -> None:
+        assert verdict(ci, 0.2, at_least=True) == at_least
+        assert verdict(ci, 0.2, at_least=False) == below
+
+    @given(ends=st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted), target=st.floats(-1, 1))
+    def test_the_directions_exclude_each_other(self, ends: list[float], target: float) -> None:
+        opposite = {"met": "not met", "not met": "met", "inconclusive": "inconclusive"}
+        ci = (ends[0], ends[1])
+        assert verdict(ci, target, at_least=False) == opposite[verdict(ci, target, at_least=True)]
+
+    @pytest.mark.parametrize("ci", [(0.3, 0.1), (math.nan, 0.1), (0.1, math.nan)])
+    def test_what_is_no_interval_is_refused(self, ci: tuple[float, float]) -> None:
+        with pytest.raises(ValueError, match="expected low <= high"):
+            verdict(ci, 0.2, at_least=True)
+
+
+def oracle(puzzles: list[Puzzle], tokenizer: Tokenizer) -> FixedLM:
+    """A model that writes the outputs of these puzzles, in their order."""
+    ids, _ = encode_puzzles(puzzles, tokenizer, default("data.task_length"))
+    table = torch.nn.functional.one_hot(ids, tokenizer.get_vocab_size()).float() * 50
+    return FixedLM(table, tokenizer)
+
+
+class TestPuzzles:
+    """Answers are generated and checked, from the project's puzzles or a file."""
+
+    def test_right_answers_count_and_wrong_ones_do_not(self, tokenizer: Tokenizer) -> None:
+        puzzles = [p for task in TASKS for p in make_puzzles(task, 3, 0, test=True)]
+        outputs = [p.output for p in puzzles]
+        outputs[1], outputs[4] = outputs[1][::-1] + "1", "1+1=3"
+        written = [replace(p, output=output) for p, output in zip(puzzles, outputs, strict=True)]
+        result = solve_puzzles(oracle(written, tokenizer), puzzles, timesteps=3)
+        assert result.answers == outputs
+        assert result.solved == [True, False, True, True, False, True]
+        assert result.accuracy == pytest.approx(4 / 6)
+
+    def test_a_file_of_puzzles_is_solved(self, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        puzzles = make_puzzles("countdown", 4, 0, test=True)
+        path = tmp_path / "puzzles.jsonl"
+        path.write_text("".join(json.dumps({"input": p.input}) + "\n" for p in puzzles), encoding="utf-8")
+        result = evaluate_jsonl(oracle(puzzles, tokenizer), path, "countdown")
+        assert result == PuzzleResult([p.output for p in puzzles], [True] * 4)
+
+    def test_path_kl_bounds_the_change_of_what_is_solved(self, tokenizer: Tokenizer) -> None:
+        puzzles = make_puzzles("sudoku", 30, 0, test=True)
+        sure = oracle(puzzles, tokenizer)
+        answer_tokens = float(encode_puzzles(puzzles, tokenizer, default("data.task_length"))[1].sum(1)[0])
+        assert puzzles_under_bound(sure, sure, puzzles, timesteps=1) == {
+            "path_kl": 0, "bound": 0, "solved_reference": 1, "solved": 1, "difference": 0
+        }  # fmt: skip
+        for logit in (14, 11):
+            found = puzzles_under_bound(sure, FixedLM(sure.table * logit / 50, tokenizer), puzzles, timesteps=1)
+            # The sure model gives its token all the probability, so each token's divergence is -log q(token).
+            others = tokenizer.get_vocab_size() - 2
+            expected = answer_tokens * math.log1p(others * math.exp(-logit))
+            assert found["path_kl"] == pytest.approx(expected, rel=1e-3)
+            assert found["bound"] == pytest.approx(math.sqrt(expected / 2), rel=1e-3)
+            assert found["difference"] == 1 - found["solved"] <= found["bound"]
+
+    def test_a_bad_file_is_named(self, tiny: DiffusionLM, tmp_path: Path) -> None:
+        path = tmp_path / "puzzles.jsonl"
+        path.write_text("{}\n", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"puzzles\.jsonl, line 1"):
+            evaluate_jsonl(tiny, path, "sudoku")
+
+
+class TestSuite:
+    """The inputs are the same for every model and have the sizes of params.yaml."""
+
+    def test_sizes_come_from_params_yaml(self, tiny: DiffusionLM, override: Override) -> None:
+        override(
+            {
+                "data.packages": MPMATH,
+                "data.sequence_length": 12,
+                "quant.timesteps": 3,
+                "evaluation.sequences": 5,
+                "evaluation.trajectories": 4,
+                "evaluation.sudoku": 2,
+            }
+        )
+        suite, again = build_suite(tiny), build_suite(tiny, timesteps=3)
+        assert suite.held_out.ids.shape == (5 * 3, 12)
+        assert suite.trajectories.ids.shape == (4 * 3, 12)
+        assert [p.task for p in suite.puzzles] == ["sudoku", "sudoku"]
+        assert all(held_out(p.input) for p in suite.puzzles)
+        assert suite.timesteps == 3
+        assert torch.equal(suite.held_out.ids, again.held_out.ids)
+        assert torch.equal(suite.trajectories.ids, again.trajectories.ids)
+        test_text = "".join(corpus.load_corpus("test").values())
+        assert all(tiny.tokenizer.decode(row.tolist()) in test_text for row in suite.held_out.clean)
+        assert evaluate(tiny, suite).path.total == 0
+
+    def test_a_model_that_does_not_know_the_tasks_gets_no_puzzles(self, tiny: DiffusionLM, override: Override) -> None:
+        override({"data.packages": MPMATH, "data.sequence_length": 12, "evaluation.sequences": 3})
+        foreign = replace(tiny, tokenizer=Tokenizer.from_str(tiny.tokenizer.to_str().replace(SUDOKU, "<|other|>")))
+        suite = build_suite(foreign, timesteps=2)
+        assert suite.puzzles == []
+        scores = evaluate(foreign, suite)
+        assert scores.puzzles is None
+        assert summarize("foreign", foreign, scores)["sudoku_solved"] is None
+        with pytest.raises(ValueError, match=r"tokenizer: found no task markers, puzzles need .*sudoku"):
+            solve_puzzles(foreign, make_puzzles("sudoku", 1, 0, test=True))
+
+
+class TestQuantizedModels:
+    """Rows, targets and validation of quantized models."""
+
+    def test_validation_is_path_kl_cosine_and_markov_score(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+        result, scores = validate(unsmoothed, suite), evaluate(unsmoothed, suite)
+        assert result.path_kl == scores.path.total > 0
+        assert result.cosine_similarity == scores.path.mean_cosine < 1
+        assert result.markov == scores.markov(unsmoothed)
+        assert result.markov_smoothness_score == result.markov.score < 1
+        assert list(result.markov.boundary_scores) == [2, 4]
+
+    def test_a_model_whose_parameters_do_not_depend_on_time_is_smooth(self, tiny: DiffusionLM, suite: Suite) -> None:
+        lm = quantize(tiny, ThermoConfig(quantizer="rtn", num_time_groups=1, activation_bits=16))
+        result = validate(lm, suite)
+        assert (result.markov_smoothness_score, result.markov) == (1.0, None)
+
+    def test_comparing_gives_a_row_and_three_targets_a_method(
+        self, unsmoothed: QuantizedLM, suite: Suite, override: Override
+    ) -> None:
+        override({"evaluation.resamples": 100})
+        rows, targets, models = compare_smoothing(unsmoothed, suite, ["linear", "cubic"])
+        assert list(models) == ["none", "linear", "cubic"]
+        assert models["none"] is unsmoothed
+        assert [row["smoothing_method"] for row in rows] == [None, "linear", "cubic"]
+        assert [row["name"] for row in rows] == [
+            "W8A4 rtn, time groups",
+            "W8A4 rtn, time groups, linear",
+            "W8A4 rtn, time groups, cubic",
+        ]
+        names = ["relative accuracy gain", "Markov score", "cut of the mean parameter jump"]
+        assert [(t["smoothing_method"], t["name"]) for t in targets] == [
+            (m, n) for m in ("linear", "cubic") for n in names
+        ]
+        assert {t["activation_bits"] for t in targets} == {4}
+
+    def test_targets_are_measured_against_the_unsmoothed_model(
+        self, unsmoothed: QuantizedLM, suite: Suite, override: Override
+    ) -> None:
+        override({"evaluation.resamples": 100})
+        smoothed = resmooth(unsmoothed, "linear")
+        scores, baseline = evaluate(smoothed, suite), evaluate(unsmoothed, suite)
+        gain, markov, cut = smoothing_targets(smoothed, scores, unsmoothed, baseline)
+        assert (gain["value"], tuple(gain["ci"])) == relative_accuracy_gain(scores, baseline)
+        assert gain["value"] == pytest.approx(scores.accuracy / baseline.accuracy - 1)
+        assert markov["value"] == scores.markov(smoothed).score > scores.markov(unsmoothed).score
+        # Window 1 on each side: a third of a jump is left between the two timesteps at a boundary, relative to a value
+        # in between.
+        rough, smooth = scores.markov(unsmoothed).mean_jump, scores.markov(smoothed).mean_jump
+        assert cut["value"] == pytest.approx(1 - smooth / rough)
+        assert 0.5 < cut["value"] < 0.8
+        for row, key in ((gain, "accuracy_gain"), (markov, "markov_score"), (cut, "jump_cut")):
+            assert row["target"] == default(f"targets.{key}")
+            assert row["verdict"] == verdict(tuple(row["ci"]), row["target"], at_least=True)
+
+    def test_without_a_jump_there_is_no_cut_to_measure(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+        flat = replace(
+            unsmoothed,
+            activation_params={
+                name: [replace(p, scale=params[0].scale, zero_point=params[0].zero_point) for p in params]
+                for name, params in unsmoothed.activation_params.items()
+            },
+        )
+        scores = evaluate(unsmoothed, suite)
+        targets = smoothing_targets(flat, scores, flat, scores)
+        assert [t["name"] for t in targets] == ["relative accuracy gain", "Markov score"]
+        assert targets[1]["value"] == 1
+
+    def test_a_row_has_settings_and_scores_of_its_model(
+        self, tiny: DiffusionLM, unsmoothed: QuantizedLM, suite: Suite, override: Override
+    ) -> None:
+        override({"evaluation.resamples": 100})
+        scores = evaluate(unsmoothed, suite)
+        full = summarize("full precision", tiny, evaluate(tiny, suite))
+        row = summarize("rough", unsmoothed, scores)
+        assert row.keys() == full.keys()
+        expected = {
+            "name": "rough",
+            "bits": 8,
+            "activation_bits": 4,
+            "activation_ranges": "static",
+            "quantizer": "rtn",
+            "group_size": 20,
+            "num_time_groups": 3,
+            "smoothing_method": None,
+            "smoothing_window": None,
+            "bits_per_weight": unsmoothed.bits_per_weight,
+            "accuracy": scores.accuracy,
+            "nelbo": scores.nelbo,
+            "path_kl": scores.path.total,
+            "markov_score": scores.markov(unsmoothed).score,
+            "violations": len(scores.markov(unsmoothed).violations),
+            "sudoku_solved": scores.puzzles.accuracy,
+        }
+        assert {key: row[key] for key in expected} == expected
+        assert len(row["accuracy_per_timestep"]) == len(row["path_kl_per_timestep"]) == TIMESTEPS
+        assert (full["bits"], full["activation_bits"], full["bits_per_weight"]) == (32, 32, 32.0)
+        assert full["markov_score"] is full["quantizer"] is None
+        json.dumps([row, full], allow_nan=False)
+
+
+class TestIdentity:
+    """Smoothing switched off leaves every bit as it was."""
+
+    def test_a_model_has_the_outputs_of_its_unsmoothed_self_only(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+        smoothed = resmooth(unsmoothed, "linear")
+        assert same_outputs(resmooth(smoothed, None), unsmoothed, suite)
+        assert not same_outputs(smoothed, unsmoothed, suite)
+
+    @pytest.mark.parametrize(("same", "expected"), [(True, "met"), (False, "not met")])
+    def test_the_target_is_met_by_identity_alone(self, same: bool, expected: str) -> None:
+        row = identity_target(same, ThermoConfig(bit_width=4, activation_bits=8))
+        assert (row["verdict"], row["precision"], row["value"]) == (expected, "W4A8", float(same))
+
+
+class TestOverhead:
+    """Paired timing: both functions in turns, their order swapped, compared round by round."""
+
+    def test_the_order_is_swapped_from_round_to_round_after_a_warm_up(self, override: Override) -> None:
+        override({"evaluation.resamples": 50})
+        calls: list[str] = []
+        result = paired_ratio(lambda: calls.append("candidate"), lambda: calls.append("baseline"), 4)
+        pairs = [tuple(calls[i : i + 2]) for i in range(0, 10, 2)]
+        assert len(calls) == 10  # the warm-up and four rounds
+        assert all(a == b[::-1] for a, b in itertools.pairwise(pairs))
+        assert set(pairs[0]) == {"candidate", "baseline"}
+        assert result.keys() == {"ratio", "ci", "rounds", "candidate_seconds", "baseline_seconds"}
+        assert result["rounds"] == 4
+
+    def test_the_ratio_is_that_of_the_rounds_and_the_warm_up_does_not_count(
+        self, override: Override, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        # A clock that the two functions move: 3 s and 2 s, in the warm-up 100 s.
+        override({"evaluation.resamples": 50})
+        clock = [0.0]
+        seconds = {"candidate": iter([100.0, *[3.0] * 5]), "baseline": iter([100.0, *[2.0] * 5])}
+
+        def work(name: str) -> None:
+            clock[0] += next(seconds[name])
+
+        monkeypatch.setattr(statistics.time, "perf_counter", lambda: clock[0])
+        result = paired_ratio(lambda: work("candidate"), lambda: work("baseline"), 5)
+        assert result == {
+            "ratio": 1.5,
+            "ci": [1.5, 1.5],
+            "rounds": 5,
+            "candidate_seconds": 3.0,
+            "baseline_seconds": 2.0,
+        }
+
+    @pytest.mark.parametrize("rounds", [1, 0, -1])
+    def test_fewer_than_two_rounds_are_refused(self, rounds: int) -> None:
+        with pytest.raises(ValueError, match=f"rounds: found {rounds}, allowed is at least 2"):
+            paired_ratio(lambda: None, lambda: None, rounds)
+
+    def test_both_kinds_of_work_are_measured(
+        self, unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, override: Override
+    ) -> None:
+        override({"evaluation.resamples": 50, "evaluation.overhead_rounds": 2, "evaluation.overhead_sequences": 2})
+        found = smoothing_overhead(unsmoothed, calibration, suite, "linear")
+        assert found.keys() == {"quantization", "inference"}
+        assert all(measured["rounds"] == 2 and measured["ratio"] > 0 for measured in found.values())
+        assert unsmoothed.config.method is None
+
+    def test_only_static_activation_ranges_are_fitted_again(
+        self, tiny: DiffusionLM, calibration: Calibration, suite: Suite, override: Override
+    ) -> None:
+        override({"evaluation.resamples": 50, "evaluation.overhead_rounds": 2, "evaluation.overhead_sequences": 2})
+        config = ThermoConfig(
+            quantizer="rtn",
+            activation_bits=16,
+            timesteps=TIMESTEPS,
+            num_time_groups=2,
+            enable_boundary_smoothing=False,
+        )
+        lm = quantize(tiny, config, calibration)
+        assert smoothing_overhead(lm, calibration, suite, "linear").keys() == {"inference"}
+
+    def test_targets_are_on_the_extra_share_of_time(self) -> None:
+        measured = {
+            "quantization": {"ratio": 1.02, "ci": [1.01, 1.04]},
+            "inference": {"ratio": 1.1, "ci": [1.05, 1.2]},
+        }
+        rows = overhead_targets(measured, ThermoConfig(activation_bits=8), "cubic")
+        assert [row["name"] for row in rows] == ["overhead of quantization", "overhead of inference"]
+        assert [row["value"] for row in rows] == pytest.approx([0.02, 0.1])
+        assert rows[1]["ci"] == pytest.approx([0.05, 0.2])
+        assert [row["verdict"] for row in rows] == ["met", "inconclusive"]  # the target is below 0.1
+        assert {(row["activation_bits"], row["smoothing_method"], row["target"]) for row in rows} == {(8, "cubic", 0.1)}
+
+    def test_denoising_once_visits_each_timestep(self, unsmoothed: QuantizedLM, random_ids: RandomIds) -> None:
+        visited: list[tuple[int, int]] = []
+        lm = replace(unsmoothed)
+        lm.set_timestep = lambda timestep, timesteps: visited.append((timestep, timesteps))
+        denoise_once(lm, random_ids(1, 4), range(TIMESTEPS), TIMESTEPS)
+        assert visited == [(i, TIMESTEPS) for i in range(TIMESTEPS)]

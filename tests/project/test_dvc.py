@@ -1,0 +1,166 @@
+"""The DVC pipeline: complete dependencies, and a changed parameter reruns just the stages that depend on it."""
+
+import ast
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.repo import Repo
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+# Stands in for a stage's notebook: every output depends on the parameters, so a change reaches what is downstream.
+STAND_IN = """
+import pathlib, sys
+text = pathlib.Path("params.yaml").read_text()
+for name in sys.argv[1:]:
+    path = pathlib.Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(name + text)
+"""
+
+
+def outputs(stage: dict[str, Any]) -> list[str]:
+    """The paths that a stage writes."""
+    entries = [*stage.get("outs", []), *stage.get("metrics", [])]
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def repro(folder: Path) -> set[str]:
+    """Bring the pipeline up to date; the names of the stages that ran."""
+    with contextlib.chdir(folder), Repo() as repo:
+        return {stage.name for stage in repo.reproduce()}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's stages, dependencies and parameters with a stand-in for each notebook, run once."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    (folder / "stand_in.py").write_text(STAND_IN)
+    shutil.copy(ROOT / "params.yaml", folder)
+    written = {path for stage in STAGES.values() for path in outputs(stage)}
+    stages = {}
+    for name, stage in STAGES.items():
+        stages[name] = {**stage, "cmd": f'"{sys.executable}" stand_in.py {" ".join(outputs(stage))}'}
+        for dep in set(stage["deps"]) - written:
+            (folder / dep).parent.mkdir(parents=True, exist_ok=True)
+            copy = shutil.copytree if (ROOT / dep).is_dir() else shutil.copy
+            copy(ROOT / dep, folder / dep)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    Repo.init(str(folder), no_scm=True).close()
+    assert repro(folder) == set(STAGES)
+    return folder
+
+
+def change(text: str, key: str) -> str:
+    """``params.yaml`` with another value at a dotted key."""
+    params = yaml.safe_load(text)
+    *sections, last = key.split(".")
+    section = params
+    for part in sections:
+        section = section[part]
+    value = section[last]
+    section[last] = value[:-1] if isinstance(value, list) else value + 1
+    return yaml.safe_dump(params)
+
+
+ALL_BUT_TRAINING = {
+    "reference_model",
+    "calibration",
+    "int2_baseline",
+    "boundary_smoothing",
+    "report",
+    "smoothing_study",
+}
+COMMITTED_WHOLE = ("train", "peers", "cluster")
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("quant.smoothing_window", {"boundary_smoothing", "report"}),
+        ("quant.num_time_groups", {"boundary_smoothing", "report"}),
+        ("study.reduced.seeds", {"smoothing_study"}),
+        ("peers.share", {"peers"}),
+        ("targets.accuracy_gain", {"boundary_smoothing", "report", "smoothing_study"}),
+        ("calibration.code_sequences", ALL_BUT_TRAINING - {"reference_model"}),
+        ("quant.damping", {"int2_baseline", "boundary_smoothing", "report", "smoothing_study"}),
+        ("evaluation.sequences", ALL_BUT_TRAINING - {"calibration"}),
+        ("quant.timesteps", ALL_BUT_TRAINING),
+        ("train.steps", {"train", *ALL_BUT_TRAINING}),
+    ],
+)
+def test_a_changed_parameter_reruns_the_stages_that_depend_on_it(pipeline: Path, key: str, expected: set[str]) -> None:
+    (pipeline / "params.yaml").write_text(change((pipeline / "params.yaml").read_text(), key))
+    assert repro(pipeline) == expected
+    assert repro(pipeline) == set(), "nothing changed, nothing runs"
+
+
+PUBLIC = {
+    alias.name: node.module
+    for node in ast.parse((ROOT / "thermo_lib" / "__init__.py").read_text()).body
+    if isinstance(node, ast.ImportFrom)
+    for alias in node.names
+}
+
+
+def source_of(module: str) -> Path | None:
+    """The file of one of the project's modules, None where there is no such module."""
+    path = ROOT.joinpath(*module.split("."))
+    found = (file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file())
+    return next(found, None)
+
+
+def project_imports(source: str) -> set[str]:
+    """The project's modules that Python source imports, with their full names."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "thermo_lib":
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                public = PUBLIC.get(alias.name) if node.module == "thermo_lib" else None
+                found.add(public or (inside if source_of(inside) else node.module))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "thermo_lib":
+            found.add(PUBLIC.get(node.attr, f"thermo_lib.{node.attr}"))
+    return {module for module in found if source_of(module)}
+
+
+def closure(modules: set[str]) -> set[str]:
+    """The modules and all that they import."""
+    seen: set[str] = set()
+    while modules - seen:
+        name = (modules - seen).pop()
+        seen.add(name)
+        modules |= project_imports(source_of(name).read_text())
+    return seen
+
+
+@pytest.mark.parametrize("name", sorted(STAGES.keys() - {"train"}))
+def test_a_stage_depends_on_every_folder_that_its_notebook_uses(name: str) -> None:
+    stage = STAGES[name]
+    notebook = json.loads((ROOT / stage["deps"][0]).read_text())
+    source = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    # params.py reads params.yaml, which DVC follows by itself; notebooks.py holds no computation.
+    used = {module.split(".")[1] for module in closure(project_imports(source))} - {"params", "notebooks"}
+    assert {f"thermo_lib/{folder}" for folder in used} == {
+        dep for dep in stage["deps"] if dep.startswith("thermo_lib/") and (ROOT / dep).is_dir()
+    }
+
+
+@pytest.mark.parametrize("name", sorted(ALL_BUT_TRAINING))
+def test_a_fresh_clone_runs_every_stage_but_training(name: str) -> None:
+    """An output that git ignores is missing in a fresh clone, or times that differ from run to run are read."""
+    missing = any(path.startswith("artifacts/") for path in outputs(STAGES[name]))
+    assert missing or any(path.startswith("artifacts/timings/") for path in STAGES[name]["deps"])
+
+
+@pytest.mark.parametrize("name", COMMITTED_WHOLE)
+def test_what_a_fresh_clone_does_not_run_is_committed_whole(name: str) -> None:
+    assert not any(path.startswith("artifacts/") for path in [*outputs(STAGES[name]), *STAGES[name]["deps"]])
+    assert STAGES.keys() == ALL_BUT_TRAINING | set(COMMITTED_WHOLE)

@@ -1,0 +1,140 @@
+"""The notebooks: sources and executed copies belong together, and nbval notices a changed number.
+
+Run after nbval has passed on the executed notebooks: what one notebook reads, an earlier one has written.
+"""
+
+import copy
+import os
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat import NotebookNode, v4
+
+from thermo_lib.notebooks import processor
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+EXECUTED = ROOT / "notebooks" / "executed"
+LONGEST_CELL = 18  # lines
+
+
+def read(path: Path) -> NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(notebook: NotebookNode) -> list[NotebookNode]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def tagged(cell: NotebookNode, tag: str) -> bool:
+    return tag in cell.metadata.get("tags", [])
+
+
+def text_of(cell: NotebookNode) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs if output.output_type == "stream")
+
+
+def test_there_is_an_executed_copy_of_every_notebook() -> None:
+    assert SOURCES
+    assert [path.name for path in SOURCES] == sorted(path.name for path in EXECUTED.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_source_has_no_outputs_and_one_parameters_cell(path: Path) -> None:
+    notebook = read(path)
+    assert all(not cell.outputs and cell.execution_count is None for cell in code(notebook))
+    assert [tagged(cell, "parameters") for cell in code(notebook)].count(True) == 1
+    assert notebook.cells[0].cell_type == "markdown"
+    assert "**Question.**" in notebook.cells[0].source
+    assert "**Answer.**" in notebook.cells[0].source
+    assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= LONGEST_CELL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_an_executed_copy_is_that_of_its_source(path: Path) -> None:
+    executed = read(EXECUTED / path.name)
+    kept = [cell.source for cell in executed.cells if not tagged(cell, "injected-parameters")]
+    assert kept == [cell.source for cell in read(path).cells]
+    outputs = [output for cell in code(executed) for output in cell.outputs]
+    assert outputs
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+
+
+def changed_copy(path: Path) -> tuple[NotebookNode, int]:
+    """A notebook up to its first printed number, with that number's last digit changed; and the cell's position."""
+    notebook = copy.deepcopy(read(path))
+    for number, cell in enumerate(code(notebook)):
+        match = re.search(r"\d+(?:\.\d+)?", text_of(cell))
+        if "NBVAL_SKIP" in cell.source or match is None:
+            continue
+        stream = next(output for output in cell.outputs if re.search(r"\d", output.get("text", "")))
+        end = re.search(r"\d+(?:\.\d+)?", stream.text).end()
+        digit = str((int(stream.text[end - 1]) + 1) % 10)
+        stream.text = stream.text[: end - 1] + digit + stream.text[end:]
+        notebook.cells = notebook.cells[: notebook.cells.index(cell) + 1]
+        return notebook, number
+    raise AssertionError(f"{path.name} prints no number")
+
+
+STORED = "path KL  23.57  0.357..0.404  16 of 17\n-------  met\n"
+PRINTED = {  # and whether it agrees with what is stored, on another processor
+    STORED: True,
+    "path KL   23.6  0.4..0.4  16 of 17\n-----  met\n": True,
+    STORED.replace("23.57", "21.30"): True,
+    STORED.replace("23.57", "21.10"): False,
+    STORED.replace("0.357", "0.250"): False,
+    STORED.replace("0.357", "-0.357"): False,
+    STORED.replace("16", "15"): False,
+    STORED.replace("met", "not met"): False,
+    STORED.replace("..0.404", ""): False,
+}
+
+
+@pytest.fixture(scope="module")
+def changed() -> dict[str, tuple[NotebookNode, int]]:
+    return {path.stem: changed_copy(path) for path in sorted(EXECUTED.glob("*.ipynb"))}
+
+
+@pytest.fixture(scope="module")
+def failing(
+    changed: dict[str, tuple[NotebookNode, int]], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[int]]:
+    """Which cells of which notebook fail in nbval, all in one run, compared as the project's notebooks are."""
+    folder = tmp_path_factory.mktemp("nbval")
+    output = v4.new_output("stream", name="stdout", text=STORED)
+    cells = [v4.new_code_cell(f"print({text!r}, end='')", outputs=[output], execution_count=1) for text in PRINTED]
+    for name, model in (("this", processor()), ("another", "another")):
+        nbformat.write(v4.new_notebook(cells=cells, metadata={"processor": model}), folder / f"{name}.ipynb")
+    for name, (notebook, _) in changed.items():
+        notebook.metadata["processor"] = processor()  # where every character counts
+        nbformat.write(notebook, folder / f"{name}.ipynb")
+    shutil.copy(ROOT / "notebooks" / "conftest.py", folder)
+    results = folder / "results.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(folder)]
+    options = ["--nbval", "--nbval-current-env", "-n", "2", "--dist", "loadfile", f"--junitxml={results}", str(folder)]
+    run = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True)
+    assert run.returncode == 1, run.stdout
+    failed: dict[str, list[int]] = {path.stem: [] for path in folder.glob("*.ipynb")}
+    for case in ElementTree.parse(results).iter("testcase"):
+        if case.find("failure") is not None or case.find("error") is not None:
+            name = case.get("classname", "").removesuffix(".ipynb")
+            failed[name].append(int(re.search(r"\d+", case.get("name", "")).group()))
+    return failed
+
+
+def test_nbval_fails_at_a_changed_number(
+    changed: dict[str, tuple[NotebookNode, int]], failing: dict[str, list[int]]
+) -> None:
+    """One digit of one stored output is changed in each notebook: just that cell fails, everything before passes."""
+    assert {name: failing[name] for name in changed} == {name: [number] for name, (_, number) in changed.items()}
+
+
+def test_on_another_processor_numbers_may_differ_by_little_and_nothing_else(failing: dict[str, list[int]]) -> None:
+    assert failing["another"] == [number for number, agrees in enumerate(PRINTED.values()) if not agrees]
+    assert failing["this"] == list(range(1, len(PRINTED)))

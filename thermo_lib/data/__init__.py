@@ -1,0 +1,1 @@
+"""The corpus of code and the planning tasks."""

@@ -1,0 +1,1 @@
+"""Masked diffusion: sampling, states, a model's inputs, path KL, and training of the reference model."""

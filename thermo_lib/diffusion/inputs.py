@@ -1,0 +1,101 @@
+"""What a model's modules are given: the inputs of its linears on calibration states, and of its blocks."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from thermo_lib.diffusion.states import Calibration
+from thermo_lib.models.lm import DiffusionLM
+
+Consumer = Callable[[str, Tensor, Tensor, int], None]
+
+
+@contextmanager
+def watch_inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """While it is entered (``with``), hand the name and input of every module that runs to ``receive``."""
+    handles = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: receive(name, inputs[0]))
+        for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SeenEnough(Exception):
+    """Ends a forward pass of which the rest isn't needed: what a hook looked for is known."""
+
+
+def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
+    """What the model hands to each of its blocks beside the hidden states.
+
+    Args:
+        lm: the model; its blocks needn't have weights.
+        hidden: states that enter the first block, ``(batch, length, hidden)``.
+    """
+    found: dict[str, Any] = {}
+
+    def receive(_: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        found.update(arguments)
+        raise SeenEnough
+
+    hook = lm.model.model.layers[0].register_forward_pre_hook(receive, with_kwargs=True)
+    try:
+        with torch.no_grad(), suppress(SeenEnough):
+            lm.model.model(inputs_embeds=hidden, use_cache=False)
+    finally:
+        hook.remove()
+    return found
+
+
+def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
+    """Names of linears grouped by the input tensor that they share, e.g. ``q_proj, k_proj, v_proj``."""
+    groups: dict[int, list[str]] = {}
+    kept: list[Tensor] = []  # keeps every input alive, so that no id is used twice
+
+    def receive(name: str, x: Tensor) -> None:
+        kept.append(x)
+        groups.setdefault(id(x), []).append(name)
+
+    with torch.no_grad(), watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
+        lm.model.hidden(torch.full((1, 2), lm.mask_token_id))
+    return list(groups.values())
+
+
+@torch.no_grad()
+def run_states(
+    lm: DiffusionLM,
+    calibration: Calibration,
+    names: list[str],
+    consume: Consumer,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> None:
+    """Run the model over all calibration states and hand the inputs of some linears to ``consume``.
+
+    Args:
+        lm: the model, full precision or quantized.
+        calibration: the states.
+        names: module names of the linears, e.g. ``model.layers.0.mlp.down_proj``.
+        consume: called with ``(name, inputs (tokens, in_features), is_masked (tokens,), timestep)``.
+        batch_size: states a forward pass.
+        progress: label of a progress bar; None for none.
+    """
+    current: dict[str, Tensor | int] = {}
+
+    def receive(name: str, x: Tensor) -> None:
+        consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])
+
+    work = list(calibration.batches(batch_size))
+    with watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
+        for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
+            part = calibration.parts[number]
+            lm.set_timestep(timestep, calibration.timesteps)
+            current.update(is_masked=part.is_masked[rows].reshape(-1), timestep=timestep)
+            lm.model.hidden(part.ids[rows])

@@ -1,0 +1,268 @@
+"""Calibration states: what the model sees while it denoises, per timestep, with each token's state.
+
+A state is a sequence with some positions masked, at a timestep. ``forward`` takes them from the forward
+process (mask held text at the schedule's ratio), ``trajectory`` from the full-precision model's own
+ancestral denoising, which is where a quantized model will be used.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from thermo_lib.data import corpus
+from thermo_lib.data.corpus import held_out_sequences
+from thermo_lib.data.puzzles import TASKS, encode_puzzles, knows_tasks, make_puzzles
+from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.params import default
+
+Source = Literal["forward", "trajectory"]
+SOURCES: tuple[Source, ...] = ("forward", "trajectory")
+
+
+@dataclass(frozen=True)
+class States:
+    """Masked sequences of one length, each at a timestep.
+
+    Attributes:
+        ids: int64 ``(states, length)``, mask tokens at masked positions.
+        is_masked: bool ``(states, length)``, the token state.
+        timestep: int64 ``(states,)``.
+        clean: int64 ``(states, length)``, the text that the states lead to.
+    """
+
+    ids: Tensor
+    is_masked: Tensor
+    timestep: Tensor
+    clean: Tensor
+
+    def __post_init__(self) -> None:
+        if self.ids.ndim != 2 or not len(self.ids):
+            raise ValueError(
+                f"calibration: found states of shape {tuple(self.ids.shape)}, allowed is at least one state"
+            )
+        for name in ("is_masked", "clean"):
+            found = getattr(self, name).shape
+            if found != self.ids.shape:
+                raise ValueError(f"calibration: {name}: found shape {tuple(found)}, expected {tuple(self.ids.shape)}")
+        if self.timestep.shape != self.ids.shape[:1]:
+            raise ValueError(
+                f"calibration: timestep: found shape {tuple(self.timestep.shape)}, expected ({len(self.ids)},)"
+            )
+
+    def __getitem__(self, rows: Tensor) -> "States":
+        return States(*(tensor[rows] for tensor in vars(self).values()))
+
+    def batches(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
+        """``(timestep, row indices)``, every batch inside one timestep, timesteps in order."""
+        for timestep in self.timestep.unique().tolist():
+            for rows in (self.timestep == timestep).nonzero().squeeze(-1).split(batch_size):
+                yield timestep, rows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Calibration states of one model.
+
+    Attributes:
+        parts: states, one entry for each sequence length.
+        timesteps: ``T`` of the schedule they were drawn on.
+        source: ``forward`` or ``trajectory``.
+    """
+
+    parts: tuple[States, ...]
+    timesteps: int
+    source: Source
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise ValueError("calibration: found no states, allowed is at least one")
+        if self.source not in SOURCES:
+            raise ValueError(f"calibration.source: found {self.source!r}, allowed are {', '.join(SOURCES)}")
+        for part in self.parts:
+            low, high = int(part.timestep.min()), int(part.timestep.max())
+            if low < 0 or high >= self.timesteps:
+                raise ValueError(f"calibration: timestep: found {low}..{high}, allowed are 0..{self.timesteps - 1}")
+
+    def __len__(self) -> int:
+        return sum(len(part.ids) for part in self.parts)
+
+    def batches(self, batch_size: int = 64) -> Iterator[tuple[int, int, Tensor]]:
+        """``(number of the part, timestep, row indices)``: the batches of every part in order."""
+        for number, part in enumerate(self.parts):
+            for timestep, rows in part.batches(batch_size):
+                yield number, timestep, rows
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The states' tensors by number of the part and name, e.g. ``0.ids``."""
+        return {f"{i}.{name}": tensor for i, part in enumerate(self.parts) for name, tensor in vars(part).items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write the states as one safetensors file; an earlier file stays whole until the new one is."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in self.tensors().items()}
+        temporary = path.with_suffix(".tmp")
+        # One entry: the order of several in the file is left to chance, and equal states should be equal files.
+        about = json.dumps({"timesteps": self.timesteps, "source": self.source})
+        save_file(tensors, temporary, metadata={"calibration": about})
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Calibration":
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: no such file, or not a complete calibration file.
+        """
+        if not Path(path).is_file():
+            raise ValueError(f"calibration: found no file {path}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["calibration"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            parts = []
+            for index in range(len({key.split(".")[0] for key in tensors})):
+                values = {name: tensors[f"{index}.{name}"] for name in ("ids", "is_masked", "timestep", "clean")}
+                parts.append(States(**{k: v.long() if v.dtype == torch.int32 else v for k, v in values.items()}))
+            return cls(tuple(parts), about["timesteps"], about["source"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a complete calibration file ({error})") from error
+
+
+def forward_states(ids: Tensor, allowed: Tensor | None, timesteps: int, mask_token_id: int, seed: int) -> States:
+    """Every sequence masked at every timestep's ratio by the forward process.
+
+    Args:
+        ids: int64 ``(sequences, length)``.
+        allowed: bool, same shape: positions that may be masked; None for all.
+        timesteps: ``T``.
+        mask_token_id: id written at masked positions.
+        seed: seeds the masks.
+
+    Returns:
+        ``sequences * timesteps`` states, timestep by timestep.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    parts = [
+        mask_tokens(ids, ratio.expand(len(ids)), mask_token_id, generator, allowed)
+        for ratio in mask_ratios(timesteps)[:-1]
+    ]
+    return States(
+        torch.cat([masked for masked, _ in parts]),
+        torch.cat([is_masked for _, is_masked in parts]),
+        torch.arange(timesteps).repeat_interleave(len(ids)),
+        ids.repeat(timesteps, 1),
+    )
+
+
+def trajectory_states(
+    lm: DiffusionLM,
+    ids: Tensor,
+    allowed: Tensor | None,
+    timesteps: int,
+    seed: int,
+    batch_size: int = 64,
+    progress: str | None = None,
+) -> States:
+    """The states of the model's own ancestral trajectories (sampler ``origin``, temperature 1).
+
+    Args:
+        lm: the model that denoises.
+        ids: int64 ``(sequences, length)``, kept where ``allowed`` is False (the prompt).
+        allowed: bool, same shape: positions that are masked at the start; None for all.
+        timesteps: ``T``.
+        seed: seeds the trajectories.
+        batch_size: sequences a forward pass.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        ``sequences * timesteps`` states, timestep by timestep; state ``i`` is what step ``i`` starts from.
+    """
+    start = torch.where(torch.ones_like(ids, dtype=torch.bool) if allowed is None else allowed, lm.mask_token_id, ids)
+    seen: list[Tensor] = []
+    final = generate(
+        lm,
+        start,
+        timesteps=timesteps,
+        sampler="origin",
+        temperature=1.0,
+        eps=0.0,
+        seed=seed,
+        batch_size=batch_size,
+        on_state=lambda timestep, rows, x: seen.append(x.clone()),
+        progress=progress,
+    )
+    states = torch.cat(seen)
+    return States(
+        states,
+        states == lm.mask_token_id,
+        torch.arange(timesteps).repeat_interleave(len(ids)),
+        final.repeat(timesteps, 1),
+    )
+
+
+def calibration_batches(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor | None]]:
+    """The project's calibration text: training code and, where the model knows them, training puzzles of each task.
+
+    The code comes from a random choice of files, eight for each sequence, so that not all have to be tokenized.
+
+    Returns:
+        ``(ids, allowed)`` pairs as ``calibrate`` takes them.
+    """
+    files, count = corpus.load_corpus("train"), default("calibration.code_sequences")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: 8 * count].tolist()
+    names = list(files)
+    chosen = {names[index]: files[names[index]] for index in order}
+    code = held_out_sequences(chosen, lm.tokenizer, count, default("data.sequence_length"), seed)
+    if not knows_tasks(lm.tokenizer):
+        return [(code, None)]
+    puzzles = [p for t in TASKS for p in make_puzzles(t, default("calibration.puzzles"), seed, test=False)]
+    return [(code, None), encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))]
+
+
+def calibrate(
+    lm: DiffusionLM,
+    batches: list[tuple[Tensor, Tensor | None]] | None = None,
+    *,
+    timesteps: int | None = None,
+    source: Source | None = None,
+    seed: int | None = None,
+    progress: bool = True,
+) -> Calibration:
+    """Draw calibration states.
+
+    Args:
+        lm: the full-precision model.
+        batches: pairs ``(ids, allowed)``: int64 ``(sequences, length)`` and the positions to denoise (bool, or None
+            for all); by default the project's training code and puzzles.
+        timesteps, source, seed: by default from ``params.yaml``.
+        progress: show a bar.
+
+    Raises:
+        ValueError: empty calibration set, unknown source, or a value out of range.
+    """
+    timesteps = default("quant.timesteps") if timesteps is None else timesteps
+    source = default("calibration.source") if source is None else source
+    seed = default("seed") if seed is None else seed
+    if source not in SOURCES:
+        raise ValueError(f"calibration.source: found {source!r}, allowed are {', '.join(SOURCES)}")
+    if batches is None:
+        batches = calibration_batches(lm, seed)
+    if not batches or any(not len(ids) for ids, _ in batches):
+        raise ValueError("calibration: found an empty calibration set, allowed is at least one sequence")
+    parts = []
+    for ids, allowed in batches:
+        if source == "forward":
+            parts.append(forward_states(ids, allowed, timesteps, lm.mask_token_id, seed))
+        else:
+            label = "calibration" if progress else None
+            parts.append(trajectory_states(lm, ids, allowed, timesteps, seed, progress=label))
+    return Calibration(tuple(parts), timesteps, source)

@@ -1,0 +1,422 @@
+"""Evaluation of full-precision and quantized models on the same inputs, with paired statistics.
+
+Accuracy and NELBO come from held-out files masked by the forward process, path KL and the cosine similarity of
+the outputs from the full-precision model's own trajectories, and the share of solved puzzles from generation.
+Every model sees the same sequences, masks and puzzles, so differences are paired; intervals are bootstrap
+percentiles over sequences.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib.data import corpus
+from thermo_lib.data.corpus import held_out_sequences
+from thermo_lib.data.puzzles import (
+    Puzzle,
+    decode_answers,
+    encode_puzzles,
+    is_solution,
+    knows_tasks,
+    make_puzzles,
+    read_jsonl,
+)
+from thermo_lib.diffusion.path_kl import PathKL, path_kl, reference_logits
+from thermo_lib.diffusion.sampling import generate, unmask_probabilities
+from thermo_lib.diffusion.states import States, forward_states, trajectory_states
+from thermo_lib.evaluation.statistics import interval
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.time_aware.markov import MarkovReport, markov_report
+
+
+@dataclass(frozen=True)
+class Suite:
+    """The inputs of an evaluation, the same for every model.
+
+    Attributes:
+        reference: the full-precision model.
+        held_out: forward states of held-out code, every sequence at every timestep.
+        trajectories: the reference's ancestral trajectories, every sequence at every timestep.
+        reference_outputs: the reference's logits on ``trajectories``.
+        puzzles: Sudoku puzzles that training never saw; empty where the model's tokenizer doesn't know the task.
+        timesteps: ``T``.
+    """
+
+    reference: DiffusionLM
+    held_out: States
+    trajectories: States
+    reference_outputs: list[Tensor]
+    puzzles: list[Puzzle]
+    timesteps: int
+
+
+@dataclass(frozen=True)
+class PuzzleResult:
+    """Answers to puzzles, in their order."""
+
+    answers: list[str]
+    solved: list[bool]
+
+    @property
+    def accuracy(self) -> float:
+        """Share of solved puzzles, 0-1."""
+        return sum(self.solved) / len(self.solved)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model did on a suite; rows are sequences, columns timesteps.
+
+    Attributes:
+        correct: float64 ``(sequences, timesteps)``, masked tokens whose likeliest token is right.
+        masked: float64, same shape, masked tokens.
+        nll: float64, same shape, summed negative log-likelihood of the masked tokens in nats.
+        length: tokens of a sequence.
+        path: path KL and output similarity to the full-precision model.
+        puzzles: the Sudoku puzzles; None where the suite has none.
+    """
+
+    correct: Tensor
+    masked: Tensor
+    nll: Tensor
+    length: int
+    path: PathKL
+    puzzles: PuzzleResult | None
+
+    @property
+    def accuracy_per_timestep(self) -> Tensor:
+        """Masked-token accuracy at each timestep, ``(timesteps,)``."""
+        return self.correct.sum(0) / self.masked.sum(0)
+
+    @property
+    def accuracy(self) -> float:
+        """Masked-token accuracy, mean over timesteps, 0-1."""
+        return float(self.accuracy_per_timestep.mean())
+
+    @property
+    def nelbo(self) -> float:
+        """Negative evidence lower bound of the T-step process in nats a token (arXiv 2406.07524, eq. 8)."""
+        rho = unmask_probabilities(self.nll.shape[1])
+        return float((self.nll.mean(0) * rho).sum() / self.length)
+
+
+def build_suite(reference: DiffusionLM, *, timesteps: int | None = None, progress: bool = False) -> Suite:
+    """The project's evaluation inputs for a reference model, sized by the ``evaluation`` section of ``params.yaml``.
+
+    Args:
+        reference: the full-precision model.
+        timesteps: ``T``; by default ``quant.timesteps``.
+        progress: show bars.
+    """
+    timesteps = default("quant.timesteps") if timesteps is None else timesteps
+    seed, length = default("seed"), default("data.sequence_length")
+    count, paths = default("evaluation.sequences"), default("evaluation.trajectories")
+    code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, count, length, seed)
+    trajectories = trajectory_states(
+        reference,
+        torch.full((paths, length), reference.mask_token_id),
+        None,
+        timesteps,
+        seed + 1,
+        progress="trajectories" if progress else None,
+    )
+    puzzles = default("evaluation.sudoku") if knows_tasks(reference.tokenizer) else 0
+    return Suite(
+        reference=reference,
+        held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
+        trajectories=trajectories,
+        reference_outputs=reference_logits(reference, trajectories, timesteps),
+        puzzles=make_puzzles("sudoku", puzzles, seed, test=True),
+        timesteps=timesteps,
+    )
+
+
+def solve_puzzles(
+    lm: DiffusionLM, puzzles: list[Puzzle], timesteps: int | None = None, *, seed: int = 0, progress: bool = False
+) -> PuzzleResult:
+    """Generate an answer to every puzzle and check it; any valid solution is right.
+
+    Args:
+        lm: the model.
+        puzzles: of one or several tasks.
+        timesteps: denoising steps; by default ``quant.timesteps``.
+        seed: seeds the sampler.
+        progress: show a bar.
+    """
+    ids, is_answer = encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))
+    filled = generate(
+        lm,
+        torch.where(is_answer, lm.mask_token_id, ids),
+        timesteps=default("quant.timesteps") if timesteps is None else timesteps,
+        sampler=default("evaluation.sampler"),
+        eps=0.0,
+        temperature=default("evaluation.temperature"),
+        seed=seed,
+        batch_size=128,
+        progress="puzzles" if progress else None,
+    )
+    answers = decode_answers(filled, is_answer, lm.tokenizer)
+    return PuzzleResult(answers, [is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)])
+
+
+def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bool = False) -> PuzzleResult:
+    """Solve the puzzles of a JSONL file (one ``{"input": ..., "output": ...}`` a line).
+
+    Args:
+        lm: the model.
+        path: the file.
+        task: ``sudoku`` or ``countdown``.
+        progress: show a bar.
+
+    Raises:
+        ValueError: unknown task, malformed line, or a puzzle that doesn't fit the model's task length.
+    """
+    return solve_puzzles(lm, read_jsonl(path, task), progress=progress)
+
+
+def puzzles_under_bound(
+    reference: DiffusionLM, quantized: DiffusionLM, puzzles: list[Puzzle], timesteps: int, seed: int = 0
+) -> dict[str, float]:
+    """What path KL promises about solved puzzles, and what is solved.
+
+    Both models denoise with the ancestral sampler at temperature 1, to which path KL belongs. Whether a puzzle is
+    solved is a function of the path, so by data processing and Pinsker's inequality the shares of solved puzzles
+    differ by at most ``sqrt(path KL / 2)``, the path KL averaged over the puzzles (the root is concave).
+
+    Args:
+        reference: the full-precision model.
+        quantized: the other model.
+        puzzles: of one or several tasks.
+        timesteps: ``T``.
+        seed: seeds both samplers.
+
+    Returns:
+        ``path_kl`` (nats per puzzle), ``bound``, and ``solved_reference``, ``solved``, ``difference`` (0-1).
+    """
+    ids, is_answer = encode_puzzles(puzzles, reference.tokenizer, default("data.task_length"))
+    states = trajectory_states(reference, ids, is_answer, timesteps, seed)
+    divergence = path_kl(reference, quantized, states, timesteps).total
+    start = torch.where(is_answer, reference.mask_token_id, ids)
+    solved = []
+    for lm in (reference, quantized):
+        filled = generate(lm, start, timesteps=timesteps, sampler="origin", temperature=1.0, eps=0.0, seed=seed)
+        answers = decode_answers(filled, is_answer, lm.tokenizer)
+        solved.append(sum(is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)) / len(puzzles))
+    return {
+        "path_kl": divergence,
+        "bound": math.sqrt(divergence / 2),
+        "solved_reference": solved[0],
+        "solved": solved[1],
+        "difference": abs(solved[1] - solved[0]),
+    }
+
+
+@torch.no_grad()
+def masked_token_scores(
+    lm: DiffusionLM, states: States, timesteps: int, *, batch_size: int = 64, progress: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Correct tokens, masked tokens and summed negative log-likelihood, each float64 ``(sequences, timesteps)``."""
+    sequences = len(states.ids) // timesteps
+    correct, masked, nll = (torch.zeros((sequences, timesteps), dtype=torch.float64) for _ in range(3))
+    batches = list(states.batches(batch_size))
+    seen = [0] * timesteps
+    for timestep, rows in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+        lm.set_timestep(timestep, timesteps)
+        is_masked, clean = states.is_masked[rows], states.clean[rows]
+        logits = lm.logits(states.ids[rows], is_masked)
+        truth = clean[is_masked]
+        index = slice(seen[timestep], seen[timestep] + len(rows))
+        seen[timestep] += len(rows)
+        for target, values in (
+            (correct, logits.argmax(-1) == truth),
+            (masked, torch.ones_like(truth)),
+            (nll, F.cross_entropy(logits, truth, reduction="none")),
+        ):
+            grid = torch.zeros(is_masked.shape, dtype=torch.float64)
+            target[index, timestep] = grid.masked_scatter(is_masked, values.double()).sum(1)
+    return correct, masked, nll
+
+
+def accuracy_per_sequence(correct: Tensor, masked: Tensor) -> Tensor:
+    """Each sequence's share of the masked-token accuracy, ``(sequences,)``; their mean is the accuracy.
+
+    Args:
+        correct, masked: see ``masked_token_scores``.
+    """
+    return (correct / masked.mean(0)).mean(1)
+
+
+def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
+    """Evaluate a model, full precision or quantized, on a suite."""
+
+    def label(text: str) -> str | None:
+        return f"{lm.name}: {text}" if progress else None
+
+    correct, masked, nll = masked_token_scores(lm, suite.held_out, suite.timesteps, progress=label("accuracy"))
+    return Evaluation(
+        correct=correct,
+        masked=masked,
+        nll=nll,
+        length=suite.held_out.ids.shape[1],
+        path=path_kl(
+            suite.reference,
+            lm,
+            suite.trajectories,
+            suite.timesteps,
+            reference_outputs=suite.reference_outputs,
+            progress=label("path KL"),
+        ),
+        puzzles=solve_puzzles(lm, suite.puzzles, suite.timesteps, progress=progress) if suite.puzzles else None,
+    )
+
+
+def _accuracy(evaluation: Evaluation) -> Callable[[np.ndarray], float]:
+    correct, masked = evaluation.correct.numpy(), evaluation.masked.numpy()
+    return lambda index: float((correct[index].sum(0) / masked[index].sum(0)).mean())
+
+
+def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
+    """The 95 % interval of the masked-token accuracy, over sequences."""
+    return interval(_accuracy(evaluation), len(evaluation.correct))
+
+
+def path_kl_interval(path: PathKL) -> tuple[float, float]:
+    """The 95 % interval of the path KL in nats, over trajectories."""
+    totals = path.per_sequence.sum(1).numpy()
+    return interval(lambda index: float(totals[index].mean()), len(totals))
+
+
+def relative_accuracy_gain(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
+    """``accuracy / baseline accuracy - 1`` with its paired 95 % interval over sequences.
+
+    Raises:
+        ValueError: the baseline gets no token right, so that there is no ratio.
+    """
+    if baseline.accuracy == 0:
+        raise ValueError("baseline: found an accuracy of 0, a relative gain needs one above 0")
+    new, old = _accuracy(evaluation), _accuracy(baseline)
+    value = evaluation.accuracy / baseline.accuracy - 1
+    return value, interval(lambda index: new(index) / old(index) - 1, len(evaluation.correct))
+
+
+def path_kl_difference(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
+    """``path KL - baseline path KL`` in nats with its paired 95 % interval over trajectories."""
+    difference = (evaluation.path.per_sequence - baseline.path.per_sequence).sum(1).numpy()
+    return float(difference.mean()), interval(lambda index: float(difference[index].mean()), len(difference))
+
+
+def markov(lm: QuantizedLM) -> MarkovReport | None:
+    """Markov smoothness of a model's time-dependent parameters after smoothing; None where nothing depends on time."""
+    params = lm.smoothed_params()
+    if not params:
+        return None
+    bits = lm.config.activation_bits if lm.config.activation_bits < 16 else lm.config.bit_width
+    return markov_report(params, lm.config.time_groups.boundaries, bits)
+
+
+def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:
+    """One configuration's row of the report: settings, bits per weight and scores with intervals."""
+    quantized = isinstance(lm, QuantizedLM)
+    config = lm.config if quantized else None
+    smoothness = markov(lm) if quantized else None
+    return {
+        "name": name,
+        "bits": config.bit_width if config else 32,
+        "activation_bits": config.activation_bits if config else 32,
+        "activation_ranges": config.activation_ranges if config and config.activation_bits < 16 else None,
+        "quantizer": config.quantizer if config else None,
+        "group_size": config.group_size if config else None,
+        "num_time_groups": config.num_time_groups if config else None,
+        "smoothing_method": config.method if config else None,
+        "smoothing_window": config.smoothing_window if config and config.method else None,
+        "bits_per_weight": lm.bits_per_weight if quantized else 32.0,
+        "accuracy": evaluation.accuracy,
+        "accuracy_ci": list(accuracy_interval(evaluation)),
+        "accuracy_per_timestep": evaluation.accuracy_per_timestep.tolist(),
+        "nelbo": evaluation.nelbo,
+        "path_kl": evaluation.path.total,
+        "path_kl_ci": list(path_kl_interval(evaluation.path)),
+        "path_kl_per_timestep": evaluation.path.per_timestep.tolist(),
+        "markov_score": smoothness.score if smoothness else None,
+        "markov_score_all_steps": smoothness.score_all_steps if smoothness else None,
+        "max_jump": smoothness.max_jump if smoothness else None,
+        "mean_jump": smoothness.mean_jump if smoothness else None,
+        "violations": len(smoothness.violations) if smoothness else None,
+        "cosine_similarity": evaluation.path.mean_cosine,
+        "sudoku_solved": evaluation.puzzles.accuracy if evaluation.puzzles else None,
+    }
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """How close a quantized model is to the full-precision one, and how smooth its parameters are over time.
+
+    Attributes:
+        cosine_similarity: of the two models' outputs at masked positions, -1 to 1.
+        path_kl: nats per sequence.
+        markov_smoothness_score: 0-1; 1 where no parameter depends on the timestep.
+        markov: the details, None where no parameter depends on the timestep.
+    """
+
+    cosine_similarity: float
+    path_kl: float
+    markov_smoothness_score: float
+    markov: MarkovReport | None
+
+
+def validate(lm: QuantizedLM, suite: Suite, *, progress: bool = False) -> ValidationReport:
+    """Compare a quantized model with the suite's reference, without text or puzzles."""
+    path = path_kl(
+        suite.reference,
+        lm,
+        suite.trajectories,
+        suite.timesteps,
+        reference_outputs=suite.reference_outputs,
+        progress="path KL" if progress else None,
+    )
+    smoothness = markov(lm)
+    return ValidationReport(path.mean_cosine, path.total, smoothness.score if smoothness else 1.0, smoothness)
+
+
+def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:
+    """Accuracy and NELBO of a model without context, what a trained model must be well above.
+
+    The unigram model predicts the training frequencies; the copying one mixes them half and half with the
+    frequencies of the visible tokens of the same sequence, and so guesses the most frequent one.
+
+    Args:
+        states: forward states, every sequence at every timestep.
+        timesteps: ``T``.
+        counts: training count of each token, ``(vocabulary,)``.
+        copy: the copying model instead of the unigram one.
+
+    Returns:
+        ``(masked-token accuracy 0-1, NELBO in nats a token)``.
+    """
+    unigram = (counts.double() + 1) / (counts.sum() + len(counts))
+    rho = unmask_probabilities(timesteps)
+    accuracy, nelbo = [], 0.0
+    for timestep, rows in states.batches(len(states.ids)):
+        correct = masked = 0
+        for row in rows.tolist():
+            is_masked, clean = states.is_masked[row], states.clean[row]
+            visible = clean[~is_masked]
+            probabilities = unigram
+            if copy and len(visible):
+                probabilities = 0.5 * unigram + 0.5 * torch.bincount(visible, minlength=len(unigram)) / len(visible)
+            truth = clean[is_masked]
+            correct += int((truth == probabilities.argmax()).sum())
+            masked += len(truth)
+            nelbo -= float(rho[timestep] * probabilities[truth].log().sum()) / (len(rows) * states.ids.shape[1])
+        accuracy.append(correct / masked)
+    return sum(accuracy) / len(accuracy), nelbo

@@ -1,0 +1,188 @@
+"""The earlier project's claims about boundary smoothing, measured on one quantized model, each with a verdict."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib.diffusion.states import Calibration
+from thermo_lib.evaluation.scores import Evaluation, Suite, evaluate, markov, relative_accuracy_gain, summarize
+from thermo_lib.evaluation.statistics import paired_ratio, verdict
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.pipeline.activations import requantize_activations, resmooth
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.model import QuantizedLM
+
+
+def check_comparable(config: ThermoConfig) -> None:
+    """Refuse a configuration that has nothing to smooth.
+
+    Raises:
+        ValueError: a single time group.
+    """
+    if config.num_time_groups == 1:
+        raise ValueError("num_time_groups: found 1, allowed is at least 2; one group has no boundary to smooth")
+
+
+def compare_smoothing(
+    unsmoothed: QuantizedLM, suite: Suite, methods: Sequence[str], *, progress: bool = False
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, QuantizedLM]]:
+    """Evaluate one quantized model without smoothing and with each method.
+
+    Args:
+        unsmoothed: a model with time groups and smoothing off.
+        suite: the evaluation inputs.
+        methods: some of ``linear``, ``cubic``, ``sigmoid``.
+        progress: show bars.
+
+    Returns:
+        The configurations' rows, the targets with verdicts, and the models by method (``none`` for no smoothing).
+
+    Raises:
+        ValueError: the model has a single time group.
+    """
+    config = unsmoothed.config
+    check_comparable(config)
+    label = f"{config.precision} {config.quantizer}, time groups"
+    models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
+    scores = {
+        method: evaluate(model, suite, progress=progress)
+        for method, model in tqdm(models.items(), desc=label, disable=not progress, leave=False)
+    }
+    names = {method: label if method == "none" else f"{label}, {method}" for method in models}
+    rows = [summarize(names[method], models[method], scores[method]) for method in models]
+    targets = [
+        row
+        for method in methods
+        for row in smoothing_targets(models[method], scores[method], unsmoothed, scores["none"])
+    ]
+    return rows, targets, models
+
+
+def smoothing_overhead(
+    unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, method: str, *, progress: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What smoothing costs, as paired ratios of times with and without it.
+
+    Args:
+        unsmoothed: a model with time groups and smoothing off.
+        calibration: states to fit on; a few are enough, smoothing's work doesn't grow with them.
+        suite: the denoised sequences are its first.
+        method: the smoothing method.
+        progress: show bars.
+
+    Returns:
+        ``inference`` (a forward pass at every timestep) and, where activation ranges are static, ``quantization``
+        (fitting them); each what ``paired_ratio`` returns, the candidate with smoothing.
+    """
+    config = unsmoothed.config
+    smoothed = resmooth(unsmoothed, method)
+    ids = suite.trajectories.ids[: default("evaluation.overhead_sequences")]
+    rounds = default("evaluation.overhead_rounds")
+
+    def fit(smoothing: bool) -> None:
+        requantize_activations(
+            unsmoothed, calibration, activation_bits=config.activation_bits, enable_boundary_smoothing=smoothing
+        )
+
+    def run(lm: QuantizedLM) -> None:
+        denoise_once(lm, ids, range(suite.timesteps), suite.timesteps)
+
+    def measure(label: str, work: Callable[[bool], object]) -> dict[str, Any]:
+        return paired_ratio(lambda: work(True), lambda: work(False), rounds, progress=label if progress else None)
+
+    measured = {"inference": measure("inference", lambda smoothing: run(smoothed if smoothing else unsmoothed))}
+    if config.activation_bits < 16 and config.activation_ranges == "static":
+        measured["quantization"] = measure("quantization", fit)
+    return measured
+
+
+def target_row(
+    name: str,
+    config: ThermoConfig,
+    method: str | None,
+    target: float,
+    value: float,
+    ci: tuple[float, float] | None = None,
+    *,
+    at_least: bool = True,
+) -> dict[str, Any]:
+    """One target's row of the report; without ``ci`` the value has no uncertainty."""
+    ci = (value, value) if ci is None else ci
+    return {
+        "name": name,
+        "precision": config.precision,
+        "activation_bits": config.activation_bits,
+        "smoothing_method": method,
+        "target": target,
+        "value": value,
+        "ci": list(ci),
+        "verdict": verdict(ci, target, at_least=at_least),
+    }
+
+
+def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str) -> list[dict[str, Any]]:
+    """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
+    bound = default("targets.overhead")
+    return [
+        target_row(
+            f"overhead of {work}",
+            config,
+            method,
+            bound,
+            measured["ratio"] - 1,
+            (measured["ci"][0] - 1, measured["ci"][1] - 1),
+            at_least=False,
+        )
+        for work, measured in overhead.items()
+    ]
+
+
+@torch.no_grad()
+def same_outputs(a: DiffusionLM, b: DiffusionLM, suite: Suite, sequences: int = 2) -> bool:
+    """Whether two models give bit-identical logits on the suite's first sequences at every timestep."""
+    equal = True
+    for timestep in range(suite.timesteps):
+        ids = suite.trajectories.ids[suite.trajectories.timestep == timestep][:sequences]
+        for lm in (a, b):
+            lm.set_timestep(timestep, suite.timesteps)
+        equal = equal and torch.equal(a.model(ids), b.model(ids))
+    return equal
+
+
+def identity_target(same: bool, config: ThermoConfig) -> dict[str, Any]:
+    """The target that smoothing, switched off, leaves every bit as it was."""
+    return target_row("bit-identical with smoothing off", config, None, 1.0, float(same))
+
+
+def smoothing_targets(
+    lm: QuantizedLM, evaluation: Evaluation, unsmoothed: QuantizedLM, baseline: Evaluation
+) -> list[dict[str, Any]]:
+    """The earlier project's claims about one smoothed model against the same groups unsmoothed, each with a verdict.
+
+    Args:
+        lm, evaluation: the smoothed model and its scores.
+        unsmoothed, baseline: the same quantized model without smoothing and its scores.
+    """
+    config, method = lm.config, lm.config.method
+    gain = relative_accuracy_gain(evaluation, baseline)
+    smooth, rough = markov(lm), markov(unsmoothed)
+    rows = [
+        target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), *gain),
+        target_row("Markov score", config, method, default("targets.markov_score"), smooth.score),
+    ]
+    if rough.mean_jump > 0:
+        cut = 1 - smooth.mean_jump / rough.mean_jump
+        rows.append(target_row("cut of the mean parameter jump", config, method, default("targets.jump_cut"), cut))
+    return rows
+
+
+@torch.no_grad()
+def denoise_once(lm: DiffusionLM, ids: Tensor, timesteps: Iterable[int], total: int) -> None:
+    """One forward pass at each of some timesteps: the work whose time smoothing might change."""
+    for timestep in timesteps:
+        lm.set_timestep(timestep, total)
+        lm.model.hidden(ids)

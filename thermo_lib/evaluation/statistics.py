@@ -1,0 +1,91 @@
+"""Bootstrap intervals, verdicts and paired ratios of times."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from scipy.stats import bootstrap
+from tqdm import tqdm
+
+from thermo_lib.params import default
+
+Verdict = Literal["met", "not met", "inconclusive"]
+
+
+def interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """A 95 % bootstrap percentile interval.
+
+    Args:
+        statistic: of an int array of row indices, drawn with replacement.
+        count: number of rows.
+
+    Returns:
+        ``(low, high)``; equal seeds and inputs give equal intervals.
+    """
+    result = bootstrap(
+        (np.arange(count),),
+        lambda index: statistic(index.astype(int)),
+        vectorized=False,
+        n_resamples=default("evaluation.resamples"),
+        confidence_level=0.95,
+        method="percentile",
+        rng=np.random.default_rng(default("seed")),
+    ).confidence_interval
+    return float(result.low), float(result.high)
+
+
+def verdict(ci: tuple[float, float], target: float, *, at_least: bool) -> Verdict:
+    """Whether a target is met, from the interval of the measured value.
+
+    Args:
+        ci: ``(low, high)``; equal ends for a value without uncertainty.
+        target: the bound.
+        at_least: True where the value should be at or above the target, False where it should be below.
+
+    Returns:
+        ``met`` or ``not met`` where the whole interval is on one side, ``inconclusive`` where it straddles the target.
+
+    Raises:
+        ValueError: the interval's ends are not numbers in order.
+    """
+    low, high = ci
+    if not low <= high:
+        raise ValueError(f"ci: found {ci}, expected low <= high")
+    if at_least:
+        return "met" if low >= target else "not met" if high < target else "inconclusive"
+    return "met" if high < target else "not met" if low >= target else "inconclusive"
+
+
+def paired_ratio(
+    candidate: Callable[[], object], baseline: Callable[[], object], rounds: int, *, progress: str | None = None
+) -> dict[str, Any]:
+    """Time two functions in turns and compare them round by round.
+
+    Args:
+        candidate, baseline: called once a round each, the order swapped from round to round; one round warms up.
+        rounds: number of counted rounds, at least 2.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        ``ratio`` (median of candidate / baseline), ``ci`` (95 %, bootstrap over rounds) and median seconds of both.
+    """
+    if rounds < 2:
+        raise ValueError(f"rounds: found {rounds}, allowed is at least 2")
+    seconds: dict[str, list[float]] = {"candidate": [], "baseline": []}
+    calls = {"candidate": candidate, "baseline": baseline}
+    for turn in tqdm(range(rounds + 1), desc=progress, disable=progress is None, leave=False):
+        for name in sorted(calls, reverse=bool(turn % 2)):
+            start = time.perf_counter()
+            calls[name]()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    ratios = np.array(seconds["candidate"]) / np.array(seconds["baseline"])
+    return {
+        "ratio": float(np.median(ratios)),
+        "ci": list(interval(lambda index: float(np.median(ratios[index])), rounds)),
+        "rounds": rounds,
+        "candidate_seconds": statistics.median(seconds["candidate"]),
+        "baseline_seconds": statistics.median(seconds["baseline"]),
+    }

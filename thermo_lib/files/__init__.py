@@ -1,0 +1,1 @@
+"""Whatever touches the disk: whole or not at all."""

@@ -1,0 +1,130 @@
+"""Safetensors files of a model folder, and the checks of what they hold; pickles are never read."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from thermo_lib.files.text import read_object
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+CONVERT = (
+    "pickled weights are never read; on a machine where you trust them: "
+    f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), '{WEIGHTS_NAME}', metadata={{'format': 'pt'}})"
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """A folder's safetensors file or else, as in ``transformers``, the shards that its index names.
+
+    Raises:
+        ValueError: no weights, pickled weights only, a damaged index, or shards that hold something else than it says.
+    """
+    whole, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return _shards(index)
+    pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
+    raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{CONVERT}")
+
+
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names, no tensor in another or in more than it says."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        found = "an empty object" if weight_map == {} else type(weight_map).__name__
+        raise ValueError(f"{index}: weight_map: found {found}, expected an object from tensors to files")
+    for tensor, name in weight_map.items():
+        allowed = f"allowed are files in {index.parent} that end in .safetensors"
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: weight_map: {tensor}: found {name!r}, {allowed}")
+        if Path(name).name != name:
+            raise ValueError(f"{index}: weight_map: {tensor}: found shard {name!r} outside the folder, {allowed}")
+    paths = [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    holder = dict(weight_map)
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"model: found no {path.name} in {path.parent}, which {index.name} names")
+        with open_safetensors(path) as file:
+            for tensor in file.keys():
+                if holder.setdefault(tensor, path.name) != path.name:
+                    found = f"found it in {path.name!r}, allowed is {holder[tensor]!r} alone"
+                    raise ValueError(f"{index}: weight_map: {tensor}: {found}")
+    return paths
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder; raises what ``weight_files`` and ``read_safetensors`` raise."""
+    return {name: tensor for path in weight_files(folder) for name, tensor in read_safetensors(path).items()}
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """A file to read single tensors from.
+
+    Raises:
+        ValueError: no such file, or not a complete one.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; raises what ``open_safetensors`` raises."""
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys()}
+
+
+def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: Path) -> None:
+    """Compare names, shapes and finiteness of the tensors in a checkpoint with what the model needs.
+
+    Raises:
+        ValueError: a tensor is missing, extra, of the wrong shape, or holds NaN or infinity.
+    """
+    check_shapes({name: tensor.shape for name, tensor in found.items()}, expected, where)
+    for name, tensor in found.items():
+        check_finite(tensor, name, where)
+
+
+def check_full_precision(dtype: torch.dtype, name: str, where: Path) -> None:
+    """Raise ValueError if a tensor of a checkpoint is of a type that full-precision weights don't have."""
+    if dtype not in FULL_PRECISION:
+        allowed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
+        raise ValueError(f"{where}: tensor {name}: found {dtype}, allowed are {allowed}")
+
+
+def check_finite(tensor: Tensor, name: str, where: Path) -> None:
+    """Raise ValueError if a tensor of a checkpoint holds NaN or infinity."""
+    if not tensor.is_floating_point():
+        return
+    numbers = tensor if tensor.dtype in FULL_PRECISION else tensor.float()  # 8-bit floats have no isfinite
+    if not numbers.isfinite().all():
+        raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
+
+
+def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor], where: Path) -> None:
+    """Compare the names and shapes of the tensors in a checkpoint with what the model needs.
+
+    Raises:
+        ValueError: a tensor is missing, extra, or of the wrong shape.
+    """
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing:
+        raise ValueError(f"{where}: missing tensors {', '.join(missing[:5])} ({len(missing)} in all)")
+    if extra:
+        raise ValueError(f"{where}: unexpected tensors {', '.join(extra[:5])} ({len(extra)} in all)")
+    for name, shape in found.items():
+        if tuple(shape) != tuple(expected[name].shape):
+            shapes = f"found shape {tuple(shape)}, expected {tuple(expected[name].shape)}"
+            raise ValueError(f"{where}: tensor {name}: {shapes}")

@@ -1,0 +1,1 @@
+"""The models in other libraries: transformers and lm-evaluation-harness."""

@@ -1,0 +1,34 @@
+"""Tells ``lm_eval`` of the model ``thermo``, wherever thermo_lib is installed.
+
+Its registry knows the models of its own package and has no entry points for others. ``thermo_lm_eval.pth`` imports this
+module when Python starts, so it only waits here: once ``lm_eval.models`` has filled the registry, the name of the class
+is added to it. Nothing of torch, ``lm_eval`` or ``thermo_lib`` is imported before a program asks for it.
+"""
+
+import sys
+
+
+class _Finder:
+    """Finds ``lm_eval.models`` where it is, and lets the registration follow its execution."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+        if name != "lm_eval.models":
+            return None
+        sys.meta_path.remove(self)
+        from importlib.util import find_spec
+
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: object) -> None:
+            execute(module)
+            from lm_eval.api.registry import model_registry
+
+            if "thermo" not in model_registry:  # as it is after ``import thermo_lib.integrations.lm_eval``
+                model_registry.register("thermo", target="thermo_lib.integrations.lm_eval:HarnessLM")
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+sys.meta_path.insert(0, _Finder())

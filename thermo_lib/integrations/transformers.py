@@ -1,0 +1,223 @@
+"""Dream, LLaDA and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
+
+``import thermo_lib`` registers the two architectures with the Auto classes, and the quantization method ``thermo``:
+a quantized folder loads as it is, and ``from_pretrained(folder, quantization_config=ThermoConfig(...))`` quantizes a
+full-precision one while it is read, one linear after another.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightRenaming
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+
+from thermo_lib.files.tensors import CONVERT, check_finite, check_shapes, open_safetensors
+from thermo_lib.models.architectures import ARCHITECTURES, MaskPredictor, tensor_name
+from thermo_lib.models.lm import stored_names
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
+from thermo_lib.pipeline.storage import check_types, expected_tensors, install, model_tensors, stored_type
+from thermo_lib.pipeline.weights import code_tables, quantize_layer
+
+
+def _inside(files: Sequence[str] | None, folder: str) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint, and its files.
+
+    Args:
+        files: that ``transformers`` found, the shards by what the index calls them.
+        folder: of the model, or a hub id; then the folder is that of the first file.
+
+    Raises:
+        ValueError: no files, one that isn't safetensors, or one that isn't inside the folder.
+    """
+    if not files:
+        raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
+    paths = [Path(file) for file in files]
+    root = Path(folder) if Path(folder).is_dir() else paths[0].parent
+    for path in paths:
+        if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
+            raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {root}")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"model: found {path.name} in {root}, allowed are safetensors; {CONVERT}")
+    return root, paths
+
+
+class _Stored(nn.Module):
+    """Holds what is stored of a module until all of it is read.
+
+    Args:
+        module: the linear or embeddings whose place it takes.
+        stored: name to tensor on the meta device.
+    """
+
+    def __init__(self, module: nn.Module, stored: dict[str, Tensor]):
+        super().__init__()
+        self.replaced = [module]  # in a list, so that it isn't a submodule
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
+
+
+class _Quantize(ConversionOps):
+    """Puts a quantized layer in the place of a linear whose weight has just been read."""
+
+    def __init__(self, quantizer: "ThermoQuantizer"):
+        self.hf_quantizer = quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: Any,
+    ) -> dict[str, Tensor]:
+        (weight,) = input_dict.values()
+        name = full_layer_name.removesuffix(".weight")
+        linear = model.get_submodule(name)
+        linear.weight = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=False)
+        quantize_layer(self.hf_quantizer.lm, name, None, {})
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
+        return {}
+
+
+class ThermoQuantizer(HfQuantizer):
+    """Reads quantized folders, and quantizes full-precision ones without calibration.
+
+    Attributes:
+        lm: the model with its configuration and its parameters before smoothing; without a tokenizer.
+    """
+
+    quantization_config: ThermoConfig
+
+    def validate_environment(self, *_: Any, **__: Any) -> None:
+        """Refuse to calibrate.
+
+        Raises:
+            ValueError: a configuration that needs calibration, for a model that isn't quantized.
+        """
+        config = self.quantization_config
+        if not self.pre_quantized and config.needs_calibration:
+            found = (
+                f"found quantizer={config.quantizer!r}, num_time_groups={config.num_time_groups}, "
+                f"activation_bits={config.activation_bits} ({config.activation_ranges}), which need calibration"
+            )
+            instead = "use thermo_lib.quantize, or `python -m thermo_lib quantize`, and load the folder"
+            raise ValueError(f"quantization_config: {found}; {instead}")
+
+    def _process_model_before_weight_loading(
+        self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> None:
+        if not isinstance(model, MaskPredictor):
+            supported = ", ".join(architecture.model.__name__ for architecture in ARCHITECTURES.values())
+            raise ValueError(f"model: found {type(model).__name__}, supported are {supported}")
+        self.lm = QuantizedLM(
+            model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
+        )
+        self.linears = {f"{name}.weight" for name in linear_names(model)}
+        self.folder, paths = _inside(checkpoint_files, model.config.name_or_path)
+        expected = self._checked(model, paths)
+        if not self.pre_quantized:
+            return
+        self.coded = sorted(expected.keys() - model.state_dict().keys())
+        owners: dict[str, dict[str, Tensor]] = {}
+        for name in self.coded:
+            owner, _, key = name.rpartition(".")
+            owners.setdefault(owner, {})[key] = torch.empty_like(expected[name], dtype=stored_type(name))
+        for owner, stored in owners.items():
+            module = model.get_submodule(owner)
+            holder = _Stored(module, stored)
+            if getattr(module, "bias", None) is not None:
+                holder.bias = module.bias
+            model.set_submodule(owner, holder)
+        if coded_tables(model, self.quantization_config):
+            model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
+            model.all_tied_weights_keys = {}
+
+    def _checked(self, model: MaskPredictor, paths: Sequence[Path]) -> dict[str, Tensor]:
+        """What is expected in the files, by the library's names, once names, shapes and types there are right."""
+        shapes, types, column_bits = {}, {}, {}
+        for path in paths:
+            with open_safetensors(path) as file:
+                for key in file.keys():
+                    part = file.get_slice(key)
+                    shapes[key] = part.get_shape()
+                    types[key] = (part[:1] if shapes[key] else file.get_tensor(key)).dtype
+                    if key.endswith("packed_column_bits"):
+                        column_bits[key] = file.get_tensor(key)
+        expected = model.state_dict()
+        if self.pre_quantized:
+            expected = expected_tensors(model, self.quantization_config, column_bits, self.folder)
+        names = stored_names(shapes, model.config, expected)
+        check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
+        check_types(types, self.folder)
+        return expected
+
+    def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
+        dtype = model.model.norm.weight.dtype
+        for name, tensor in model.state_dict().items():
+            check_finite(tensor, tensor_name(model.config, name), self.folder)
+        with torch.no_grad():
+            if self.pre_quantized:
+                self._install(model, dtype)
+            else:
+                install_dynamic_ranges(self.lm)
+                code_tables(self.lm)
+        # Layers were made on the CPU, wherever the tensors have been read to.
+        return model.requires_grad_(False).to(model.model.norm.weight.device)
+
+    def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
+        tensors = dict(model.named_buffers())
+        tensors = {name: tensors[name] for name in self.coded}
+        for name in {name.rpartition(".")[0] for name in self.coded}:
+            holder = model.get_submodule(name)
+            if (bias := getattr(holder, "bias", None)) is not None:
+                tensors[f"{name}.bias"] = bias
+            model.set_submodule(name, holder.replaced[0])
+        install(self.lm, tensors, self.folder, dtype)
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
+        """Whether it is the weight of a linear in a block."""
+        return param_name in self.linears
+
+    def get_quantize_ops(self) -> _Quantize:
+        """What quantizes such a weight."""
+        return _Quantize(self)
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes, by the library's names."""
+        return model_tensors(self.lm), {}
+
+    def is_serializable(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: gradients end at the codes."""
+        return False
+
+
+def register() -> None:
+    """Make the architectures and the method known to ``transformers``; ``import thermo_lib`` does it."""
+    if ThermoConfig.quant_method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
+    register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
+    for architecture in ARCHITECTURES.values():
+        AutoConfig.register(architecture.config.model_type, architecture.config)
+        for auto in (AutoModel, AutoModelForMaskedLM):
+            auto.register(architecture.config, architecture.model)
+        renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]
+        register_checkpoint_conversion_mapping(architecture.model.__name__, renamings)

@@ -1,0 +1,1 @@
+"""Diffusion language models: architectures, tokenizers, loading and saving."""

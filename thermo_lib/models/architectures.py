@@ -1,0 +1,404 @@
+"""Dream and LLaDA in plain ``transformers`` modules, and the layout of their published checkpoints.
+
+Both are mask predictors: transformers with attention in both directions that predict the tokens at masked
+positions. They differ in their blocks and in one shift:
+
+- Dream (arXiv 2508.15487) has Qwen2 blocks. Its logits are shifted by one: the state at position ``i - 1``
+  predicts token ``i``, as in the autoregressive model it was initialized from.
+- LLaDA (arXiv 2502.09992) has Llama blocks and was trained from scratch: position ``i`` predicts token ``i``.
+
+A checkpoint's own names of settings and tensors are used at the files only: on loading they become those of
+``transformers``, on saving and in errors they are the checkpoint's again.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
+from transformers.activations import ACT2FN
+
+from thermo_lib.files.text import read_object
+
+
+class MaskPredictor(nn.Module):
+    """What the architectures share; mixed into a ``...ForCausalLM`` of ``transformers``."""
+
+    is_shifted: bool
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        # The configuration's is_causal reaches the blocks through the model, this one also those called alone.
+        for layer in self.model.layers:
+            layer.self_attn.is_causal = False
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The last hidden states, in such order that position ``i`` predicts token ``i``.
+
+        Args:
+            input_ids: int64 ``(batch, length)``.
+            attention_mask: bool ``(batch, length)``, False at padding; None when there is none.
+
+        Returns:
+            ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
+        """
+        is_masked = input_ids == self.config.mask_token_id
+        for module in self.modules():
+            if hasattr(module, "set_token_state"):
+                module.set_token_state(is_masked)
+        position_ids = None
+        bias = None
+        if attention_mask is not None:
+            dtype = self.model.norm.weight.dtype
+            hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
+            bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
+            bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        states = self.model(
+            input_ids=input_ids, attention_mask=bias, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return _shift(states, attention_mask) if self.is_shifted else states
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits ``(batch, length, vocabulary)`` of the token at each position."""
+        return self.lm_head(self.hidden(input_ids, attention_mask))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move or cast the model; the frequencies of its positions stay as precise as in a model loaded so."""
+        positions = self.model.rotary_emb
+        before = dict(positions.named_buffers())
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            changed = getattr(positions, name)
+            if changed.dtype != tensor.dtype:
+                setattr(positions, name, tensor.to(changed.device))
+        return self
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """What ``transformers`` loads, unless it is damaged or would be something else than is stored.
+
+        Raises:
+            ValueError: a file that isn't complete, or codes without a ``quantization_config``.
+        """
+        try:
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"model: found a safetensors file that isn't complete ({error})") from error
+        if codes := sorted(name for name in info["unexpected_keys"] if name.endswith(".packed")):
+            raise ValueError(
+                f"config.json: quantization_config: found none, required by tensors {', '.join(codes[:5])} "
+                f"({len(codes)} in all)"
+            )
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Write the model as ``transformers`` does.
+
+        Raises:
+            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it.
+        """
+        if getattr(self, "hf_quantizer", None) is None and any(hasattr(m, "packed") for m in self.modules()):
+            expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
+            raise ValueError(f"save_pretrained: found a quantized model, {expected}")
+        super().save_pretrained(*args, **kwargs)
+
+
+def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
+    shifted = torch.cat([states[:, :1], states[:, :-1]], dim=1)
+    if attention_mask is None:
+        return shifted
+    # A first token has no state before it and keeps its own, with or without padding on its left.
+    after_padding = ~nn.functional.pad(attention_mask.bool()[:, :-1], (1, 0))
+    return torch.where(after_padding[..., None], states, shifted)
+
+
+class Published:
+    """A configuration that ``transformers`` reads from a published ``config.json``, and writes as one."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration; keys that ask for remote code are not obeyed.
+
+        Raises:
+            ValueError: what ``read_config`` raises.
+        """
+        found = config_dict.get("quantization_config")
+        if found is not None and not isinstance(found, dict):
+            raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
+        kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
+        values = _parse(ARCHITECTURES[cls.model_type], _flat_rope(config_dict))
+        return super().from_dict(values | kept, **kwargs)
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """``config.json`` in the published layout, with what ``transformers`` adds to it."""
+        content = self.to_dict()
+        return config_json(self, **{key: content[key] for key in _OF_TRANSFORMERS if content.get(key) is not None})
+
+
+_OF_TRANSFORMERS = ("dtype", "torch_dtype", "quantization_config", "transformers_version")
+
+
+class DreamConfig(Published, Qwen2Config):
+    """Qwen2's configuration with the mask token of Dream's ``config.json``."""
+
+    model_type = "Dream"
+    is_causal = False
+    mask_token_id: int | None = None
+
+
+class DreamModel(MaskPredictor, Qwen2ForCausalLM):
+    """Dream's architecture: Qwen2 blocks, bidirectional attention, logits shifted by one."""
+
+    config_class = DreamConfig
+    is_shifted = True
+
+
+class LLaDAConfig(Published, LlamaConfig):
+    """Llama's configuration with the mask token of LLaDA's ``config.json``."""
+
+    model_type = "llada"
+    is_causal = False
+    mask_token_id: int | None = None
+
+
+class LLaDAModel(MaskPredictor, LlamaForCausalLM):
+    """LLaDA's architecture: Llama blocks, bidirectional attention, no shift."""
+
+    config_class = LLaDAConfig
+    is_shifted = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a published checkpoint says what this library builds.
+
+    Attributes:
+        config, model: the classes that are built.
+        published_as: the class in ``architectures`` of ``config.json``.
+        sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
+            attribute must agree.
+        settings: the same for what isn't a size.
+        required: the settings that must be there, because no default is the published one.
+        fixed: key of ``config.json`` to the only values that the modules can compute, None where the key may be
+            left out.
+        tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[MaskPredictor]
+    published_as: str
+    sizes: Mapping[str, str]
+    settings: Mapping[str, str]
+    required: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+def _same(*keys: str) -> dict[str, str]:
+    return {key: key for key in keys}
+
+
+_DREAM = Architecture(
+    config=DreamConfig,
+    model=DreamModel,
+    published_as="DreamModel",
+    sizes=_same(
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "mask_token_id",
+    ),
+    settings=_same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act"),
+    fixed={
+        "rope_scaling": (None,),
+        "use_mrope": (False, None),
+        "use_sliding_window": (False, None),
+    },
+)
+_LLADA = Architecture(
+    config=LLaDAConfig,
+    model=LLaDAModel,
+    published_as="LLaDAModelLM",
+    sizes={
+        "vocab_size": "vocab_size",
+        "embedding_size": "vocab_size",
+        "d_model": "hidden_size",
+        "mlp_hidden_size": "intermediate_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+        "mask_token_id": "mask_token_id",
+    },
+    settings={
+        "max_sequence_length": "max_position_embeddings",
+        "rms_norm_eps": "rms_norm_eps",
+        "rope_theta": "rope_theta",
+        "weight_tying": "tie_word_embeddings",
+        "activation_type": "hidden_act",
+    },
+    required=("rms_norm_eps", "rope_theta", "weight_tying", "activation_type"),
+    fixed={
+        "block_type": ("llama",),
+        "activation_type": ("silu",),
+        "layer_norm_type": ("rms",),
+        "rope": (True,),
+        "include_bias": (False,),
+        "include_qkv_bias": (False, None),
+        "bias_for_layer_norm": (False, None),
+        "layer_norm_with_affine": (True, None),
+        "attention_layer_norm": (False, None),
+        "input_emb_norm": (False, None),
+        "alibi": (False, None),
+        "scale_logits": (False, None),
+        "multi_query_attention": (False, None),
+        "block_group_size": (1, None),
+    },
+    tensors={
+        "lm_head": "model.transformer.ff_out",
+        "model.embed_tokens": "model.transformer.wte",
+        "model.norm": "model.transformer.ln_f",
+        "model.layers": "model.transformer.blocks",
+        "self_attn.q_proj": "q_proj",
+        "self_attn.k_proj": "k_proj",
+        "self_attn.v_proj": "v_proj",
+        "self_attn.o_proj": "attn_out",
+        "mlp.gate_proj": "ff_proj",  # through SiLU, then times up_proj
+        "mlp.up_proj": "up_proj",
+        "mlp.down_proj": "ff_out",
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ff_norm",
+    },
+)
+# Of what would take all memory or all time before a tensor of the wrong shape is found.
+_MOST = 2**24
+_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
+ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (_DREAM, _LLADA)}
+
+
+def build_model(config: PreTrainedConfig) -> MaskPredictor:
+    """The model of a configuration, randomly initialized."""
+    return ARCHITECTURES[config.model_type].model(config)
+
+
+def skeleton(config: PreTrainedConfig) -> MaskPredictor:
+    """The model of a configuration without memory for its weights, on the meta device."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def tensor_name(config: PreTrainedConfig, name: str) -> str:
+    """What the checkpoint calls ``name``, a parameter's or anything else's that begins with a module's name."""
+    for ours, theirs in ARCHITECTURES[config.model_type].tensors.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
+
+    Raises:
+        ValueError: no such file, not JSON, unsupported ``model_type``, a missing field, or a value that the modules
+            of that architecture can't compute.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"model: found no config.json in {folder}")
+    content = read_object(path)
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
+    try:
+        architecture = ARCHITECTURES[model_type]
+        return architecture.config(**_parse(architecture, _flat_rope(content)))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
+    rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
+    return rope | content
+
+
+def _parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the configuration."""
+    missing = [key for key in (*architecture.sizes, *architecture.required) if content.get(key) is None]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    for key, allowed in architecture.fixed.items():
+        # 0 == False and 1 == True in Python, but not in a configuration.
+        if not any(content.get(key) == value and type(content.get(key)) is type(value) for value in allowed):
+            raise ValueError(f"{key}: found {content.get(key)!r}, allowed is {allowed[0]!r}")
+    values: dict[str, Any] = {}
+    for key, attribute in architecture.sizes.items():
+        found = content[key]
+        least, most = _LIMITS.get(attribute, (1, _MOST))
+        _check_whole(key, found, least, most)
+        if values.setdefault(attribute, found) != found:
+            raise ValueError(f"{key}: found {found}, allowed is {attribute} = {values[attribute]}")
+    _check_sizes({attribute: key for key, attribute in reversed(architecture.sizes.items())}, values)
+    for key, attribute in architecture.settings.items():
+        if key in content:
+            _check_setting(key, attribute, content[key])
+            values[attribute] = content[key]
+    return values
+
+
+def _check_whole(key: str, found: Any, least: int, most: int) -> None:
+    if type(found) is not int or not least <= found <= most:
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are whole numbers from {least} to {most}")
+
+
+def _check_setting(key: str, attribute: str, found: Any) -> None:
+    if attribute in ("rope_theta", "rms_norm_eps"):
+        if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
+    elif attribute == "max_position_embeddings":
+        _check_whole(key, found, 1, 2**31)
+    elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
+    elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
+
+
+def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
+    for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if values[part] < 1 or values[whole] % values[part]:
+            allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
+            raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
+    head_size = values["hidden_size"] // values["num_attention_heads"]
+    if head_size % 2:  # rotary embeddings turn pairs of features
+        found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"
+        raise ValueError(f"{keys['num_attention_heads']}: {found}, allowed are those of an even size")
+    if values["mask_token_id"] >= values["vocab_size"]:
+        allowed = f"allowed is below {keys['vocab_size']} = {values['vocab_size']}"
+        raise ValueError(f"{keys['mask_token_id']}: found {values['mask_token_id']}, {allowed}")
+
+
+def config_json(config: PreTrainedConfig, **more: Any) -> str:
+    """``config.json`` in the layout of the published checkpoints of that architecture."""
+    architecture = ARCHITECTURES[config.model_type]
+
+    def value(attribute: str) -> Any:
+        return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
+
+    content = {
+        "architectures": [architecture.published_as],
+        "model_type": config.model_type,
+        **{key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()},
+        **{key: allowed[0] for key, allowed in architecture.fixed.items() if None not in allowed},
+        **more,
+    }
+    return json.dumps(content, indent=2) + "\n"

@@ -1,0 +1,265 @@
+"""Diffusion language models, loaded from published checkpoints without running checkpoint code, and saved.
+
+Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
+"""
+
+import itertools
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from thermo_lib.files.folders import write_folder
+from thermo_lib.files.tensors import WEIGHTS_NAME, check_finite, check_full_precision, check_tensors, read_tensors
+from thermo_lib.files.text import read_object
+from thermo_lib.models.architectures import (
+    DreamConfig,
+    DreamModel,
+    MaskPredictor,
+    config_json,
+    read_config,
+    skeleton,
+    tensor_name,
+)
+from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
+
+REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
+HEAD = "lm_head.weight"
+NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
+
+
+@dataclass
+class DiffusionLM:
+    """A diffusion language model with its tokenizer.
+
+    Attributes:
+        model: a ``DreamModel`` or ``LLaDAModel``, its linear layers perhaps quantized.
+        tokenizer: text to token ids.
+        mask_token_id: the id that stands for a masked position.
+        name: where it was loaded from.
+        chat_template: how to write a conversation; None for a model that wasn't tuned on any.
+    """
+
+    model: MaskPredictor
+    tokenizer: Tokenizer
+    mask_token_id: int
+    name: str
+    chat_template: ChatTemplate | None = field(default=None, kw_only=True)
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+        """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
+
+        Args:
+            messages: each with ``role`` and ``content``.
+            add_generation_prompt: end with the opening of an answer.
+
+        Raises:
+            ValueError: the model has no chat template, or its template refuses the messages.
+        """
+        if self.chat_template is None:
+            expected = "expected a model with chat_template.jinja, or chat_template in tokenizer_config.json"
+            raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+
+    def decode(self, ids: Tensor) -> str:
+        """Text of token ids ``(length,)``, up to the first special token."""
+        special = {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in special, ids.tolist())))
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Tell every time-aware layer which denoising step comes next.
+
+        Args:
+            timestep: ``i`` in ``0..timesteps-1``.
+            timesteps: ``T`` of the run; layers calibrated with another T take the step at the same mask ratio.
+        """
+        for module in self.model.modules():
+            if hasattr(module, "set_timestep"):
+                module.set_timestep(timestep, timesteps)
+
+    @torch.no_grad()
+    def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Logits at chosen positions only, which saves work in the head; the mask token gets no probability.
+
+        A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524).
+
+        Args:
+            ids: int64 ``(batch, length)``.
+            at: bool ``(batch, length)``, True at ``n`` positions.
+            attention_mask: bool ``(batch, length)``, False at padding on the left; None where there is none.
+
+        Returns:
+            ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
+            model's.
+
+        Raises:
+            ValueError: ids outside the vocabulary.
+        """
+        device, vocab_size = self.model.device, self.model.config.vocab_size
+        is_unknown = (ids < 0) | (ids >= vocab_size)
+        if is_unknown.any():
+            raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
+        visible = None if attention_mask is None else attention_mask.to(device)
+        logits = self.model.lm_head(self.model.hidden(ids.to(device), visible)[at.to(device)])
+        logits[:, self.mask_token_id] = NO_PROBABILITY
+        return logits.to(ids.device)
+
+
+def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
+    """A randomly initialized reference model; equal seeds give equal weights."""
+    torch.manual_seed(seed)
+    config = DreamConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["intermediate_size"],
+        num_hidden_layers=sizes["num_hidden_layers"],
+        num_attention_heads=sizes["num_attention_heads"],
+        num_key_value_heads=sizes["num_attention_heads"],
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        mask_token_id=mask_token_id,
+        bos_token_id=None,
+        attention_dropout=0.0,
+    )
+    return DreamModel(config)
+
+
+def take_expected(
+    found: Mapping[str, Tensor], config: PreTrainedConfig, expected: Mapping[str, Tensor], where: Path
+) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by the library's names: all that the model needs and no other.
+
+    Args:
+        found: the tensors by the names of ``config``'s architecture.
+        config: the model's configuration.
+        expected: the library's name to a tensor of the right shape; the head may be missing where it is tied.
+        where: the checkpoint.
+
+    Raises:
+        ValueError: what ``check_tensors`` raises, in the names of the checkpoint.
+    """
+    names = stored_names(found, config, expected)
+    check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
+    return {name: found[stored] for stored, name in names.items()}
+
+
+def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
+    names = {tensor_name(config, name): name for name in expected}
+    head = tensor_name(config, HEAD)
+    if config.tie_word_embeddings and head not in found:
+        names.pop(head, None)
+    return names
+
+
+def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
+    """Give a model that was built on the meta device its tensors, and make it ready to evaluate.
+
+    Args:
+        model: its parameters hold no memory yet.
+        tensors: the library's name to tensor; emptied, so that no tensor is held twice.
+        dtype: of the model's parameters.
+    """
+    for name in list(tensors):
+        model.load_state_dict({name: tensors.pop(name).to(dtype)}, strict=False, assign=True)
+    if isinstance(model.lm_head, nn.Linear):
+        model.tie_weights()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its numbers are in no checkpoint
+    model.eval().requires_grad_(False)
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model: the embedded reference, a local folder, or a hub id (downloaded, no code).
+
+    Raises:
+        ValueError: neither a folder nor a hub id that can be downloaded.
+    """
+    if name == "reference":
+        return REFERENCE_DIR
+    if name and Path(name).is_dir():  # Path("") is the working directory
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
+        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
+
+
+def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """Load a full-precision diffusion language model, in evaluation mode.
+
+    Args:
+        name: ``"reference"`` for the embedded model, a local folder, or a hub id.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: unknown model, a quantized one, unsupported type, or damaged weights; the message says which and
+            why.
+    """
+    folder = model_folder(name)
+    config = read_config(folder)
+    check_unquantized(folder)
+    tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
+    model = skeleton(config)
+    found = read_tensors(folder)
+    for key, tensor in found.items():
+        check_full_precision(tensor.dtype, key, folder)
+    tensors = take_expected(found, config, model.state_dict(), folder)
+    for key in tensors:
+        tensors[key] = tensors[key].to(dtype)
+        check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
+    fill(model, tensors, dtype)
+    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template)
+
+
+def check_unquantized(folder: Path) -> None:
+    """Raise ValueError if a folder's ``config.json`` says that its weights are quantized."""
+    path = folder / "config.json"
+    found = read_object(path).get("quantization_config")
+    if found is None:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method == "thermo":
+        raise ValueError(f"model: found a quantized model in {folder}, load it with load_quantized")
+    raise ValueError(f"{path}: quantization_config: found quant_method {method!r}, allowed is a model without")
+
+
+def save_model(
+    lm: DiffusionLM,
+    folder: str | Path,
+    dtype: torch.dtype = torch.bfloat16,
+    extra: Mapping[str, str] | None = None,
+) -> None:
+    """Write a full-precision model as ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+
+    An earlier folder of that name stays as it was until the new one is complete.
+
+    Args:
+        lm: the model.
+        folder: where to write it.
+        dtype: of the stored weights.
+        extra: more text files, name to content.
+    """
+
+    def write(target: Path) -> None:
+        config = lm.model.config
+        state = {name: tensor.to(dtype).contiguous() for name, tensor in lm.model.state_dict().items()}
+        if config.tie_word_embeddings:
+            del state[HEAD]
+        state = {tensor_name(config, name): tensor for name, tensor in state.items()}
+        save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        (target / WEIGHTS_NAME).chmod(0o644)
+        (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+        for name, text in (extra or {}).items():
+            (target / name).write_text(text, encoding="utf-8")
+
+    write_folder(Path(folder), write)

@@ -1,0 +1,257 @@
+"""Quantize the inputs of a model's quantized linears, and change that or its smoothing later."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from thermo_lib.diffusion.inputs import shared_inputs
+from thermo_lib.diffusion.states import Calibration
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.params import default
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.model import QuantizedLM, copied, install_activations, install_weights
+from thermo_lib.time_aware.groups import TimeGroupParams
+from thermo_lib.time_aware.ranges import InputSample, clipped_ranges, input_samples
+from thermo_lib.time_aware.smoothing import BoundarySmoother
+from thermo_lib.transition.chains import CalibrationDraws
+from thermo_lib.transition.fit import fit_to_output, fit_to_path_kl, output_error
+from thermo_lib.transition.loss import TransitionLoss
+from thermo_lib.transition.parameters import TrainableRanges
+
+
+def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
+    """The quantized layers, those that share an input together, with a random sample of that input.
+
+    Args:
+        lm: a quantized model.
+        calibration: the states.
+    """
+    sites = shared_inputs(lm, list(lm.quantized_layers()))
+    tokens, seed = default("ranges.tokens"), default("seed")
+    samples = input_samples(lm, calibration, [site[0] for site in sites], lm.config.timesteps, tokens, seed)
+    return [(site, samples[site[0]]) for site in sites]
+
+
+def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -> TrainableRanges:
+    matrix = BoundarySmoother(config.method, config.smoothing_window).weights(config.time_groups.ranges)
+    return TrainableRanges(scale, zero_point, matrix, config.activation_bits, config.activation_group_size)
+
+
+def present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
+    """The static ranges of every layer's input, trainable; layers that share an input share them."""
+    ranges = {}
+    for site in shared_inputs(lm, list(lm.activation_params)):
+        params = lm.activation_params[site[0]]
+        start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
+        ranges |= dict.fromkeys(site, _trainable_ranges(*start, lm.config))
+    return ranges
+
+
+def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> dict[str, TrainableRanges]:
+    """Static activation ranges for least squared error of the activations, or then of the layers' outputs.
+
+    Layers that share an input share them.
+    """
+    config, settings = lm.config, default("ranges")
+    layers = lm.quantized_layers()
+    sites = site_samples(lm, calibration)
+    ranges: dict[str, TrainableRanges] = {}
+    for site, sample in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
+        start = clipped_ranges(
+            sample,
+            config.time_groups,
+            config.activation_bits,
+            token_states=config.activation_token_states,
+            group_size=config.activation_group_size,
+        )
+        fitted = _trainable_ranges(*start, config)
+        if config.range_objective == "output":
+            weight = torch.cat([layers[name].weight() for name in site])
+            fit_to_output(
+                fitted,
+                sample,
+                weight,
+                steps=settings["output_steps"],
+                batch=settings["output_batch"],
+                lr=settings["output_lr"],
+                seed=default("seed"),
+            )
+        ranges |= dict.fromkeys(site, fitted)
+    return ranges
+
+
+def quantize_activations(
+    lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration | None, progress: bool
+) -> None:
+    if lm.config.activation_ranges == "static":
+        ranges, settings = _clip_ranges(lm, calibration, progress), default("ranges")
+        if lm.config.range_objective == "path_kl":
+            loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
+            fit_to_path_kl(
+                loss,
+                {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
+                CalibrationDraws(loss, calibration, settings["path_kl_batch"], default("seed")),
+                steps=settings["path_kl_steps"],
+                progress=f"path KL {lm.config.precision}" if progress else None,
+            )
+        lm.activation_params |= {name: fitted.params(lm.config.time_groups) for name, fitted in ranges.items()}
+    for name, layer in lm.quantized_layers().items():
+        install_activations(layer, lm.activation_params.get(name, []), lm.config)
+
+
+_ACTIVATIONS = frozenset(
+    {
+        "activation_bits",
+        "activation_ranges",
+        "activation_clip",
+        "activation_group_size",
+        "activation_token_states",
+        "range_objective",
+        "num_time_groups",
+        "time_group_starts",
+    }
+)
+
+
+def requantize_activations(
+    lm: QuantizedLM,
+    calibration: Calibration | None = None,
+    *,
+    reference: DiffusionLM | None = None,
+    progress: bool = False,
+    **changes: object,
+) -> QuantizedLM:
+    """The same quantized weights with other activation settings; the given model stays as it is.
+
+    Args:
+        lm: a quantized model whose weights don't depend on the timestep.
+        calibration: states to fit static ranges on.
+        reference: the full-precision model, needed to fit to path KL.
+        progress: show a bar.
+        changes: new values of the activation settings, the time groups and smoothing.
+
+    Raises:
+        ValueError: a field that belongs to the weights, time-dependent weights, missing calibration or reference.
+    """
+    _check_changes(changes, _ACTIVATIONS | _SMOOTHING)
+    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
+    check_constant_weights(lm)
+    if config.activation_bits == 16 and config.num_time_groups > 1:
+        raise ValueError(_TIME_DEPENDENT)
+    if config.activation_bits < 16 and config.activation_ranges == "static" and calibration is None:
+        raise ValueError("calibration: found None, required by static activation ranges")
+    if config.activation_bits < 16 and config.range_objective == "path_kl" and reference is None:
+        raise ValueError("reference: found None, required by range_objective='path_kl'")
+    changed = copied(lm, config, {})
+    for layer in changed.quantized_layers().values():
+        layer.activation_bits = 16
+        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1))
+    if config.activation_bits < 16:
+        with torch.no_grad():
+            quantize_activations(changed, reference, calibration, progress)
+    return changed
+
+
+_TIME_DEPENDENT = "num_time_groups: found time-dependent weights, expected weights of one time group"
+
+
+def check_constant_weights(lm: QuantizedLM) -> None:
+    if any(len(params) > 1 for params in lm.weight_params.values()):
+        raise ValueError(_TIME_DEPENDENT)
+
+
+_SMOOTHING = frozenset({"enable_boundary_smoothing", "smoothing_method", "smoothing_window"})
+
+
+def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
+    other = sorted(changes.keys() - set(allowed))
+    if other:
+        raise ValueError(f"{other[0]}: can't change without quantizing again, allowed are {', '.join(sorted(allowed))}")
+
+
+def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> QuantizedLM:
+    """The same quantized model with other boundary smoothing, nothing fitted again.
+
+    Args:
+        lm: a quantized model.
+        method: ``linear``, ``cubic``, ``sigmoid`` or None.
+        window: timesteps on each side; by default as before.
+
+    Raises:
+        ValueError: unknown method or window out of range.
+    """
+    changes = {
+        "enable_boundary_smoothing": method is not None,
+        "smoothing_method": method or lm.config.smoothing_method,
+        "smoothing_window": lm.config.smoothing_window if window is None else window,
+    }
+    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
+    changed = copied(lm, config, lm.activation_params)
+    for name, layer in changed.quantized_layers().items():
+        install_weights(layer, lm.weight_params[name], config)
+        if config.activation_bits < 16:
+            install_activations(layer, lm.activation_params.get(name, []), config)
+    return changed
+
+
+@torch.no_grad()
+def smooth_each_layer(
+    lm: QuantizedLM,
+    calibration: Calibration,
+    methods: Sequence[str],
+    windows: Sequence[int],
+    *,
+    reference: DiffusionLM | None = None,
+    progress: bool = False,
+) -> QuantizedLM:
+    """Give every layer input the method and window, or no smoothing, that costs least.
+
+    The choice is stored as parameters of every timestep, so the model has as many time groups as timesteps.
+
+    Args:
+        lm: a model with static activation ranges in time groups, smoothing off.
+        calibration: states to choose on.
+        methods, windows: what to choose from.
+        reference: the full-precision model: what costs least path KL is chosen, layer after layer, on
+            ``ranges.choice_states`` states of each part of the calibration. Without it, what costs the layers'
+            output least.
+        progress: show a bar.
+    """
+    config, layers, ranges = lm.config, lm.quantized_layers(), present_ranges(lm)
+    smoothers = [
+        BoundarySmoother(None, 1),
+        *(BoundarySmoother(method, window) for method in methods for window in windows),
+    ]
+    matrices = [smoother.weights(config.time_groups.ranges).float() for smoother in smoothers]
+    distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
+    samples = site_samples(lm, calibration)
+    if reference is not None:
+        loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
+        generator = torch.Generator().manual_seed(default("seed"))
+        states = [
+            part[torch.randperm(len(part.ids), generator=generator)[: default("ranges.choice_states")]]
+            for part in calibration.parts
+        ]
+        targets = [loss.targets(drawn) for drawn in states]
+    chosen: dict[str, list[TimeGroupParams]] = {}
+    for site, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
+        fitted = ranges[site[0]]
+        weight = torch.cat([layers[name].weight() for name in site])
+
+        def cost(index: int, fitted=fitted, sample=sample, weight=weight) -> float:
+            fitted.weights = matrices[index]
+            if reference is None:
+                return output_error(fitted, sample, weight)
+            with loss:
+                return sum(float(loss(drawn, aim)) for drawn, aim in zip(states, targets, strict=True))
+
+        best = min(distinct, key=cost)
+        fitted.weights = matrices[best]
+        chosen |= dict.fromkeys(site, smoothers[best].smooth(lm.activation_params[site[0]]))
+    every = {"num_time_groups": config.timesteps, "time_group_starts": None, "enable_boundary_smoothing": False}
+    changed = copied(lm, ThermoConfig(**{**config.model_dump(), **every}), chosen)
+    for name, layer in changed.quantized_layers().items():
+        install_activations(layer, chosen[name], changed.config)
+    return changed

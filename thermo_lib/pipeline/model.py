@@ -1,0 +1,213 @@
+"""A quantized diffusion language model, and how quantized layers get into it."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from thermo_lib.models.architectures import MaskPredictor
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear
+from thermo_lib.time_aware.groups import TimeGroupParams
+from thermo_lib.time_aware.smoothing import BoundarySmoother
+
+TABLES = ("model.embed_tokens", "lm_head")
+
+
+@dataclass
+class QuantizedLM(DiffusionLM):
+    """A quantized diffusion language model.
+
+    Attributes:
+        config: how it was quantized.
+        weight_params: layer name to the weight parameters of its time groups, before smoothing; one entry where
+            they don't depend on the timestep.
+        activation_params: the same for static activation ranges; empty where there are none.
+        losses: what was trained to the loss of each step, path KL in nats per sequence, estimated; not saved.
+    """
+
+    config: ThermoConfig
+    weight_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
+    activation_params: dict[str, list[TimeGroupParams]] = field(default_factory=dict)
+    losses: dict[str, list[float]] = field(default_factory=dict)
+
+    @property
+    def time_params(self) -> dict[str, list[TimeGroupParams]]:
+        """The parameters that depend on the timestep, per layer and time group; empty with one time group."""
+        if self.config.num_time_groups == 1:
+            return {}
+        return self.activation_params if self.config.activation_bits < 16 else self.weight_params
+
+    def smoothed_params(self) -> dict[str, list[TimeGroupParams]]:
+        """The time-dependent parameters after smoothing: per layer one entry a timestep."""
+        whole = self.config.activation_bits < 16
+        return {name: _smooth(params, self.config, whole) for name, params in self.time_params.items()}
+
+    def stored_bits(self, name: str) -> int:
+        """Bits stored for the weights of a quantized layer: codes and parameters, of every time group."""
+        layer = self.quantized_layers()[name]
+        bits = sum(getattr(layer, key).numel() * 8 for key in layer.STORED)
+        parameters = len(parameter_names("weight", self.config))
+        return bits + sum(parameters * params.scale.numel() * 16 for params in self.weight_params[name])
+
+    def quantized_layers(self) -> dict[str, QuantizedLinear]:
+        """The quantized linears inside the blocks by name."""
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
+        return {name: layer for name, layer in layers.items() if name not in TABLES}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for the quantized linears, codes and all their parameters, for each weight."""
+        bits, weights = 0, 0
+        for name, layer in self.quantized_layers().items():
+            weights += layer.in_features * layer.out_features
+            bits += self.stored_bits(name)
+            for params in self.activation_params.get(name, []):
+                bits += (params.scale.numel() + params.zero_point.numel()) * 32
+        return bits / weights
+
+
+def linear_names(model: MaskPredictor) -> list[str]:
+    """Names of the linears that are quantized: all inside the blocks, in order."""
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+
+
+def names_by_block(names: list[str]) -> dict[str, list[str]]:
+    """Block name, e.g. ``model.layers.0``, to the names of its layers."""
+    blocks: dict[str, list[str]] = {}
+    for name in names:
+        blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
+    return blocks
+
+
+def layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
+    return TrellisLinear if config.quantizer == "trellis" else QuantizedLinear
+
+
+def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> None:
+    """Put a quantized layer with these codes in the place of a linear; its weight parameters are known.
+
+    Args:
+        lm: the model.
+        name: of the layer.
+        stored: the layer's buffers that hold the codes.
+    """
+    linear = lm.model.get_submodule(name)
+    layer = layer_type(lm.config)(
+        linear.in_features,
+        linear.out_features,
+        bits=lm.config.bit_width,
+        group_size=lm.config.group_size,
+        bias=linear.bias is not None,
+        timesteps=lm.config.timesteps,
+    )
+    for key, tensor in stored.items():
+        setattr(layer, key, tensor)
+    if linear.bias is not None:
+        layer.bias = linear.bias.detach().clone()
+    install_weights(layer, lm.weight_params[name], lm.config)
+    parent, _, child = name.rpartition(".")
+    setattr(lm.model.get_submodule(parent), child, layer)
+
+
+def install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=False)
+    like = {"device": layer.packed.device, "dtype": torch.float16}
+    layer.scale = torch.stack([row.scale for row in rows]).to(**like)
+    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
+    layer.weight_row = row_of_step.to(layer.packed.device)
+
+
+def install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    layer.activation_bits, layer.activation_clip = config.activation_bits, config.activation_clip
+    layer.activation_group_size = config.activation_group_size or layer.in_features
+    if config.activation_ranges == "static":
+        rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=True)
+        like = {"device": layer.packed.device, "dtype": torch.float32}
+        layer.activation_scale = torch.stack([row.scale for row in rows]).to(**like)
+        layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
+        layer.activation_row = row_of_step.to(layer.packed.device)
+
+
+def install_dynamic_ranges(lm: QuantizedLM) -> None:
+    """Quantize the inputs of all quantized linears in ranges of each token, if the configuration says so."""
+    if lm.config.activation_bits < 16 and not lm.config.has_static_ranges:
+        for layer in lm.quantized_layers().values():
+            install_activations(layer, [], lm.config)
+
+
+def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_points: bool) -> list[TimeGroupParams]:
+    """One entry a timestep, as the layer uses it.
+
+    Activations keep whole zero points after smoothing, so that an activation of zero stays exactly zero: with a
+    fraction, every one of the many near-zero activations is off by the same amount, which more than doubled path KL.
+    """
+    steps = BoundarySmoother(config.method, config.smoothing_window).smooth(params)
+    return _rounded_zero_points(steps) if whole_zero_points else steps
+
+
+def _rounded_zero_points(params: list[TimeGroupParams]) -> list[TimeGroupParams]:
+    return [replace(group, zero_point=group.zero_point.round()) for group in params]
+
+
+def _rows_by_timestep(
+    params: list[TimeGroupParams], config: ThermoConfig, *, whole_zero_points: bool
+) -> tuple[list[TimeGroupParams], Tensor]:
+    """Distinct parameters after smoothing, and the row of each timestep."""
+    if len(params) == 1:
+        rows = _rounded_zero_points(params) if whole_zero_points else params
+        return rows, torch.zeros(config.timesteps, dtype=torch.int32)
+    rows: list[TimeGroupParams] = []
+    row_of_step = []
+    for step in _smooth(params, config, whole_zero_points):
+        same = rows and rows[-1].scale.equal(step.scale) and rows[-1].zero_point.equal(step.zero_point)
+        if not same:
+            rows.append(step)
+        row_of_step.append(len(rows) - 1)
+    return rows, torch.tensor(row_of_step, dtype=torch.int32)
+
+
+def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
+    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size}
+    rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
+    for table in TABLES if lm.model.config.tie_word_embeddings else (name,):
+        if table == "lm_head":
+            module = QuantizedLinear(columns, rows, bias=False, **how)
+        else:
+            module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
+        module.packed = stored["packed"]
+        module.scale, module.zero_point = stored["weight_scale"], stored["weight_zero_point"]
+        parent, _, child = table.rpartition(".")
+        setattr(lm.model.get_submodule(parent), child, module)
+
+
+def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
+    model = copy.deepcopy(lm.model)
+    parameters = dict(lm.weight_params), dict(activation_params)
+    return QuantizedLM(
+        model,
+        lm.tokenizer,
+        lm.mask_token_id,
+        lm.name,
+        config,
+        *parameters,
+        dict(lm.losses),
+        chat_template=lm.chat_template,
+    )
+
+
+def parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
+    """The parameters of weights or activations that are stored."""
+    symmetric = kind == "weight" and config.quantizer == "trellis"
+    return ("scale",) if symmetric else ("scale", "zero_point")
+
+
+def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
+    """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
+    if config.embedding_bits == 16:
+        return ()
+    return TABLES[:1] if model.config.tie_word_embeddings else TABLES

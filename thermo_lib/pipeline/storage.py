@@ -1,0 +1,271 @@
+"""The folder of a quantized model: what is stored, and how it is saved and loaded."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from thermo_lib.files.folders import write_folder
+from thermo_lib.files.snapshots import named
+from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_tensors
+from thermo_lib.files.text import read_object
+from thermo_lib.models.architectures import MaskPredictor, config_json, read_config, skeleton, tensor_name
+from thermo_lib.models.lm import HEAD, DiffusionLM, fill, load_model, model_folder, take_expected
+from thermo_lib.models.tokenization import read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.model import (
+    TABLES,
+    QuantizedLM,
+    coded_tables,
+    install_activations,
+    install_layer,
+    install_table,
+    layer_type,
+    linear_names,
+    parameter_names,
+)
+from thermo_lib.quant.codes import unpack
+from thermo_lib.quant.trellis import MOST_BITS
+from thermo_lib.time_aware.groups import TimeGroupParams
+
+
+def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: ThermoConfig) -> dict[str, Tensor]:
+    return {
+        f"{name}.{kind}_{key}": torch.stack([getattr(p, key) for p in params]).contiguous()
+        for name, params in layers.items()
+        for key in parameter_names(kind, config)
+    }
+
+
+def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
+    """What is stored of a quantized layer's weights: codes, and parameters of the time groups before smoothing."""
+    layer = lm.model.get_submodule(name)
+    codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
+    return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
+
+
+def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
+    """All that is stored of a quantized model, by the library's names."""
+    layers = lm.quantized_layers()
+    coded = TABLES if lm.config.embedding_bits < 16 else ()
+    inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
+    tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
+    if lm.model.config.tie_word_embeddings:
+        tensors.pop(HEAD, None)
+    for name, layer in layers.items():
+        tensors |= stored_tensors(lm, name)
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias
+    for name in coded_tables(lm.model, lm.config):
+        table = lm.model.get_submodule(name)
+        values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
+        tensors |= named(name, values)
+    return tensors | _group_tensors("activation", lm.activation_params, lm.config)
+
+
+def quantized_config_json(config: PreTrainedConfig, thermo: ThermoConfig, dtype: torch.dtype) -> str:
+    """``config.json`` of a quantized folder.
+
+    Args:
+        config: of the model.
+        thermo: how it was quantized.
+        dtype: of its norms, in which ``from_pretrained`` computes unless it is told another; the first tensor of the
+            file, where it would look otherwise, may be a scale.
+    """
+    return config_json(config, torch_dtype=str(dtype).removeprefix("torch."), quantization_config=thermo.to_dict())
+
+
+def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
+    """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
+
+    An earlier folder of that name stays as it was until the new one is complete.
+    """
+
+    def write(target: Path) -> None:
+        tensors = model_tensors(lm)
+        stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
+        save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
+        (target / WEIGHTS_NAME).chmod(0o644)
+        text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)
+        (target / "config.json").write_text(text, encoding="utf-8")
+        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+
+    write_folder(Path(folder), write)
+
+
+def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> QuantizedLM:
+    """Load what ``save_quantized`` or ``quantize_checkpoint`` wrote, computing bit for bit what was saved.
+
+    Args:
+        path: the folder.
+        dtype: of what isn't quantized, and of the computation.
+
+    Raises:
+        ValueError: not a folder of a quantized model, or damaged; the message says where and why.
+    """
+    folder = model_folder(str(path))
+    config = read_config(folder)
+    try:
+        thermo = ThermoConfig.from_dict(read_object(folder / "config.json").get("quantization_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
+    found = read_tensors(folder)
+    model = skeleton(config)
+    lm = QuantizedLM(
+        model,
+        read_tokenizer(folder),
+        config.mask_token_id,
+        str(path),
+        thermo,
+        chat_template=read_chat_template(folder),
+    )
+    tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
+    check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
+    install(lm, tensors, folder, dtype)
+    fill(model, tensors, dtype)
+    return lm
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a model is quantized, by its ``config.json``; without that file it isn't."""
+    path = model_folder(name) / "config.json"
+    return path.is_file() and "quantization_config" in read_object(path)
+
+
+def load_any(name: str, *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """A model, full precision or quantized; raises what ``load_model`` and ``load_quantized`` raise."""
+    load = load_quantized if is_quantized(name) else load_model
+    return load(name, dtype=dtype)
+
+
+def expected_tensors(
+    model: MaskPredictor, thermo: ThermoConfig, found: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """What is stored of a quantized model.
+
+    Args:
+        model: the model, not quantized.
+        thermo: how it was quantized.
+        found: stored tensors by the checkpoint's names; of a trellis the sizes depend on ``packed_column_bits``.
+        folder: for errors.
+
+    Returns:
+        The library's name to a tensor of the right shape, on the meta device.
+    """
+    names, tables = linear_names(model), coded_tables(model, thermo)
+    coded = {*names, *(TABLES if tables else ())}
+    expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
+    for name in tables:
+        sizes = model.config.vocab_size, model.config.hidden_size
+        expected |= _expected_codes(name, *sizes, thermo, thermo.embedding_bits)
+    for name in names:
+        expected |= _expected_tensors(name, model.get_submodule(name), thermo, thermo.has_static_ranges)
+        if thermo.quantizer == "trellis":
+            expected |= _expected_streams(name, model.get_submodule(name), model.config, found, folder)
+    return expected
+
+
+def stored_type(name: str) -> torch.dtype | None:
+    """The type of a tensor of a quantized folder; None where it may be any of full precision."""
+    key = name.rpartition(".")[2]
+    if key in ("packed", "packed_column_bits"):
+        return torch.uint8
+    if key in ("weight_scale", "weight_zero_point"):
+        return torch.float16
+    return torch.float32 if key in ("activation_scale", "activation_zero_point") else None
+
+
+def check_types(found: Mapping[str, torch.dtype], where: Path) -> None:
+    """Raise ValueError unless tensors of a quantized folder, name to type, have the types of the format."""
+    for name, dtype in found.items():
+        expected = stored_type(name)
+        if expected is None:
+            check_full_precision(dtype, name, where)
+        elif dtype != expected:
+            raise ValueError(f"{where}: tensor {name}: found {dtype}, expected {expected}")
+
+
+def _check_positive(scales: Tensor, name: str, where: Path) -> None:
+    if (scales <= 0).any():
+        raise ValueError(f"{where}: tensor {name}: found {scales.min().item():.3g}, allowed is above 0")
+
+
+def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
+    """Put what is stored of quantized linears and tables into a model that isn't quantized yet.
+
+    Args:
+        lm: the model, with the configuration.
+        tensors: by the library's name; those that are installed are taken out.
+        folder: for errors.
+        dtype: of what isn't quantized, and of the computation.
+
+    Raises:
+        ValueError: a scale that isn't positive.
+    """
+    config, thermo = lm.model.config, lm.config
+    kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
+    for name in linear_names(lm.model):
+        linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
+        for kind, layers in kinds.items():
+            ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
+            values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in parameter_names(kind, thermo)}
+            scales = values["scale"]
+            _check_positive(scales, f"{stored_name}.{kind}_scale", folder)
+            zeros = values.get("zero_point", torch.zeros_like(scales))
+            layers[name] = [
+                TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
+                for time_range, scale, zero in zip(ranges, scales, zeros, strict=True)
+            ]
+        stored = {key: tensors.pop(f"{name}.{key}") for key in layer_type(thermo).STORED}
+        if linear.bias is not None:
+            linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
+        install_layer(lm, name, stored)
+        if thermo.activation_bits < 16:
+            install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
+    for name in coded_tables(lm.model, thermo):
+        stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
+        _check_positive(stored["weight_scale"], f"{tensor_name(config, name)}.weight_scale", folder)
+        install_table(lm, name, stored, dtype)
+
+
+def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
+    rows, columns = linear.weight.shape
+    expected = _expected_codes(name, rows, columns, config, config.bit_width)
+    if linear.bias is not None:
+        expected[f"{name}.bias"] = linear.bias
+    if static:
+        channel_groups = -(-columns // (config.activation_group_size or columns))
+        shape = (config.num_time_groups, 1 + config.activation_token_states, channel_groups)
+        per_group = torch.empty(shape, device="meta")
+        expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
+    return expected
+
+
+def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
+    groups = config.weight_groups.num_groups if name not in TABLES else 1
+    names = parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
+    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
+    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta")
+    return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
+
+
+def _expected_streams(
+    name: str, linear: nn.Linear, config: PreTrainedConfig, found: Mapping[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
+    rows, columns = linear.weight.shape
+    key = f"{name}.packed_column_bits"
+    expected = {key: torch.empty(-(-columns // 2), device="meta")}
+    named = tensor_name(config, key)
+    packed = found.get(named)
+    if packed is not None and packed.shape == expected[key].shape:
+        check_types({named: packed.dtype}, folder)
+        column_bits = unpack(packed, 4, columns)
+        if column_bits.max() > MOST_BITS:
+            raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
+        width = -(-int(column_bits.sum()) // 8)
+        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta")
+    return expected

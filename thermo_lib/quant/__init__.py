@@ -1,0 +1,1 @@
+"""Quantized tensors and layers; nothing here knows of models, states or files."""

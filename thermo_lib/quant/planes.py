@@ -1,0 +1,194 @@
+"""Matrix products from packed codes: the weight is never dense as a whole.
+
+The codes of a group lie plane by plane in its bytes (see ``quant.pack``), so a plane is one shift and one mask, and its
+values are written in a row. Some rows are dequantized at a time, so that they are still in the processor's cache when
+they are multiplied.
+"""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+_ROWS = 512  # of a weight that are dequantized at a time on a CPU
+_NUMBERS = 2**22  # the same uncompiled, which goes over them several times
+_ROWS_ON_GPU = 2**14  # there a launch costs more than a trip to memory
+
+
+def width(in_features: int, bits: int, group_size: int) -> int:
+    """Bytes of a group whose codes lie plane by plane; 0 where groups don't fill whole bytes or aren't all whole."""
+    per_byte = 8 // bits
+    return 0 if in_features % group_size or group_size % per_byte else group_size // per_byte
+
+
+def plane_weight(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    out: Tensor,
+    codes: Tensor | None = None,
+    dense: Tensor | None = None,
+) -> None:
+    """``(codes - zero_point) * scale`` of some rows, computed in float32.
+
+    Args:
+        packed: uint8 ``(rows, in_features * bits / 8)``.
+        scale, zero_point: float32 ``(rows, groups)``.
+        bits: of a code.
+        out: takes the result, ``(rows, in_features)``.
+        codes, dense: uint8 ``(8 / bits, *packed.shape)`` and float32 ``out.shape``, overwritten: for many calls, since
+            new memory takes as long as the work.
+    """
+    if dense is None:
+        dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+    shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=out.device)[:, None, None]
+    codes = torch.bitwise_right_shift(packed, shifts, out=codes)  # plane by plane, so that each pass is over long rows
+    codes &= 2**bits - 1
+    grouped = dense.view(*scale.shape, -1)
+    grouped.unflatten(-1, (8 // bits, -1)).permute(2, 0, 1, 3).copy_(codes.view(8 // bits, *scale.shape, -1))
+    grouped -= zero_point[..., None]
+    grouped *= scale[..., None]
+    if dense is not out:
+        out.copy_(dense)
+
+
+class _Packed(ctypes.Structure):
+    """A weight as ``planes.cpp`` has it."""
+
+    _fields_ = (
+        *[(name, ctypes.c_void_p) for name in ("codes", "scale", "zero_point")],
+        *[(name, ctypes.c_int64) for name in ("rows", "groups", "width", "bits")],
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    """``planes.cpp``, compiled for this machine."""
+    from torch._inductor.codecache import CppCodeCache  # takes a while
+
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
+    pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Packed)
+    library.dequantize.argtypes = [weight, pointer]
+    library.can_multiply.restype = ctypes.c_bool
+    if library.can_multiply():
+        library.multiply.argtypes = [weight, pointer, pointer, ctypes.c_int64]
+    return library
+
+
+def _packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> _Packed:
+    pointers = (tensor.data_ptr() for tensor in (packed, scale, zero_point))
+    return _Packed(*pointers, *scale.shape, packed.shape[1] // scale.shape[1], bits)
+
+
+def _native_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+    """``plane_weight`` by ``planes.cpp``, for contiguous bfloat16 on a CPU."""
+    _library().dequantize(_packed(packed, scale, zero_point, bits), out.data_ptr())
+
+
+def _native_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """``linear`` in one pass over the codes, on a CPU with a matrix unit for bfloat16."""
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty((len(tokens), len(packed)), dtype=x.dtype)
+    _library().multiply(_packed(packed, scale, zero_point, bits), tokens.data_ptr(), out.data_ptr(), len(tokens))
+    return out.view(*x.shape[:-1], len(packed))
+
+
+@functools.cache
+def _fused(
+    rows: int, groups: int, group_bytes: int, bits: int, dtype: torch.dtype, device: torch.device
+) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
+    """``plane_weight`` as one loop by inductor, for one shape, where ``planes.cpp`` isn't for.
+
+    It is traced and handed to inductor without ``torch.compile``, whose checks before every call take half as long as
+    the loop itself.
+    """
+
+    def fused(packed: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor) -> None:
+        lowest = 2 ** (bits * torch.arange(8 // bits, device=device))[:, None]
+        # Masked where they are, then scaled down, which is exact: bytes are slow to shift.
+        codes = (packed.view(-1, 1, group_bytes) & (lowest * (2**bits - 1)).to(torch.uint8)) * (1 / lowest)
+        weight = (codes - zero_point.view(-1, 1, 1)) * scale.view(-1, 1, 1)
+        out.copy_(weight.view(rows, -1))
+
+    packed = torch.zeros((rows, groups * group_bytes), dtype=torch.uint8, device=device)
+    scale, zero_point = torch.ones((2, rows, groups), device=device)
+    dense = torch.empty((rows, groups * group_bytes * 8 // bits), dtype=dtype, device=device)
+    examples = [packed, scale, zero_point, dense]
+    with torch.no_grad():
+        return torch._inductor.compile(make_fx(fused)(*examples), examples)
+
+
+def _fused_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
+    """``plane_weight`` in a loop that inductor compiles."""
+    groups = scale.shape[1]
+    _fused(len(packed), groups, packed.shape[1] // groups, bits, out.dtype, out.device)(packed, scale, zero_point, out)
+
+
+def packed_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, compiled: bool = False
+) -> Tensor:
+    """``x`` times a packed weight, transposed.
+
+    Args:
+        x: bfloat16 or float16 ``(..., in_features)``.
+        packed: the weight's codes, uint8 ``(out_features, in_features * bits / 8)``.
+        scale, zero_point: ``(out_features, groups)``; ``width`` isn't 0.
+        bits: of a code.
+        compiled: dequantize in a compiled loop, which takes a compiler and at first use some seconds.
+
+    Returns:
+        ``(..., out_features)``.
+    """
+    tensors = packed, scale.float(), zero_point.float()
+    native = compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    group_size = x.shape[-1] // scale.shape[1]
+    if native and not needs_gradient and group_size % 2 == 0 and _library().can_multiply():
+        return _native_linear(x, *tensors, bits)
+    most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
+    rows = max(1, min(most, len(packed)))
+    weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
+    dequantize = _native_weight if native else _fused_weight if compiled else plane_weight
+    work = []
+    if not compiled:
+        codes = torch.empty((8 // bits, rows, packed.shape[1]), dtype=torch.uint8, device=x.device)
+        work = [codes, torch.empty(weight.shape, device=x.device)]
+
+    def product(*some: Tensor) -> Tensor:
+        dense, *rest = (tensor[..., : len(some[0]), :] for tensor in (weight, *work))
+        dequantize(*some, bits, dense, *rest)
+        return F.linear(x, dense)
+
+    if rows == len(packed):  # to split costs as much as it looks for small weights
+        return product(*tensors)
+    return torch.cat([product(*some) for some in zip(*(tensor.split(rows) for tensor in tensors), strict=True)], -1)
+
+
+def compile_linears(model: nn.Module) -> None:
+    """Let the quantized linears of a model dequantize in a compiled loop; the first use compiles it, in seconds.
+
+    Inputs in float32 are not affected: there every result is that of the uncompiled library, bit for bit.
+
+    Raises:
+        ValueError: there is no compiler for the model's device.
+    """
+    layers = [module for module in model.modules() if hasattr(module, "compiled")]
+    if not layers:
+        raise ValueError("compile: found no quantized linears, expected a quantized model")
+    device = layers[0].packed.device
+    try:
+        if device.type == "cpu":
+            _library()
+        else:
+            _fused(2, 2, 16, 2, torch.bfloat16, device)
+    except RuntimeError as error:
+        raise ValueError(f"compile: found no working compiler for device {device} ({error})") from error
+    for layer in layers:
+        layer.compiled = True

@@ -1,0 +1,1 @@
+"""What this project measured: the smoothing study, other projects' quantizers, full-size models."""

@@ -1,0 +1,282 @@
+"""Quantize the reference model with every peer and setting: ``python -m thermo_lib.studies.peers.quantize``.
+
+Runs in the peers' environment. Every setting has a process of its own, so that one that crashes or runs out of memory
+is one entry with its error; complete results, and those that the report has already, are kept. Each leaves
+``<name>.safetensors``, the dequantized float32 weights of the linears inside the blocks with what else was trained, and
+``<name>.json``.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.files.tensors import WEIGHTS_NAME
+from thermo_lib.files.text import read_json, write_json
+from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
+from thermo_lib.params import default
+from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, REPORT, Entry
+from thermo_lib.studies.peers.methods import METHODS, compare_gptq
+
+
+@dataclass(frozen=True)
+class Job:
+    """One peer at one setting.
+
+    Attributes:
+        method: the peer's name.
+        setting: the setting in words; "default" and "recommended" are the peer's own.
+        adapter: a key of ``methods.METHODS``.
+        options: what the adapter takes.
+        package: distribution whose version counts; empty for this project.
+        modules: what to import before the clock starts.
+    """
+
+    method: str
+    setting: str
+    adapter: str
+    options: dict[str, Any]
+    package: str = ""
+    modules: tuple[str, ...] = field(default=())
+
+    @property
+    def name(self) -> str:
+        """A file name."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.method} {self.setting}".lower()).strip("-")
+
+
+def _thermo(method: str, setting: str, **options: Any) -> Job:
+    return Job(method, setting, "thermo", options)
+
+
+def _gptqmodel(setting: str, **options: Any) -> Job:
+    modules = ("gptqmodel.quantization.gptq", "gptqmodel.nn_modules.qlinear.torch")
+    return Job("GPTQModel", setting, "gptqmodel", options, "gptqmodel", modules)
+
+
+def _hqq(setting: str, group_size: int, axis: int) -> Job:
+    return Job("HQQ", setting, "hqq", {"group_size": group_size, "axis": axis}, "hqq", ("hqq.core.quantize",))
+
+
+def _autoround(setting: str, scheme: str, iters: int, **options: Any) -> Job:
+    options = {"scheme": scheme, "iters": iters, **options}
+    return Job("AutoRound", setting, "autoround", options, "auto-round", ("auto_round",))
+
+
+def _torchao(setting: str, group_size: int | None, asymmetric: bool) -> Job:
+    options = {"group_size": group_size, "asymmetric": asymmetric}
+    return Job("torchao int2", setting, "torchao", options, "torchao", ("torchao.quantization",))
+
+
+def _llamacpp(setting: str, type: str, **options: Any) -> Job:
+    return Job("llama.cpp", setting, "llamacpp", {"type": type, **options}, "llama-cpp-python", ("llama_cpp",))
+
+
+_HESSIAN = {"quantizer": "gptq", "hessian": "transition"}
+_CHAINS = {"training_states": "chains"}
+_ALL = {**_HESSIAN, "reconstruction": "blocks", "transitions": "network", **_CHAINS}
+_TRELLIS = {"quantizer": "trellis", "hessian": "transition", "group_size": 768}
+_SPREAD = {**_TRELLIS, "average_bits": 2.17}
+_SEQUENTIAL = {"reconstruction": "sequential", **_CHAINS}
+_NETWORK = {"transitions": "network", **_CHAINS}
+_WHOLE = {**_SPREAD, **_SEQUENTIAL, **_NETWORK}
+# The settings come from each project's own documentation (its README, recipes and defaults in the pinned version);
+# where that leaves the group size open, groups of 128 are the ones nearest to this project's 2.25 bits per weight.
+JOBS = (
+    _thermo("round-to-nearest", "group 128", quantizer="rtn"),
+    _thermo("thermo_lib GPTQ", "group 128", quantizer="gptq"),
+    _thermo("thermo_lib GPTQ", "group 128, parameters trained", quantizer="gptq", transitions="parameters"),
+    _thermo("thermo_lib", "all phases", **_ALL),
+    _thermo("thermo_lib", "all phases at W2A4", **_ALL, activation_bits=4),
+    _thermo("thermo_lib", "all phases, group = row", **_ALL, group_size=768),
+    _thermo("thermo_lib", "transition Hessian", **_HESSIAN),
+    _thermo("thermo_lib", "transition Hessian, blocks on calibration states", **_HESSIAN, reconstruction="blocks"),
+    _thermo("thermo_lib", "transition Hessian, blocks", **_HESSIAN, reconstruction="blocks", **_CHAINS),
+    _thermo("thermo_lib", "transition Hessian, network", **_HESSIAN, transitions="network", **_CHAINS),
+    _thermo("thermo_lib trellis", "2 bits a column", **_TRELLIS),
+    _thermo("thermo_lib trellis", "spread bits", **_SPREAD),
+    _thermo("thermo_lib trellis", "spread bits, sequential", **_SPREAD, **_SEQUENTIAL),
+    _thermo("thermo_lib trellis", "spread bits, network", **_SPREAD, **_NETWORK),
+    _thermo("thermo_lib trellis", "spread bits, network, half own chains", **_SPREAD, **_NETWORK, own_share=0.5),
+    _thermo("thermo_lib trellis", "spread bits, network, own chains", **_SPREAD, **_NETWORK, own_share=1.0),
+    _thermo("thermo_lib trellis", "all phases", **_WHOLE),
+    _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **{**_WHOLE, "average_bits": 2.02}),
+    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4, activation_clip=0.9),
+    _hqq("group 16, axis 0", 16, 0),
+    _hqq("group 64, axis 0", 64, 0),
+    _hqq("group 64, axis 1", 64, 1),
+    _hqq("group 128, axis 0", 128, 0),
+    _hqq("group 128, axis 1", 128, 1),
+    Job("quanto qint2", "default, group 128", "quanto", {}, "optimum-quanto", ("optimum.quanto",)),
+    Job(
+        "quanto qint2", "HQQ optimizer", "quanto", {"optimizer": "HqqOptimizer"}, "optimum-quanto", ("optimum.quanto",)
+    ),
+    _torchao("default, per channel, symmetric", None, False),
+    _torchao("group 32, asymmetric", 32, True),
+    _torchao("group 128, asymmetric", 128, True),
+    _llamacpp("Q2_K", "q2_K"),
+    _llamacpp("Q2_K, imatrix", "q2_K", imatrix=True),
+    _llamacpp("Q2_K mixture, imatrix", "q2_K", imatrix=True, mixture=True),
+    _llamacpp("IQ2_XXS, imatrix", "iq2_xxs", imatrix=True),
+    _llamacpp("IQ2_XS, imatrix", "iq2_xs", imatrix=True),
+    _llamacpp("IQ2_S, imatrix", "iq2_s", imatrix=True),
+    _gptqmodel("default, symmetric, group 128", group_size=128),
+    _gptqmodel("asymmetric, group 128", group_size=128, sym=False),
+    _gptqmodel("asymmetric, mse 2.4, group 128", group_size=128, sym=False, mse=2.4),
+    _gptqmodel("asymmetric, mse 2.4, desc_act, group 128", group_size=128, sym=False, mse=2.4, desc_act=True),
+    _gptqmodel("asymmetric, mse 2.4, group 32", group_size=32, sym=False, mse=2.4),
+    _autoround("default, W2A16, 200 iterations", "W2A16", 200),
+    _autoround("recommended, W2A16, best with alg_ext", "W2A16", 1000, alg_ext=True),
+    _autoround("W2A16G64, best with alg_ext", "W2A16G64", 1000, alg_ext=True),
+)
+
+
+def calibration_states(lm: DiffusionLM) -> Calibration:
+    """The project's own calibration states, drawn once for all peers."""
+    path = FOLDER / "calibration.safetensors"
+    if path.is_file():
+        return Calibration.load(path)
+    calibration = calibrate(lm)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    calibration.save(path)
+    return calibration
+
+
+def made_of(job: Job) -> str:
+    """A digest of what a result depends on: model, calibration, settings and versions."""
+    digest = hashlib.sha256()
+    for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
+        digest.update(path.read_bytes())
+    versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
+    settings = {section: default(section) for section in _sections(job)}
+    digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sections(job: Job) -> list[str]:
+    """The sections of ``params.yaml`` that a result depends on."""
+    if job.package:
+        return []
+    phases = {name: job.options.get(name, "none") for name in ("reconstruction", "transitions")}
+    used = {
+        "quant": True,
+        "trellis": job.options["quantizer"] == "trellis",
+        "reconstruction": phases["reconstruction"] != "none",
+        "sequential": phases["reconstruction"] == "sequential",
+        "transition": phases["transitions"] != "none",
+        "chains": phases["transitions"] != "none" and job.options.get("training_states") == "chains",
+    }
+    return [section for section, is_used in used.items() if is_used]
+
+
+def _status(key: str) -> int:
+    """A memory figure of this process in KiB, e.g. ``VmHWM``, the peak of its resident memory."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
+def quantize(job: Job) -> None:
+    """Run one job in this process and write its files, the JSON last."""
+    torch.manual_seed(default("seed"))
+    lm = load_model("reference")
+    calibration = calibration_states(lm)
+    for module in job.modules:
+        importlib.import_module(module)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
+    before, start = _status("VmRSS"), time.perf_counter()
+    layers = METHODS[job.adapter](lm, calibration, **job.options)
+    seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
+    linears = {name: layer for name, layer in layers.items() if layer.bits is not None}
+    tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
+    temporary = FOLDER / f".{job.name}.tmp"
+    save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, temporary)
+    os.replace(temporary, FOLDER / f"{job.name}.safetensors")
+    entry = Entry(
+        method=job.method,
+        setting=job.setting,
+        version=importlib.metadata.version(job.package) if job.package else "this project",
+        bits_per_weight=sum(x.bits for x in linears.values()) / sum(x.weight.numel() for x in linears.values()),
+        seconds=round(seconds, 2),
+        peak_mib=round(peak / 1024, 1),
+        made_of=made_of(job),
+        activation_clip=job.options.get("activation_clip", 1.0),
+        losses={phase: _means(losses) for phase, losses in layers.losses.items()},
+    )
+    write_json(FOLDER / f"{job.name}.json", asdict(entry))
+
+
+def _means(losses: Sequence[float], count: int = LOSS_STEPS) -> list[float]:
+    """Of every ``count`` losses."""
+    return [round(statistics.fmean(losses[start : start + count]), 4) for start in range(0, len(losses), count)]
+
+
+def _failure(job: Job, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    lines = [line for line in process.stderr.replace("\r", "\n").splitlines() if line.strip()]
+    ended = f"ended by signal {-process.returncode}" if process.returncode < 0 else ""
+    return {
+        "method": job.method,
+        "setting": job.setting,
+        "error": ended or (lines[-1] if lines else f"exit status {process.returncode}"),
+        "made_of": made_of(job),
+    }
+
+
+def _complete(job: Job) -> bool:
+    path = FOLDER / f"{job.name}.json"
+    if not path.is_file() or not path.with_suffix(".safetensors").is_file():
+        return False
+    entry = read_json(path)
+    return "error" not in entry and entry["made_of"] == made_of(job)
+
+
+def run_all(jobs: Sequence[Job], report: Path = REPORT) -> None:
+    """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own."""
+    calibration_states(load_model("reference"))
+    rows = read_json(report)["rows"] if report.is_file() else []
+    scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
+    missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
+    bar = tqdm(missing, desc="peers", unit="setting")
+    for job in bar:
+        bar.set_postfix_str(job.name)
+        command = [sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", job.name]
+        process = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        if process.returncode:
+            write_json(FOLDER / f"{job.name}.json", _failure(job, process))
+
+
+def main() -> None:
+    """Run everything, or with ``--only`` one job or the comparison of the two GPTQs in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", choices=[CHECK, *(job.name for job in JOBS)], help="one setting, in this process")
+    parser.add_argument("--method", help="only this method's settings, each in its own process")
+    arguments = parser.parse_args()
+    if arguments.only == CHECK:
+        lm = load_model("reference")
+        with torch.no_grad():
+            write_json(FOLDER / f"{CHECK}.json", compare_gptq(lm, calibration_states(lm)))
+    elif arguments.only:
+        quantize(next(job for job in JOBS if job.name == arguments.only))
+    else:
+        run_all([job for job in JOBS if arguments.method in (None, job.method)])
+        checked = (FOLDER / f"{CHECK}.json").is_file() or (REPORT.is_file() and read_json(REPORT)["gptq_check"])
+        if arguments.method is None and not checked:
+            subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""The smoothing study: which points it measures, and the tables and verdicts that come from them."""
+
+import itertools
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from thermo_lib.evaluation.smoothing import target_row
+from thermo_lib.evaluation.statistics import interval
+from thermo_lib.params import default
+from thermo_lib.studies.grid import SEED, Grid, Point, Row, configuration, key, point
+
+
+def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
+    """The command that measures a configuration anew; ``fields`` is what ``point`` takes."""
+    words = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    quoted = [shlex.quote(word) for word in words]
+    return " ".join(["python -m thermo_lib point", *quoted, "--seeds", *map(str, seeds)])
+
+
+def verdicts(
+    grid: Grid, fields: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The earlier project's claims about one configuration against itself unsmoothed, seeds averaged.
+
+    Args:
+        grid: the measured points.
+        fields: what ``point`` takes, without a method.
+        methods: smoothing methods.
+        seeds: seeds of the calibration data.
+
+    Returns:
+        Rows of a table of targets. The accuracy's intervals are over sequences, the others' over seeds, low to high.
+    """
+    rough = [grid[point(seed, **fields)] for seed in seeds]
+    rows = []
+    for method in methods:
+        smooth = [grid[point(seed, method, **fields)] for seed in seeds]
+        config = configuration(smooth[0].point)
+        value, ci = gain(smooth, rough)
+        rows.append(target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), value, ci))
+        cuts = [1 - s.mean_jump / r.mean_jump for s, r in zip(smooth, rough, strict=True)]
+        for name, values in (
+            ("Markov score", [row.markov_score for row in smooth]),
+            ("cut of the mean parameter jump", cuts),
+        ):
+            bound = default("targets.markov_score" if name == "Markov score" else "targets.jump_cut")
+            spread = (min(values), max(values))
+            rows.append(target_row(name, config, method, bound, float(np.mean(values)), spread))
+    return rows
+
+
+def summary(
+    grid: Grid, configurations: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], baseline: str
+) -> list[dict[str, Any]]:
+    """Rows of a table: scores averaged over seeds, each compared with a baseline.
+
+    Args:
+        grid: the measured points.
+        configurations: name to what ``point`` takes.
+        seeds: seeds of the calibration data.
+        baseline: one of the names.
+    """
+    found = {name: [grid[point(seed, **fields)] for seed in seeds] for name, fields in configurations.items()}
+    rows = []
+    for name, measured in found.items():
+        accuracies = [row.accuracy for row in measured]
+        compared = name != baseline
+        change, change_ci = gain(measured, found[baseline]) if compared else (0.0, ())
+        kl_change, kl_ci = path_kl_change(measured, found[baseline]) if compared else (0.0, ())
+        scores = [row.markov_score for row in measured if row.markov_score is not None]
+        rows.append(
+            {
+                "name": name,
+                "accuracy": float(np.mean(accuracies)),
+                "seeds": [min(accuracies), max(accuracies)] if len(seeds) > 1 else None,
+                "path_kl": float(np.mean([row.path_kl for row in measured])),
+                "markov_score": float(np.mean(scores)) if scores else None,
+                "gain": 100 * change if compared else None,
+                "gain_ci": [100 * end for end in change_ci] if compared else None,
+                "path_kl_change": kl_change if compared else None,
+                "path_kl_change_ci": list(kl_ci) if compared else None,
+            }
+        )
+    return rows
+
+
+def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """Every configuration that was measured with all of the seeds: its point with the first and its mean scores."""
+    found = []
+    for row in grid.rows.values():
+        keys = [key({**row.point, SEED: seed}) for seed in seeds]
+        if row.point[SEED] != seeds[0] or any(k not in grid.rows for k in keys):
+            continue
+        rows = [grid.rows[k] for k in keys]
+        scores = [r.markov_score for r in rows]
+        found.append(
+            {
+                "point": row.point,
+                "accuracy": float(np.mean([r.accuracy for r in rows])),
+                "path_kl": float(np.mean([r.path_kl for r in rows])),
+                "markov_score": None if None in scores else float(np.mean(scores)),
+            }
+        )
+    return found
+
+
+COLUMNS = {
+    "configuration": ("name", "{}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "seeds": ("seeds", "{0[0]:.4f}..{0[1]:.4f}"),
+    "gain, %": ("gain", "{:+z.2f}"),
+    "95 %": ("gain_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+    "path KL": ("path_kl", "{:.2f}"),
+    "change": ("path_kl_change", "{:+z.2f}"),
+    "95 % ": ("path_kl_change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+    "Markov": ("markov_score", "{:.3f}"),
+}
+
+
+def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+    """Relative accuracy gain over baselines, seeds averaged, with a paired 95 % interval over sequences.
+
+    Args:
+        rows, baselines: the same seeds in the same order.
+    """
+    new, old = (np.mean([row.accuracy_per_sequence for row in side], 0) for side in (rows, baselines))
+    ci = interval(lambda index: float(new[index].mean() / old[index].mean() - 1), len(new))
+    return float(new.mean() / old.mean() - 1), ci
+
+
+def path_kl_change(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+    """Change of path KL in nats, seeds averaged, with a paired 95 % interval over trajectories."""
+    new, old = (np.mean([row.path_kl_per_sequence for row in side], 0) for side in (rows, baselines))
+    return float((new - old).mean()), interval(lambda index: float((new - old)[index].mean()), len(new))
+
+
+def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
+    """The points of a study by question; a full cross of all axes would be far too many.
+
+    Args:
+        axes: a section of ``params.yaml``, ``study.full`` or ``study.reduced``.
+    """
+    low, side = axes["low_bits"], axes["side_seeds"]
+
+    def cross(*, seeds: Sequence[int] = axes["seeds"], **values: Sequence[Any]) -> list[Point]:
+        combinations = [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]
+        return [point(seed, **fields) for seed in seeds for fields in combinations if _makes_sense(fields)]
+
+    def crosses(granularities: Sequence[dict[str, Any]], **values: Sequence[Any]) -> list[Point]:
+        return [
+            p
+            for fields in granularities
+            for p in cross(**{"activation_bits": [low], **values, **{name: [value] for name, value in fields.items()}})
+        ]
+
+    few, linear = axes["few_groups"], [None, "linear"]
+    return {
+        "dynamic per-token ranges": cross(
+            activation_bits=[bits for bits in axes["activation_bits"] if bits < 16], activation_ranges=["dynamic"]
+        ),
+        "precision": cross(
+            activation_bits=axes["activation_bits"], num_time_groups=few, method=[None, *axes["methods"]]
+        ),
+        "groups": cross(
+            activation_bits=[low], num_time_groups=axes["num_time_groups"], method=[None, *axes["methods"]]
+        ),
+        "window": cross(
+            seeds=side,
+            activation_bits=[low],
+            num_time_groups=axes["num_time_groups"],
+            method=["linear"],
+            smoothing_window=axes["windows"],
+        ),
+        "granularity": crosses(axes["granularities"], num_time_groups=few, method=linear),
+        "timesteps": [
+            p
+            for axis in axes["timesteps"]
+            for smoothing in ({}, {"method": ["linear"], "smoothing_window": axes["wide_windows"]})
+            for p in cross(
+                seeds=axis["seeds"], activation_bits=[low], timesteps=[axis["steps"]], num_time_groups=few, **smoothing
+            )
+        ],
+        "quantizer": cross(
+            seeds=side, activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear
+        ),
+        "recipe": [
+            *cross(activation_bits=[low], recipe=["best starts"], num_time_groups=axes["recipe_groups"], method=linear),
+            *cross(
+                activation_bits=[low],
+                recipe=["best per layer", "best per layer by path KL"],
+                num_time_groups=axes["layer_groups"],
+            ),
+        ],
+        "objective": [
+            p
+            for objective in ("output", "path_kl")
+            for fields in axes["objectives"][objective]
+            for p in crosses(
+                [fields],
+                range_objective=[objective],
+                num_time_groups=few,
+                method=[*linear, "spline"] if fields == {} else linear,
+            )
+        ],
+        "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "markov": cross(
+            activation_bits=[low],
+            transitions=["parameters"],
+            num_time_groups=axes["markov"]["num_time_groups"],
+            markov_weight=axes["markov"]["weights"],
+        ),
+        "ceiling": cross(
+            activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
+        ),
+    }
+
+
+def _makes_sense(fields: dict[str, Any]) -> bool:
+    """One time group has nothing to smooth and no start to choose."""
+    return fields.get("num_time_groups", 1) > 1 or (fields.get("method") is None and fields.get("recipe") is None)

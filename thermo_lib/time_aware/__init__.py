@@ -1,0 +1,1 @@
+"""Parameters that depend on the timestep: time groups, smoothing, its score, activation ranges."""

@@ -1,0 +1,196 @@
+"""Train quantization parameters: for a layer's output, for a block's output, or for path KL.
+
+Block reconstruction takes the blocks in order. Each sees the inputs that the quantized blocks before it leave it, and
+is trained to put out what the full-precision model has at that place, so that it also mends errors made earlier (BRECQ,
+arXiv 2102.05426). The squared error of a token counts by what it costs in path KL, see ``loss.token_importance``."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from thermo_lib.files.snapshots import Snapshot, named, part_of
+from thermo_lib.time_aware.ranges import InputSample
+from thermo_lib.transition.blocks import BlockStream
+from thermo_lib.transition.chains import Draws
+from thermo_lib.transition.loss import TransitionLoss
+from thermo_lib.transition.parameters import TrainableRanges
+
+
+def output_error(ranges: TrainableRanges, sample: InputSample, weight: Tensor) -> float:
+    """Squared error of the layers' outputs on a sample, relative to their energy.
+
+    Args:
+        ranges: the ranges of the input.
+        sample: the inputs.
+        weight: the weights of all layers with this input, ``(out_features, channels)``.
+    """
+    with torch.no_grad():
+        error = (ranges(sample.x, sample.is_masked, sample.timestep) - sample.x) @ weight.T
+        return float(error.square().sum() / (sample.x @ weight.T).square().sum())
+
+
+def descent(
+    rates: Mapping[nn.Parameter, float], steps: int
+) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LinearLR]:
+    """Adam with learning rates, one a parameter, that fall linearly to zero."""
+    groups = [
+        {"params": [p for p, own in rates.items() if own == rate], "lr": rate} for rate in sorted(set(rates.values()))
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+
+
+def fit_to_output(
+    ranges: TrainableRanges, sample: InputSample, weight: Tensor, *, steps: int, batch: int, lr: float, seed: int
+) -> None:
+    """Refine ranges, in place, for least squared error of the layers' outputs.
+
+    Args:
+        ranges: the ranges of the input.
+        sample: the inputs.
+        weight: the weights of all layers with this input, ``(out_features, channels)``.
+        steps: Adam steps, the learning rate falling linearly to zero.
+        batch: tokens a step.
+        lr: learning rate at the start.
+        seed: seeds the batches.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    gram = weight.T @ weight
+    values, vectors = torch.linalg.eigh(gram.double())
+    root = (vectors * values.clamp(min=0).sqrt()).float()  # (e @ root).square().sum() = |weight e|^2
+    energy = (sample.x @ root).square().sum(-1).mean()
+    optimizer, schedule = descent(ranges.rates(lr), steps)
+    with torch.enable_grad():
+        for _ in range(steps):
+            rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)
+            x = sample.x[rows]
+            error = (ranges(x, sample.is_masked[rows], sample.timestep[rows]) - x) @ root
+            optimizer.zero_grad(set_to_none=True)
+            (error.square().sum(-1).mean() / energy).backward()
+            optimizer.step()
+            schedule.step()
+
+
+def fit_block(
+    stream: BlockStream,
+    number: int,
+    importance: Sequence[Tensor],
+    rates: Mapping[nn.Parameter, float],
+    *,
+    steps: int,
+    batch: int,
+    seed: int,
+    progress: str | None = None,
+) -> list[float]:
+    """Train a block's parameters, in place, for least weighted squared error of its output.
+
+    Args:
+        stream: the quantized block's inputs, and the full-precision block's outputs.
+        number: of the block; the quantized model computes with the trained parameters.
+        importance: of the tokens, ``(states, length)`` for each part of the calibration.
+        rates: every trained parameter's learning rate at the start.
+        steps: Adam steps, the learning rates falling linearly to zero.
+        batch: states a step, all of one part, drawn by its number of tokens.
+        seed: seeds the batches.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        The loss of each step: path KL to second order, nats per sequence.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    block = stream.quantized.model.model.layers[number]
+    sizes = torch.tensor([float(weight.numel()) for weight in importance])
+    optimizer, schedule = descent(rates, steps)
+    losses: list[float] = []
+    with torch.enable_grad():
+        for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
+            part = int(torch.multinomial(sizes, 1, generator=generator))
+            x, target, weight = stream.inputs[part], stream.targets[part], importance[part]
+            rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+            error = (stream.run(block, part, x[rows]) - target[rows]).square().sum(-1)
+            value = 0.5 * (weight[rows] * error).sum() / len(rows)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.item())
+    return losses
+
+
+_SNAPSHOT_STEPS = 50  # between two snapshots, some 20 seconds of the reference model
+
+
+def fit_to_path_kl(
+    loss: TransitionLoss,
+    rates: Mapping[nn.Parameter, float],
+    draws: Draws,
+    *,
+    steps: int,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    snapshot: Snapshot | None = None,
+    progress: str | None = None,
+) -> list[float]:
+    """Train parameters, in place, for least path KL.
+
+    Args:
+        loss: what they do.
+        rates: every trained parameter's learning rate at the start.
+        draws: states and targets of the steps.
+        steps: Adam steps, the learning rates falling linearly to zero.
+        penalty: what is added to path KL, a function of the parameters.
+        snapshot: where to go on from, and what to keep up to date; None for neither.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        The loss of each step, without the penalty: path KL estimated on its batch, nats per sequence, summed over
+        lengths.
+    """
+    optimizer, schedule = descent(rates, steps)
+    state = snapshot.load() if snapshot else {}
+    losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
+    done = range(len(losses), steps)
+    with torch.enable_grad(), loss:
+        for step in tqdm(done, desc=progress, initial=len(losses), total=steps, disable=progress is None, leave=False):
+            value = torch.stack([loss(states, targets) for states, targets in draws.step()]).sum()
+            optimizer.zero_grad(set_to_none=True)
+            (value + penalty()).backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.item())
+            if snapshot and ((step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps):
+                snapshot.save(_training_state(optimizer, list(rates), draws, losses))
+    return losses
+
+
+def _training_state(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], draws: Draws, losses: Sequence[float]
+) -> dict[str, Tensor]:
+    """Everything that the rest of a training depends on."""
+    state = {"losses": torch.tensor(losses, dtype=torch.float64)} | named("draws", draws.state())
+    state["lr"] = torch.tensor([group["lr"] for group in optimizer.param_groups], dtype=torch.float64)
+    for number, parameter in enumerate(parameters):
+        moments = named(f"moment.{number}", optimizer.state[parameter])
+        state |= {f"parameter.{number}": parameter} | moments
+    return state
+
+
+def _restore(
+    state: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    parameters: Sequence[nn.Parameter],
+    draws: Draws,
+) -> list[float]:
+    """Put back what ``_training_state`` returned; the losses so far."""
+    for number, parameter in enumerate(parameters):
+        with torch.no_grad():
+            parameter.copy_(state[f"parameter.{number}"])
+        optimizer.state[parameter] = part_of(state, f"moment.{number}")
+    for group, lr in zip(optimizer.param_groups, state["lr"].tolist(), strict=True):
+        group["lr"] = lr
+    losses = state["losses"].tolist()
+    schedule.load_state_dict({"last_epoch": len(losses)})
+    draws.restore(part_of(state, "draws"))
+    return losses
