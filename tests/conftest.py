@@ -4,6 +4,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,11 +13,13 @@ import pytest
 import torch
 import yaml
 from hypothesis import HealthCheck, settings
+from tiny_params import TINY_PARAMS, Run
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from thermo_lib import __main__ as command_line
 from thermo_lib import params
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import train_tokenizer
@@ -132,3 +135,25 @@ class _OneDevice(TorchDispatchMode):
 def one_device() -> AbstractContextManager[None]:
     """Refuses tensors of several devices in one operation, as a GPU would; numbers may come from anywhere."""
     return _OneDevice()
+
+
+@pytest.fixture
+def run(
+    override: Callable[[dict[str, Any]], None],
+    small_corpus: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Run:
+    """Runs a command in an empty folder with tiny settings; gives exit status, stdout and stderr."""
+    override(TINY_PARAMS)
+    monkeypatch.setattr(command_line, "reproducible", lambda: None)  # it has tests of its own
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        status = command_line.main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return command

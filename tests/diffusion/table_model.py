@@ -1,0 +1,40 @@
+"""A model that is a table of logits, and the states that a sampler passes through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.models.lm import DiffusionLM
+
+CONFIDENCE_SAMPLERS = SAMPLERS[1:]
+MASK = 0
+
+RandomIds = Callable[..., Tensor]
+
+
+@dataclass
+class TableLM:
+    """A model whose logits at a position are a row of a table, whatever the other tokens are."""
+
+    table: Tensor
+    mask_token_id: int = MASK
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Nothing depends on the timestep."""
+
+    def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The rows of the chosen positions; the mask token gets no probability."""
+        rows = self.table.expand(len(ids), -1, -1)[at].clone()
+        rows[:, self.mask_token_id] = -1e30
+        return rows
+
+
+def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:
+    """The states before each step and the result, of all rows."""
+    states: list[Tensor] = []
+    result = generate(
+        lm, start, batch_size=len(start), on_state=lambda _, rows, x: states.append(x.clone()), **arguments
+    )
+    return [*states, result]

@@ -1,0 +1,66 @@
+"""Bootstrap intervals have their width, and a verdict is what its interval shows of a target."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from thermo_lib.evaluation.statistics import interval, verdict
+
+Override = Callable[[dict[str, Any]], None]
+
+
+class TestIntervals:
+    """Bootstrap percentile intervals, paired over sequences."""
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_an_interval_holds_the_value_and_is_the_same_again(self, seed: int, override: Override) -> None:
+        override({"evaluation.resamples": 200})
+        values = np.random.default_rng(seed).normal(size=30)
+        low, high = interval(lambda index: float(values[index].mean()), 30)
+        assert low < values.mean() < high
+        assert (low, high) == interval(lambda index: float(values[index].mean()), 30)
+        override({"evaluation.resamples": 200, "seed": 1})
+        assert (low, high) != interval(lambda index: float(values[index].mean()), 30)
+
+    def test_the_width_is_that_of_a_95_percent_interval(self) -> None:
+        # The mean of 400 values of variance 1 has a standard error of 1/20: 2 * 1.96 / 20 = 0.196.
+        values = np.random.default_rng(0).normal(size=400)
+        values = (values - values.mean()) / values.std()
+        low, high = interval(lambda index: float(values[index].mean()), 400)
+        assert high - low == pytest.approx(0.196, rel=0.1)
+
+
+class TestVerdict:
+    """A target is met or not where the whole interval is on one side."""
+
+    @pytest.mark.parametrize(
+        ("ci", "at_least", "below"),
+        [
+            ((0.3, 0.4), "met", "not met"),
+            ((0.1, 0.15), "not met", "met"),
+            ((0.1, 0.3), "inconclusive", "inconclusive"),
+            ((0.2, 0.3), "met", "not met"),  # "at least" includes the target, "below" doesn't
+            ((0.1, 0.2), "inconclusive", "inconclusive"),
+            ((0.2, 0.2), "met", "not met"),
+            ((0.1, 0.1), "not met", "met"),
+        ],
+    )
+    def test_both_directions(self, ci: tuple[float, float], at_least: str, below: str) -> None:
+        assert verdict(ci, 0.2, at_least=True) == at_least
+        assert verdict(ci, 0.2, at_least=False) == below
+
+    @given(ends=st.tuples(st.floats(-1, 1), st.floats(-1, 1)).map(sorted), target=st.floats(-1, 1))
+    def test_the_directions_exclude_each_other(self, ends: list[float], target: float) -> None:
+        opposite = {"met": "not met", "not met": "met", "inconclusive": "inconclusive"}
+        ci = (ends[0], ends[1])
+        assert verdict(ci, target, at_least=False) == opposite[verdict(ci, target, at_least=True)]
+
+    @pytest.mark.parametrize("ci", [(0.3, 0.1), (math.nan, 0.1), (0.1, math.nan)])
+    def test_what_is_no_interval_is_refused(self, ci: tuple[float, float]) -> None:
+        with pytest.raises(ValueError, match="expected low <= high"):
+            verdict(ci, 0.2, at_least=True)

@@ -1,0 +1,79 @@
+"""Block by block, calibration gives the model that it gives in memory; whatever needs more is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layouts import BOTH, Layout
+from streamed import _stop_at_second, configured, state, states_of, unfinished
+
+from thermo_lib import Calibration, load_model, quantize, save_quantized
+from thermo_lib.pipeline import streaming
+from thermo_lib.pipeline.streaming import quantize_checkpoint
+
+pytestmark = pytest.mark.usefixtures("several_shards")
+
+
+class TestResult:
+    @BOTH
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"quantizer": "gptq"},
+            {"quantizer": "gptq", "embedding_bits": 8, "activation_bits": 4, "activation_ranges": "dynamic"},
+            {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
+            {"quantizer": "least_squares", "num_time_groups": 2},
+            {"quantizer": "trellis"},
+        ],
+        ids=str,
+    )
+    def test_block_by_block_it_is_the_model_that_is_calibrated_in_memory(
+        self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any]
+    ) -> None:
+        source, config = write(layout), configured(timesteps=8, **fields)
+        calibration = states_of(source)
+        quantize_checkpoint(source, tmp_path / "streamed", config, calibration)
+        save_quantized(quantize(load_model(str(source)), config, calibration), tmp_path / "in memory")
+        streamed, expected = state(tmp_path / "streamed"), state(tmp_path / "in memory")
+        assert streamed.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(streamed[name], tensor), name
+        assert not unfinished(tmp_path / "streamed").exists()
+
+
+class TestBadSource:
+    @pytest.mark.parametrize(
+        ("fields", "reason"),
+        [
+            ({"quantizer": "gptq"}, "calibration: found None, required by quantizer='gptq'"),
+            ({"num_time_groups": 2}, "calibration: found None, .*num_time_groups=2"),
+            ({"activation_bits": 8}, "activation_ranges: found 'static', allowed block by block is dynamic"),
+            ({"quantizer": "gptq", "hessian": "transition"}, "hessian: found 'transition'"),
+            ({"quantizer": "trellis", "average_bits": 2.2}, "average_bits: found 2.2"),
+            ({"reconstruction": "blocks"}, "reconstruction: found 'blocks'"),
+            ({"transitions": "network"}, "transitions: found 'network'"),
+        ],
+        ids=str,
+    )
+    def test_what_needs_calibration_or_the_whole_model_is_refused(
+        self, write: Callable[..., Path], output: Path, fields: dict[str, Any], reason: str
+    ) -> None:
+        with pytest.raises(ValueError, match=reason):
+            quantize_checkpoint(write(), output, configured(**fields))
+        assert not unfinished(output).exists()
+
+    def test_another_calibration_is_refused(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config, calibration)
+        (first, second), rows = calibration.parts, torch.arange(8)
+        with pytest.raises(ValueError, match="output: found an unfinished run of another calibration"):
+            quantize_checkpoint(source, output, config, Calibration((first[rows], second), 8, "forward"))
+        quantize_checkpoint(source, output, config, calibration)

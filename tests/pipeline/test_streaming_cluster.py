@@ -1,0 +1,163 @@
+"""Several processes stream the files that one process streams, whichever of them dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import dask
+import pytest
+from distributed import Client, LocalCluster
+from safetensors.torch import load_file, save_file
+from streamed import configured, files, shard_of, states_of, unfinished
+
+from thermo_lib.pipeline import streaming
+from thermo_lib.pipeline.streaming import quantize_checkpoint
+
+pytestmark = pytest.mark.usefixtures("several_shards")
+
+
+@pytest.fixture(scope="class")
+def cluster() -> Iterator[LocalCluster]:
+    once = {"distributed.scheduler.allowed-failures": 1}  # other than 3, so that giving up takes less time
+    with (
+        dask.config.set(once),
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+    ):
+        yield cluster
+
+
+class TestCluster:
+    """The same files from several processes."""
+
+    def test_the_files_are_those_of_one_process(
+        self, cluster: LocalCluster, write: Callable[..., Path], tmp_path: Path, output: Path
+    ) -> None:
+        source, config = write(), configured(embedding_bits=8)
+        quantize_checkpoint(source, tmp_path / "alone", config)
+        with Client(cluster) as client:
+            quantize_checkpoint(source, output, config, client=client)
+        assert files(output) == files(tmp_path / "alone")
+        assert not unfinished(output).exists()
+
+    def test_a_killed_worker_costs_time_only(
+        self,
+        cluster: LocalCluster,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """The first worker that begins the second shard dies in the middle of it, with half a file written."""
+        source, config = write(), configured()
+        quantize_checkpoint(source, tmp_path / "alone", config)
+        monkeypatch.setattr(streaming, "_write_shard", KillsOnce(tmp_path / "killed"))
+        with Client(cluster) as client:
+            quantize_checkpoint(source, output, config, client=client)
+        assert (tmp_path / "killed").exists()
+        assert files(output) == files(tmp_path / "alone")
+
+    def test_a_shard_that_kills_every_worker_is_an_error(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, config = write(), configured()
+        with monkeypatch.context() as patch, Client(cluster) as client:
+            patch.setattr(streaming, "_write_shard", KillsOnce(None))
+            with pytest.raises(OSError, match="scheduler: every worker that tried a shard was lost"):
+                quantize_checkpoint(source, output, config, client=client)
+        assert files(output) == {"config.json": b"earlier"}
+        quantize_checkpoint(source, output, config)  # goes on alone
+
+    def test_an_error_of_a_worker_is_the_callers(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path
+    ) -> None:
+        source = write()
+        path = shard_of(source, "model.norm.weight")
+        tensors = load_file(path)
+        tensors["model.norm.weight"][0] = float("nan")
+        save_file(tensors, path)
+        with Client(cluster) as client, pytest.raises(ValueError, match=r"model\.norm\.weight: found NaN or infinity"):
+            quantize_checkpoint(source, output, configured(), client=client)
+
+    def test_a_cluster_without_workers_is_an_error(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streaming, "_WORKER_SECONDS", 0.5)
+        with (
+            LocalCluster(n_workers=0, dashboard_address=None) as empty,
+            Client(empty) as client,
+            pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
+        ):
+            quantize_checkpoint(write(), output, configured(), client=client)
+        assert files(output) == {"config.json": b"earlier"}
+
+    def test_a_scheduler_that_is_lost_is_an_error(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It dies while the second shard is worked on."""
+        source, address = write(), tmp_path / "scheduler.json"
+        parts = {"dask_scheduler": ["--port", "0", "--no-dashboard"], "dask_worker": ["--no-nanny", "--no-dashboard"]}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-m", f"distributed.cli.{part}", "--scheduler-file", str(address), *options],
+                stderr=subprocess.DEVNULL,
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            )
+            for part, options in parts.items()
+        ]
+        monkeypatch.setattr(streaming, "_write_shard", KillsOther(processes[0].pid))
+        try:
+            with (
+                dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+                Client(scheduler_file=str(address), timeout="30s") as client,
+                pytest.raises(OSError, match="scheduler: the scheduler was lost"),
+            ):
+                quantize_checkpoint(source, output, configured(), client=client)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        monkeypatch.undo()
+        assert files(output) == {"config.json": b"earlier"}
+
+    def test_with_calibration_it_is_refused(
+        self, cluster: LocalCluster, write: Callable[..., Path], output: Path
+    ) -> None:
+        source = write()
+        with Client(cluster) as client, pytest.raises(ValueError, match="client: found one, allowed is None"):
+            quantize_checkpoint(
+                source, output, configured(quantizer="gptq", timesteps=8), states_of(source), client=client
+            )
+
+
+class KillsOnce:
+    """``_write_shard``, but the process dies at the second shard: the first time, or always if there is no marker."""
+
+    def __init__(self, marker: Path | None):
+        self.marker, self.write_shard = marker, streaming._write_shard
+
+    def __call__(self, path: Path, *arguments: Any) -> None:
+        if path.name.startswith("model-00002") and not (self.marker and self.marker.exists()):
+            if self.marker:
+                self.marker.touch()
+            path.with_suffix(".half.tmp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.write_shard(path, *arguments)
+
+
+class KillsOther:
+    """``_write_shard``, but at the second shard another process dies, and the shard waits."""
+
+    def __init__(self, process: int):
+        self.process, self.write_shard = process, streaming._write_shard
+
+    def __call__(self, path: Path, *arguments: Any) -> None:
+        if path.name.startswith("model-00002"):
+            os.kill(self.process, signal.SIGKILL)
+            time.sleep(5)
+        self.write_shard(path, *arguments)

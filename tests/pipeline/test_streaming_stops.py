@@ -1,0 +1,318 @@
+"""Whatever stops a streamed quantization, the next call goes on to the same bytes."""
+
+import errno
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from streamed import ALL_IN_TWO, _stop_at_second, configured, files, shard_of, states_of, unfinished
+from torch import Tensor
+
+from thermo_lib import ThermoConfig
+from thermo_lib.files import folders
+from thermo_lib.models.lm import save_model
+from thermo_lib.pipeline import streaming
+from thermo_lib.pipeline.streaming import quantize_checkpoint
+
+pytestmark = pytest.mark.usefixtures("several_shards")
+
+
+class TestInterrupted:
+    def test_killed_after_a_shard_it_goes_on_with_the_same_bytes(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path
+    ) -> None:
+        source = write()
+        quantize_checkpoint(source, tmp_path / "whole", configured())
+        # The process kills itself in the middle of its third shard, with half a file written.
+        script = f"""
+import os, signal
+from thermo_lib import ThermoConfig, streaming
+streaming._SHARD_BYTES, streaming._ROWS_BYTES = {ALL_IN_TWO}, {2**10}
+save, calls = streaming.save_file, []
+def killed(tensors, path, **more):
+    calls.append(path)
+    if len(calls) == 3:
+        path.write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(tensors, path, **more)
+streaming.save_file = killed
+streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{configured().model_dump()!r}))
+"""
+        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert process.returncode == -signal.SIGKILL, process.stderr
+        assert files(output) == {"config.json": b"earlier"}
+        kept = {path.name: path.stat().st_mtime_ns for path in unfinished(output).glob("*.safetensors")}
+        assert len(kept) == 2
+        quantize_checkpoint(source, output, configured())
+        assert files(output) == files(tmp_path / "whole")
+        assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
+        assert not unfinished(output).exists()
+
+    @pytest.mark.parametrize(("quantizer", "swaps"), [("least_squares", True), ("gptq", True), ("gptq", False)])
+    def test_every_single_write_may_be_the_last(
+        self,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        quantizer: str,
+        swaps: bool,
+    ) -> None:
+        """The same call goes on each time; its work is repeated at most for one shard, or one block."""
+        if not swaps:
+            monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+        source, config = write(), configured(quantizer=quantizer, timesteps=8)
+        calibration = states_of(source) if config.needs_calibration else None
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
+        rename, left = os.replace, 0
+
+        def limited(old: Any, new: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            rename(old, new)
+
+        stops = 0
+        for allowed in range(100):
+            left = allowed
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "replace", limited)
+                try:
+                    quantize_checkpoint(source, output, config, calibration)
+                except KeyboardInterrupt:
+                    stops += 1
+                else:
+                    break
+            retired = output.with_name(f".{output.name}.partial.old")
+            found = [files(path) for path in (output, retired) if path.exists()]
+            assert {"config.json": b"earlier"} in found or files(tmp_path / "whole") in found
+        assert stops > 3
+        assert files(output) == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize("swaps", [True, False])
+    def test_stopped_at_its_end_a_run_has_nothing_to_redo(
+        self,
+        write: Callable[..., Path],
+        tmp_path: Path,
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        swaps: bool,
+    ) -> None:
+        """Whatever is renamed, swapped or removed in the end, the next call computes nothing."""
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
+        whole, stops = files(tmp_path / "whole"), 0
+        for allowed in range(100):
+            shutil.rmtree(output, ignore_errors=True)
+            output.mkdir()
+            (output / "config.json").write_text("earlier", encoding="utf-8")
+            steps = Steps(allowed)
+            with monkeypatch.context() as patch:
+                if not swaps:
+                    patch.setattr(folders, "_exchange", lambda *_: False)
+                patch.setattr(streaming, "save_tokenizer", steps.begin(streaming.save_tokenizer))
+                for module, name in ((os, "replace"), (shutil, "rmtree"), (folders, "_exchange")):
+                    patch.setattr(module, name, steps.limited(getattr(module, name)))
+                with suppress(KeyboardInterrupt):
+                    quantize_checkpoint(source, output, config, calibration)
+            found = files(output) if output.exists() else None
+            if found:
+                found.pop(streaming.RUN_NAME, None)
+            assert found in (whole, {"config.json": b"earlier"}) or (found is None and not swaps)
+            with monkeypatch.context() as patch:
+                patch.setattr(streaming, "_stored", lambda *_: 1 / 0)
+                patch.setattr(streaming, "coded_blocks", lambda *_: 1 / 0)
+                if steps.left >= 0:
+                    break
+                quantize_checkpoint(source, output, config, calibration)
+            stops += 1
+            assert files(output) == whole
+            assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+        assert stops >= (2 if swaps else 3)
+
+    def test_an_output_that_was_set_aside_is_back_whatever_comes_next(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, rename = write(), os.replace
+
+        def stopped(old: Any, new: Any) -> None:
+            if Path(new) == output:
+                raise KeyboardInterrupt
+            rename(old, new)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(folders, "_exchange", lambda *_: False)
+            patch.setattr(os, "replace", stopped)
+            with suppress(KeyboardInterrupt):
+                quantize_checkpoint(source, output, configured())
+        assert not output.exists()
+        (source / "tokenizer.json").unlink()
+        with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+            quantize_checkpoint(source, output, configured())
+        assert files(output) == {"config.json": b"earlier"}
+
+    @pytest.mark.parametrize(
+        "named",
+        [
+            "quant.damping",
+            "trellis",
+            "number of threads",
+            "torch version",
+            "tokenizer.json",
+            "chat_template.jinja",
+            "format version",
+        ],
+    )
+    def test_whatever_else_the_result_depends_on_is_refused_by_its_name(
+        self,
+        write: Callable[..., Path],
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        override: Callable[[dict[str, Any]], None],
+        named: str,
+    ) -> None:
+        source, config = write(), configured(quantizer="gptq", timesteps=8)
+        calibration = states_of(source)
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            with suppress(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config, calibration)
+        if named in ("quant.damping", "trellis"):
+            override({"quant.damping": 0.5} if named == "quant.damping" else {"trellis.beam": 3})
+        elif named == "number of threads":
+            monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
+        elif named == "torch version":
+            monkeypatch.setattr(torch, "__version__", "1.0.0")
+        elif named == "format version":
+            monkeypatch.setattr(ThermoConfig, "format_version", 1000)
+        elif named == "tokenizer.json":
+            path = source / named
+            path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        else:
+            (source / named).write_text("{{ messages }}", encoding="utf-8")
+        with pytest.raises(ValueError, match=f"unfinished run of another {named} in"):
+            quantize_checkpoint(source, output, config, calibration)
+
+    @pytest.mark.parametrize("changed", ["configuration", "config.json", "shard"])
+    def test_another_source_or_configuration_is_refused_until_the_folder_is_deleted(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+    ) -> None:
+        source, config = write(), configured()
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config)
+        if changed == "configuration":
+            config, named = configured(group_size=8), "configuration"
+        elif changed == "config.json":
+            path, named = source / "config.json", "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 1e-5}), encoding="utf-8")
+        else:
+            path = shard_of(source, "model.norm.weight")
+            named = path.name
+            tensors = load_file(path)
+            save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"] * 2}, path)
+        kept = files(unfinished(output))
+        with pytest.raises(ValueError, match=f"unfinished run of another {named} in .*delete that folder"):
+            quantize_checkpoint(source, output, config)
+        assert files(unfinished(output)) == kept
+        assert files(output) == {"config.json": b"earlier"}
+
+    def test_a_full_disk_leaves_what_was_there_and_the_next_call_goes_on(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = write()
+        quantize_checkpoint(source, tmp_path / "whole", configured())
+
+        def full(tensors: dict[str, Tensor], path: Path, **_: Any) -> None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "save_file", full)
+            with pytest.raises(OSError, match=r"output: could not write .*No space left on device.*goes on"):
+                quantize_checkpoint(source, output, configured())
+        assert files(output) == {"config.json": b"earlier"}
+        assert [path.name for path in unfinished(output).iterdir()] == [streaming.RUN_NAME]
+        quantize_checkpoint(source, output, configured())
+        assert files(output) == files(tmp_path / "whole")
+
+    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    def test_no_file_may_be_larger_than_the_disk(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, quantizer: str
+    ) -> None:
+        """Each limit stops another file; the run goes on as the limit rises."""
+        source, config = write(), configured(quantizer=quantizer, timesteps=8)
+        calibration = states_of(source) if config.needs_calibration else None
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration)
+        largest = max(len(content) for content in files(tmp_path / "whole").values())
+        stopped = set()
+        for limit in (0, 1000, 2000, 3000, 4000, largest - 1):
+            with pytest.raises(OSError, match=r"output: could not write .*; ") as caught, file_limit(limit):
+                quantize_checkpoint(source, output, config, calibration)
+            stopped.add(str(caught.value).split()[4])
+            assert files(output) == {"config.json": b"earlier"}
+            assert list(output.parent.glob("**/*.tmp")) == []
+        assert len(stopped) > 2
+        quantize_checkpoint(source, output, config, calibration)
+        assert files(output) == files(tmp_path / "whole")
+
+    def test_a_model_that_is_larger_than_the_disk_leaves_the_earlier_one(self, tiny: Any, tmp_path: Path) -> None:
+        save_model(tiny, tmp_path / "m")
+        earlier = files(tmp_path / "m")
+        for limit in (0, len(earlier["tokenizer.json"]) - 1, len(earlier["model.safetensors"]) - 1):
+            with pytest.raises(OSError, match=r"output: could not write .*/m .*; an earlier"), file_limit(limit):
+                save_model(tiny, tmp_path / "m")
+            assert files(tmp_path / "m") == earlier
+            assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+@contextmanager
+def file_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+class Steps:
+    """Counts calls from a moment on, and stops the run at the call after ``left``."""
+
+    def __init__(self, left: int):
+        self.left, self.counts = left, False
+
+    def begin(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, after which calls count."""
+
+        def called(*arguments: Any) -> None:
+            function(*arguments)
+            self.counts = True
+
+        return called
+
+    def limited(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function``, a call of which counts; all that follow a stop are stopped too, as in a dead process."""
+
+        def called(*arguments: Any, **more: Any) -> Any:
+            self.left -= self.counts
+            if self.left < 0:
+                raise KeyboardInterrupt
+            return function(*arguments, **more)
+
+        return called

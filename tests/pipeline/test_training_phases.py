@@ -1,0 +1,361 @@
+"""Each phase of training lowers path KL, leaves the given models as they were, and goes on after a stop."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from configurations import SMOOTH, TIMESTEPS, Outputs, Quantize, config_of
+from torch import Tensor
+
+from thermo_lib import Calibration, load_quantized, quantize, save_quantized
+from thermo_lib.diffusion.path_kl import path_kl
+from thermo_lib.files.snapshots import Snapshot
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline.training import optimize_transitions, reconstruct_blocks
+from thermo_lib.transition import fit
+
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
+class TestOptimizeTransitions:
+    """Weights' parameters, ranges and codes trained together for least path KL."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [
+            {},
+            {"activation_bits": 4, "activation_ranges": "dynamic"},
+            {"activation_bits": 4, "activation_token_states": True, **SMOOTH},
+        ],
+        ids=["W2A16", "dynamic", "static"],
+    )
+
+    @every_way
+    @pytest.mark.parametrize("what", ["parameters", "codes", "network"])
+    def test_it_lowers_path_kl_and_leaves_the_given_models(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+        what: str,
+    ) -> None:
+        start = quantized(**changes)
+        before = outputs(start), outputs(tiny)
+        trained = optimize_transitions(start, tiny, calibration, what=what)
+        assert torch.equal(outputs(start), before[0])
+        assert torch.equal(outputs(tiny), before[1])
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.95 * totals[0]
+        assert trained.bits_per_weight == start.bits_per_weight
+        same_codes = [
+            torch.equal(layer.packed, trained.quantized_layers()[name].packed)
+            for name, layer in start.quantized_layers().items()
+        ]
+        assert all(same_codes) == (what != "codes")
+        same_norm = torch.equal(trained.model.model.norm.weight, start.model.model.norm.weight)
+        assert same_norm == (what != "network")
+        assert not any(p.requires_grad for p in trained.model.parameters())
+
+    def test_the_markov_term_keeps_the_ranges_of_neighbouring_groups_together(self, quantized: Quantize) -> None:
+        def jumps(weight: float) -> float:
+            changes = {"activation_bits": 4, "num_time_groups": 3, "transitions": "parameters"}
+            lm = quantized(**changes, markov_weight=weight)
+            steps = [
+                torch.stack([p.scale for p in params]).log().diff(dim=0) for params in lm.activation_params.values()
+            ]
+            return float(torch.cat(steps).square().mean())
+
+        assert jumps(10.0) < 0.2 * jumps(0.0)
+
+    def test_without_time_groups_the_markov_term_changes_nothing(self, quantized: Quantize, outputs: Outputs) -> None:
+        changes = {"activation_bits": 4, "transitions": "parameters"}
+        free, held = (quantized(**changes, markov_weight=weight) for weight in (0.0, 10.0))
+        assert torch.equal(outputs(free), outputs(held))
+
+    def test_fresh_chains_need_no_calibration(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs, tmp_path: Path
+    ) -> None:
+        start = quantized()
+        trained = optimize_transitions(start, tiny, what="network", states="chains")
+        again = optimize_transitions(start, tiny, calibration, what="network", states="chains")
+        assert torch.equal(outputs(trained), outputs(again))
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.95 * totals[0]
+        save_quantized(trained, tmp_path / "q")
+        assert torch.equal(outputs(load_quantized(tmp_path / "q")), outputs(trained))
+
+    @pytest.mark.parametrize("share", [0.0, 0.5])
+    def test_chains_may_be_the_quantized_model_s_own(
+        self,
+        tiny: DiffusionLM,
+        quantized: Quantize,
+        outputs: Outputs,
+        override: Callable[[dict[str, Any]], None],
+        share: float,
+    ) -> None:
+        override({"chains.steps": 4, "data.sequence_length": 16})
+        trained, other = (optimize_transitions(quantized(own_share=own), tiny, states="chains") for own in (share, 1.0))
+        assert not torch.equal(outputs(trained), outputs(other))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"what": "none"}, "what: found 'none', allowed are parameters, codes, network"),
+            ({"what": "all"}, "'all'"),
+            ({"states": "text"}, "'text'"),
+            ({}, "calibration: found None, required by states='calibration'"),
+        ],
+    )
+    def test_what_is_not_allowed_is_named(
+        self, tiny: DiffusionLM, quantized: Quantize, arguments: dict[str, str], message: str
+    ) -> None:
+        with pytest.raises(ValueError, match=message):
+            optimize_transitions(quantized(), tiny, **arguments)
+
+    @every_way
+    def test_it_is_the_last_phase_of_quantizing_and_survives_saving(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        tmp_path: Path,
+        changes: dict[str, Any],
+    ) -> None:
+        whole = quantized(transitions="parameters", **changes)
+        trained = optimize_transitions(quantized(**changes), tiny, calibration)
+        assert torch.equal(outputs(whole), outputs(trained))
+        assert whole.config == trained.config
+        save_quantized(whole, tmp_path / "q")
+        assert torch.equal(outputs(load_quantized(tmp_path / "q")), outputs(whole))
+
+    def test_weights_that_depend_on_the_timestep_are_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
+            optimize_transitions(quantized(**SMOOTH), tiny, calibration)
+
+
+class TestReconstructBlocks:
+    """Weights trained block by block for the block's output."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [{}, {"activation_bits": 4, "activation_ranges": "dynamic"}, {"activation_bits": 8, **SMOOTH}],
+        ids=["W2A16", "dynamic", "static"],
+    )
+
+    @every_way
+    def test_it_lowers_path_kl_and_leaves_the_given_models(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+    ) -> None:
+        start = quantized(**changes)
+        before = outputs(start), outputs(tiny)
+        trained = reconstruct_blocks(start, tiny, calibration)
+        assert torch.equal(outputs(start), before[0])
+        assert torch.equal(outputs(tiny), before[1])
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        assert trained.bits_per_weight == start.bits_per_weight
+        assert trained.config.reconstruction == "blocks"
+        bits = {layer.activation_bits for layer in trained.quantized_layers().values()}
+        assert bits == {start.config.activation_bits}
+
+    def test_fresh_states_need_no_calibration(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs
+    ) -> None:
+        start = quantized()
+        trained = reconstruct_blocks(start, tiny, states="chains")
+        assert trained.config.training_states == "chains"
+        again, on_calibration = (
+            reconstruct_blocks(start, tiny, calibration, states=states) for states in ("chains", "calibration")
+        )
+        assert torch.equal(outputs(trained), outputs(again))
+        assert not torch.equal(outputs(trained), outputs(on_calibration))
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        with pytest.raises(ValueError, match="calibration: found None, required by states='calibration'"):
+            reconstruct_blocks(start, tiny)
+
+    @every_way
+    def test_it_comes_before_the_transitions(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        quantized: Quantize,
+        outputs: Outputs,
+        changes: dict[str, Any],
+    ) -> None:
+        whole = quantized(reconstruction="blocks", transitions="parameters", **changes)
+        parts = optimize_transitions(quantized(reconstruction="blocks", **changes), tiny, calibration)
+        assert torch.equal(outputs(whole), outputs(parts))
+        assert whole.config == parts.config
+
+    def test_weights_that_depend_on_the_timestep_are_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize
+    ) -> None:
+        with pytest.raises(ValueError, match="num_time_groups: found time-dependent weights"):
+            reconstruct_blocks(quantized(**SMOOTH), tiny, calibration)
+
+
+class TestSequential:
+    """The linears of a block quantized one after another, the rest trained for the block's output."""
+
+    GPTQ: ClassVar[dict[str, str]] = {"quantizer": "gptq", "hessian": "transition"}
+    TRELLIS: ClassVar[dict[str, str]] = {"quantizer": "trellis", "hessian": "transition"}
+
+    @pytest.mark.parametrize("how", [GPTQ, TRELLIS], ids=["gptq", "trellis"])
+    def test_it_lowers_path_kl_and_leaves_the_given_model(
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, how: dict[str, str]
+    ) -> None:
+        before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
+        plain, trained = quantized(**how), quantized(**how, reconstruction="sequential")
+        (states,) = calibration.parts
+        totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (plain, trained)]
+        assert totals[1] < 0.9 * totals[0]
+        assert trained.bits_per_weight == plain.bits_per_weight
+        assert all(torch.equal(before[name], tensor) for name, tensor in tiny.model.state_dict().items())
+        assert not any(p.requires_grad for lm in (tiny, trained) for p in lm.model.parameters())
+
+    def test_without_training_it_is_quantizing_block_by_block(
+        self, tiny: DiffusionLM, calibration: Calibration, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first site
+        # of the first block is the same; later ones see what is quantized already.
+        override({"sequential.weight_lr": 0.0, "reconstruction.scale_lr": 0.0, "reconstruction.zero_point_lr": 0.0})
+        plain, stepped = (
+            quantize(tiny, config_of(**self.GPTQ, reconstruction=r), calibration) for r in ("none", "sequential")
+        )
+        same = [
+            name
+            for name, layer in plain.quantized_layers().items()
+            if torch.equal(layer.packed, stepped.quantized_layers()[name].packed)
+        ]
+        first = "model.layers.0.self_attn"
+        assert {f"{first}.{linear}_proj" for linear in "qkv"} <= set(same)
+        assert "model.layers.1.mlp.down_proj" not in same
+
+    def test_fresh_states_need_no_calibration_to_train_on(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+        config = config_of(**self.TRELLIS, reconstruction="sequential", training_states="chains")
+        other = Calibration((calibration.parts[0][torch.arange(0, 36, 2)],), TIMESTEPS, "forward")
+        fresh = [quantize(tiny, config, given).quantized_layers() for given in (calibration, other)]
+        assert all(torch.equal(layer.packed, fresh[1][name].packed) for name, layer in fresh[0].items())
+
+    def test_the_losses_of_every_site_are_kept(self, quantized: Quantize) -> None:
+        losses = quantized(**self.TRELLIS, reconstruction="sequential").losses
+        assert len(losses) == 2 * 4
+        assert all(len(values) == 20 for values in losses.values())
+
+
+class Stopped(Exception):
+    """Stands for what ends a process."""
+
+
+class TestResume:
+    """Training that was stopped goes on from its snapshots."""
+
+    every_way = pytest.mark.parametrize(
+        "changes",
+        [
+            {"reconstruction": "blocks", "transitions": "codes", "activation_bits": 4, "activation_token_states": True},
+            {
+                "quantizer": "trellis",
+                "average_bits": 2.3,
+                "activation_bits": 4,
+                "activation_ranges": "dynamic",
+                "reconstruction": "sequential",
+                "transitions": "network",
+                "training_states": "chains",
+                "own_share": 0.5,
+            },
+        ],
+        ids=["blocks and codes", "sequential and network on chains"],
+    )
+
+    @staticmethod
+    def stop_at(monkeypatch: pytest.MonkeyPatch, turn: int, *, written: bool) -> list[str]:
+        """Makes the snapshot of every ``turn``-th time end the run, before or after it is written; who was saved."""
+        saved: list[str] = []
+        save = Snapshot.save
+
+        def save_or_stop(self: Snapshot, state: dict[str, Tensor]) -> None:
+            saved.append(self.path.stem)
+            if len(saved) % turn or written:
+                save(self, state)
+            if not len(saved) % turn:
+                raise Stopped
+
+        monkeypatch.setattr(fit, "_SNAPSHOT_STEPS", 15)
+        monkeypatch.setattr(Snapshot, "save", save_or_stop)
+        return saved
+
+    @every_way
+    @pytest.mark.parametrize("written", [True, False])
+    def test_the_result_is_that_of_a_run_that_was_not_stopped(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        changes: dict[str, Any],
+        written: bool,
+    ) -> None:
+        config = config_of(**changes)
+        whole = quantize(tiny, config, calibration)
+        saved, stops, trained = self.stop_at(monkeypatch, 2, written=written), 0, None
+        while trained is None:
+            try:
+                trained = quantize(tiny, config, calibration, resume=tmp_path)
+            except Stopped:
+                stops += 1
+        assert stops >= 2
+        assert {"transitions", "sequential" if config.reconstruction == "sequential" else "blocks"} <= set(saved)
+        states = whole.model.state_dict(), trained.model.state_dict()
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+        assert trained.losses == whole.losses
+        assert trained.config == whole.config
+
+    @every_way
+    def test_what_is_done_is_not_done_again(
+        self,
+        tiny: DiffusionLM,
+        calibration: Calibration,
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+        changes: dict[str, Any],
+    ) -> None:
+        first = quantize(tiny, config_of(**changes), calibration, resume=tmp_path)
+        saved = self.stop_at(monkeypatch, 1, written=True)
+        again = quantize(tiny, config_of(**changes), calibration, resume=tmp_path)
+        assert saved == []
+        assert again.losses == first.losses
+
+    def test_a_snapshot_of_another_run_is_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path, override: Callable[[dict[str, Any]], None]
+    ) -> None:
+        override({"transition.steps": 2})
+        config = config_of(transitions="parameters")
+        quantize(tiny, config, calibration, resume=tmp_path)
+        override({"transition.steps": 3})
+        with pytest.raises(ValueError, match=r"resume: found a run of other .* in .*transitions.safetensors"):
+            quantize(tiny, config, calibration, resume=tmp_path)
+
+    def test_a_damaged_snapshot_is_named(self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path) -> None:
+        path = tmp_path / "transitions.safetensors"
+        path.write_bytes(b"half a snapsh")
+        with pytest.raises(ValueError, match=r"resume: .*transitions.safetensors is not a complete snapshot"):
+            quantize(tiny, config_of(transitions="parameters"), calibration, resume=tmp_path)

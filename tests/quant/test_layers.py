@@ -1,0 +1,170 @@
+"""A quantized layer computes what a layer with the dequantized weight computes, at every timestep."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from matrices import bit_widths, seeds, weights
+from torch import Tensor, nn
+
+from thermo_lib.quant.codes import QuantizedWeight, fake_quantize, fake_quantize_per_token, pack
+from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
+from thermo_lib.quant.rounding import round_to_nearest
+
+
+def linear_of(quantized: QuantizedWeight, bias: Tensor | None = None, **more: int) -> QuantizedLinear:
+    """A layer that computes from a quantized weight."""
+    layer = QuantizedLinear(
+        quantized.codes.shape[1],
+        quantized.codes.shape[0],
+        bits=quantized.bits,
+        group_size=quantized.group_size,
+        bias=bias is not None,
+        **more,
+    )
+    layer.packed = pack(quantized.codes, quantized.bits, quantized.group_size)
+    layer.scale[0], layer.zero_point[0] = quantized.scale, quantized.zero_point
+    if bias is not None:
+        layer.bias = bias
+    return layer
+
+
+class TestQuantizedLinear:
+    """The layer computes what a linear layer with the dequantized weight computes, from packed codes."""
+
+    @given(
+        bits=bit_widths,
+        columns=st.integers(1, 21),
+        group_size=st.integers(1, 24),
+        has_bias=st.booleans(),
+        seed=seeds,
+    )
+    def test_forward_is_that_of_the_dequantized_weight(
+        self, bits: int, columns: int, group_size: int, has_bias: bool, seed: int
+    ) -> None:
+        quantized = round_to_nearest(weights(5, columns, seed), bits, group_size)
+        bias = weights(1, 5, seed + 1)[0] if has_bias else None
+        x = weights(6, columns, seed + 2).view(2, 3, columns)
+        layer = linear_of(quantized, bias)
+        assert torch.equal(layer.weight(), quantized.dequantize())
+        assert torch.equal(layer(x), F.linear(x, quantized.dequantize(), bias))
+
+    @pytest.mark.parametrize(("bits", "width"), [(2, 8), (4, 15), (8, 30)])
+    def test_codes_are_stored_packed(self, bits: int, width: int) -> None:
+        # 30 codes a row: four, two or one of them a byte, rounded up.
+        layer = linear_of(round_to_nearest(weights(5, 30, 0), bits, 30))
+        stored = {name: tensor.numel() * tensor.element_size() for name, tensor in layer.state_dict().items()}
+        assert stored["packed"] == 5 * width
+        assert (stored["scale"], stored["zero_point"]) == (5 * 2, 5 * 2)
+        assert sum(stored.values()) < 5 * width + 30
+
+    def test_parameters_follow_the_timestep(self) -> None:
+        quantized = round_to_nearest(weights(2, 4, 0), 4, 4)
+        layer = linear_of(quantized, timesteps=4)
+        layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
+        layer.zero_point = torch.stack([quantized.zero_point] * 2)
+        layer.weight_row = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+        found = []
+        for timestep in range(4):
+            layer.set_timestep(timestep, 4)
+            found.append(layer.weight())
+        weight = quantized.dequantize()
+        assert [torch.equal(a, b) for a, b in zip(found, [weight, weight, 2 * weight, 2 * weight], strict=True)] == [
+            True
+        ] * 4
+
+    @given(timesteps=st.integers(1, 40), total=st.integers(1, 100), share=st.floats(0, 1, exclude_max=True))
+    def test_another_number_of_steps_takes_the_step_at_the_same_mask_ratio(
+        self, timesteps: int, total: int, share: float
+    ) -> None:
+        layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=timesteps)
+        timestep = int(share * total)
+        layer.set_timestep(timestep, total)
+        # The table's step that holds the same time: t / timesteps <= timestep / total < (t + 1) / timesteps.
+        assert layer.timestep * total <= timestep * timesteps < (layer.timestep + 1) * total
+
+    @pytest.mark.parametrize("timestep", [-1, 4])
+    def test_a_timestep_out_of_range_is_named(self, timestep: int) -> None:
+        layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=4)
+        with pytest.raises(ValueError, match=rf"timestep: found {timestep}, allowed are 0\.\.3"):
+            layer.set_timestep(timestep, 4)
+
+    def test_static_activation_parameters_follow_the_timestep(self) -> None:
+        quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
+        layer = linear_of(quantized, activation_bits=4, timesteps=2)
+        layer.activation_scale = torch.tensor([0.1, 0.5]).view(2, 1, 1)
+        layer.activation_zero_point = torch.tensor([8.0, 7.0]).view(2, 1, 1)
+        layer.activation_row = torch.tensor([0, 1], dtype=torch.int32)
+        x = weights(5, 4, 1)
+        for timestep, (scale, zero) in enumerate(((0.1, 8.0), (0.5, 7.0))):
+            layer.set_timestep(timestep, 2)
+            rounded = fake_quantize(x, torch.tensor(scale), torch.tensor(zero), 4)
+            assert torch.equal(layer(x), F.linear(rounded, quantized.dequantize()))
+
+    def test_static_activation_parameters_follow_token_state_and_channel_group(self) -> None:
+        quantized = round_to_nearest(weights(3, 5, 0), 8, 5)
+        layer = linear_of(quantized, activation_bits=4, activation_group_size=2)
+        layer.activation_scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
+        layer.activation_zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
+        is_masked = torch.tensor([[True, False], [False, False]])
+        layer.set_token_state(is_masked)
+        x = weights(4, 5, 1).view(2, 2, 5)
+        found = layer(x)
+        for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            state = int(is_masked[row, column])
+            scale = torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.3], [0.4, 0.4, 0.5, 0.5, 0.6]])[state]
+            zero = torch.tensor([[1.0, 1, 2, 2, 3], [4, 4, 5, 5, 6]])[state]
+            rounded = fake_quantize(x[row, column], scale, zero, 4)
+            torch.testing.assert_close(found[row, column], F.linear(rounded, quantized.dequantize()))
+
+    def test_dynamic_activations_have_each_token_s_own_range(self) -> None:
+        quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
+        layer = linear_of(quantized, activation_bits=4)
+        x = weights(5, 4, 1)
+        assert torch.equal(layer(x), F.linear(fake_quantize_per_token(x, 4), quantized.dequantize()))
+
+    @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
+    def test_casting_leaves_the_parameters_of_codes_as_they_are(self, cast: Callable[[nn.Module], nn.Module]) -> None:
+        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4)
+        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        before = layer.state_dict()
+        after = cast(layer).state_dict()
+        assert after.pop("bias").dtype == cast(nn.Linear(1, 1)).bias.dtype
+        for name, tensor in after.items():
+            assert tensor.dtype == before[name].dtype
+            assert torch.equal(tensor, before[name])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    def test_static_ranges_keep_the_type_of_the_input(self, dtype: torch.dtype) -> None:
+        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4).to(dtype)
+        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        x = weights(5, 8, 2).to(dtype)
+        assert layer(x).dtype == dtype
+        assert torch.equal(layer.quantized_input(x), fake_quantize(x.float(), 0.1, 8.0, 4).to(dtype))
+
+    def test_rows_that_are_loaded_are_the_rows_that_count(self) -> None:
+        quantized = round_to_nearest(weights(2, 4, 0), 4, 4)
+        layers = [linear_of(quantized, timesteps=2) for _ in range(2)]
+        for layer, rows in zip(layers, ([0, 1], [1, 0]), strict=True):
+            layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
+            layer.zero_point = torch.stack([quantized.zero_point] * 2)
+            layer.weight_row = torch.tensor(rows, dtype=torch.int32)
+        assert torch.equal(layers[0].weight(), quantized.dequantize())
+        layers[0].load_state_dict(layers[1].state_dict())
+        assert torch.equal(layers[0].weight(), 2 * quantized.dequantize())
+
+    def test_a_group_beyond_the_row_is_the_row(self) -> None:
+        quantized = round_to_nearest(weights(3, 7, 0), 8, 7)
+        wide = replace(quantized, group_size=10**15)
+        assert torch.equal(linear_of(wide).weight(), quantized.dequantize())
+        table = QuantizedEmbedding(3, 7, bits=8, group_size=10**15, dtype=torch.float32)
+        table.packed, table.scale, table.zero_point = quantized.codes, quantized.scale[None], quantized.zero_point[None]
+        assert torch.equal(table(torch.arange(3)), quantized.dequantize())
+
+    def test_printing_a_layer_names_its_size_and_precision(self) -> None:
+        layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, activation_bits=8)
+        assert "in_features=6, out_features=3, bits=2, group_size=4, activation_bits=8" in repr(layer)
