@@ -37,7 +37,8 @@ class TestInterrupted:
         # The process kills itself in the middle of its third shard, with half a file written.
         script = f"""
 import os, signal
-from thermo_lib import ThermoConfig, streaming
+from thermo_lib import ThermoConfig
+from thermo_lib.pipeline import streaming
 streaming._SHARD_BYTES, streaming._ROWS_BYTES = {ALL_IN_TWO}, {2**10}
 save, calls = streaming.save_file, []
 def killed(tensors, path, **more):
