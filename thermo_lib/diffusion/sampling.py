@@ -95,7 +95,7 @@ def sample_tokens(
     """Draw one token a row, by inverting the cumulative distribution.
 
     Args:
-        logits: ``(n, vocabulary)``.
+        logits: ``(n, vocabulary)``; what a hook made of them may be of less than float32.
         temperature: 0 takes the likeliest token.
         uniform: ``(n,)`` random numbers in [0, 1).
         top_p, top_k: nucleus and top-k filters; None for no filter.
@@ -103,6 +103,7 @@ def sample_tokens(
     Returns:
         ``(tokens (n,) int64, probabilities (n, vocabulary))``, the probabilities after temperature and filters.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature > 0:
         logits = logits / temperature
     probabilities = filter_logits(logits, top_p, top_k).float().softmax(-1)
@@ -223,7 +224,7 @@ def generate(
         batch_size: sequences a forward pass.
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
-            those of all positions, ``(batch, length, vocabulary)``, which are computed only where there is a hook.
+            those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook.
         on_tokens: called with ``(None, ids, None)`` before the first step, and with ``(timestep, ids, logits)`` after
             every step; returns the ids to go on with, which may have other mask tokens. Blocks are numbered after the
             first call; logits are those that ``on_logits`` returned.

@@ -30,7 +30,7 @@ from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, rea
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
 HEAD = "lm_head.weight"
-NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
+NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
 
 @dataclass
@@ -94,8 +94,8 @@ class DiffusionLM:
             attention_mask: bool ``(batch, length)``, False at padding on the left; None where there is none.
 
         Returns:
-            ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
-            model's.
+            ``(n, vocabulary)`` in row-major order of ``at``, float32 also of a model in bfloat16 or float16, on the
+            device of ``ids``, which may be another than the model's.
 
         Raises:
             ValueError: ids outside the vocabulary.
@@ -106,8 +106,23 @@ class DiffusionLM:
             raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
         visible = None if attention_mask is None else attention_mask.to(device)
         logits = self.model.lm_head(self.model.hidden(ids.to(device), visible)[at.to(device)])
-        logits[:, self.mask_token_id] = NO_PROBABILITY
-        return logits.to(ids.device)
+        return token_logits(logits, self.mask_token_id).to(ids.device)
+
+
+def token_logits(logits: Tensor, mask_token_id: int) -> Tensor:
+    """A head's output as logits of the tokens that may be written: the mask token gets no probability.
+
+    Args:
+        logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
+        mask_token_id: the id that stands for a masked position.
+
+    Returns:
+        ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
+        probabilities are lost in float16 and bfloat16.
+    """
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precise[:, mask_token_id] = NO_PROBABILITY
+    return precise
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
