@@ -119,6 +119,7 @@ def input_hessians(
     weights = {name: _in_batches(importance[name], calibration) for name in names if name in importance}
 
     def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
+        x = x.float()  # float16 doesn't reach the squares of its numbers
         weighted = x * next(weights[name]) if name in weights else x
         hessians[name][groups.group_of(timestep * groups.timesteps // calibration.timesteps)] += x.T @ weighted
 

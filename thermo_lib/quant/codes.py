@@ -120,12 +120,33 @@ def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Quantize and dequantize activations; ``scale`` and ``zero_point`` broadcast to ``x``."""
-    return quantize_codes(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+    """Quantize and dequantize activations; ``scale`` and ``zero_point`` broadcast to ``x``.
+
+    Returns:
+        As ``x``, and of its dtype. It is computed in float32 at least: steps are lost in bfloat16 and float16.
+    """
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    found = quantize_codes(precise, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+    if found.dtype == x.dtype:
+        return found
+    limits = torch.finfo(x.dtype)  # half a step beyond the largest float16 would be infinite
+    return found.clamp_(limits.min, limits.max).to(x.dtype)
 
 
 def fake_quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """Quantize and dequantize each token in its own min-max range, times ``clip`` (dynamic ranges, nothing stored)."""
-    low, high = clip * x.amin(-1, keepdim=True).clamp(max=0), clip * x.amax(-1, keepdim=True).clamp(min=0)
+    """Quantize and dequantize each token in its own min-max range, times ``clip`` (dynamic ranges, nothing stored).
+
+    Args:
+        x: ``(..., channels)``.
+        bits: of a code.
+        clip: share of the way from zero to the token's extremes.
+
+    Returns:
+        As ``x``, and of its dtype; ranges are float32 at least, since one in float16 may be wider than its largest
+        number.
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)
+    low, high = (extreme.to(precise) for extreme in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
+    low, high = clip * low.clamp(max=0), clip * high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
     return fake_quantize(x, scale, (-low / scale).round(), bits)

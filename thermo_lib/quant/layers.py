@@ -153,7 +153,7 @@ class QuantizedLinear(_Coded):
             return fake_quantize_per_token(x, self.activation_bits, self.activation_clip)
         row = self._row("activation_row")
         scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
-        return fake_quantize(x, scale, zero_point, self.activation_bits).to(x.dtype)
+        return fake_quantize(x, scale, zero_point, self.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""

@@ -55,7 +55,7 @@ def input_samples(
     def keep(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
         chosen = torch.randint(len(x), (max(1, tokens * len(x) // most),), generator=generator)
         step = timestep * timesteps // calibration.timesteps
-        kept[name].append(InputSample(x[chosen], is_masked[chosen], torch.full((len(chosen),), step)))
+        kept[name].append(InputSample(x[chosen].float(), is_masked[chosen], torch.full((len(chosen),), step)))
 
     run_states(lm, calibration, list(names), keep)
     return {

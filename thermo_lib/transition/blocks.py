@@ -63,7 +63,7 @@ class BlockStream:
         at: tuple[int, Tensor] = (0, torch.empty(0))
 
         def receive(name: str, x: Tensor) -> None:
-            x, weights = x.flatten(0, 1), importance[name]
+            x, weights = x.flatten(0, 1).float(), importance[name]  # float16 doesn't reach the squares of its numbers
             weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
             found[name] += x.T @ weighted
             if name == last:
