@@ -127,14 +127,15 @@ def column_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """What an error of the size of the weights would cost in each column, float64 ``(in_features,)``.
 
     GPTQ's squared output error is the sum of the columns' squared errors over ``Hinv_ii^2``, once each column's error
-    is pushed onto the later ones.
+    is pushed onto the later ones. A column whose input is always zero costs nothing.
 
     Args:
         weight: ``(out_features, in_features)``.
         hessian: ``sum x x^T``, ``(in_features, in_features)``.
         damping: see ``gptq``.
     """
-    return weight.double().square().sum() / weight.shape[1] / inverse_factor(hessian, damping).diagonal().square()
+    costs = weight.double().square().sum() / weight.shape[1] / inverse_factor(hessian, damping).diagonal().square()
+    return torch.where(hessian.diagonal() == 0, 0.0, costs)
 
 
 def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_bits: float) -> dict[str, Tensor]:
