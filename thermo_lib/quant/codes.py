@@ -26,10 +26,13 @@ def pack(codes: Tensor, bits: int, group_size: int = 1) -> Tensor:
     holds the group's codes ``j``, ``j + w``, ``j + 2 w``, ..., the first in the lowest bits, so that unpacking by
     shifts and masks gives runs of neighbours. Otherwise a byte holds neighbours, as with ``w = 1``.
 
+    A group that is wider than the row isn't whole, so its bytes hold neighbours. What computes with groups takes it for
+    as wide as the row; here it must stay as it is, or the bytes would lie otherwise than in the folders that exist.
+
     Args:
         codes: uint8 ``(..., n)`` with values below ``2**bits``.
         bits: 2, 4 or 8: four, two or one code a byte.
-        group_size: codes of a group.
+        group_size: codes of a group; may be more than ``n``.
 
     Returns:
         uint8 ``(..., ceil(n * bits / 8))``; unused bits of the last byte are zero.
@@ -67,7 +70,8 @@ class QuantizedWeight:
         scale: float16 ``(out_features, groups)``, positive.
         zero_point: float16 ``(out_features, groups)``.
         bits: bits of a code.
-        group_size: weights of a group; ``groups = ceil(in_features / group_size)``.
+        group_size: weights of a group; ``groups = ceil(in_features / group_size)``. It may be more than
+            ``in_features``: ``pack`` needs it as it was asked for.
     """
 
     codes: Tensor
@@ -87,9 +91,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
     Args:
         codes: ``(out_features, in_features)``, whole numbers or others.
         scale, zero_point: ``(out_features, ceil(in_features / group_size))``.
-        group_size: weights that share a scale.
+        group_size: weights that share a scale; a group beyond the row is the row.
     """
     in_features = codes.shape[-1]
+    group_size = min(group_size, in_features)
     padded = F.pad(codes, (0, -in_features % group_size)) if in_features % group_size else codes
     grouped = padded.unflatten(-1, (-1, group_size)).float()
     weight = (grouped - zero_point.float()[..., None]) * scale.float()[..., None]

@@ -111,7 +111,8 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     """
     check_hessian(hessian, weight.shape[1])
     groups = quantized.scale.shape[1]
-    pad = groups * quantized.group_size - weight.shape[1]
+    group_size = min(quantized.group_size, weight.shape[1])
+    pad = groups * group_size - weight.shape[1]
     H = F.pad(hessian.double(), (0, pad, 0, pad)) if pad else hessian.double()
     rows = max(1, _REFITTED // H[0].numel() // groups)
     tensors = (weight, quantized.codes, quantized.scale, quantized.zero_point)

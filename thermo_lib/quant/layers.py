@@ -140,7 +140,7 @@ class QuantizedLinear(_Coded):
         row = self._row("weight_row")
         scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
         if not self.has_planes:
-            return dequantize(self.codes(rows), scale, zero_point, min(self.group_size, self.in_features))
+            return dequantize(self.codes(rows), scale, zero_point, self.group_size)
         weight = torch.empty((len(scale), self.in_features), device=scale.device)
         planes.plane_weight(self.packed[rows], scale.float(), zero_point.float(), self.bits, weight)
         return weight
@@ -207,8 +207,7 @@ class QuantizedEmbedding(_Coded):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids, any shape, to embeddings ``(..., embedding_dim)``."""
         codes = unpack(self.packed[ids], self.bits, self.embedding_dim, self.group_size)
-        group_size = min(self.group_size, self.embedding_dim)
-        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], group_size).to(self.dtype)
+        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], self.group_size).to(self.dtype)
 
 
 class TrellisLinear(QuantizedLinear):

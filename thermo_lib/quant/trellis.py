@@ -198,12 +198,13 @@ def trellis(
         raise ValueError(f"column_bits: found {found}, allowed is ({in_features},) in 0..{MOST_BITS}")
     if beam < 1:
         raise ValueError(f"beam: found {beam}, allowed is at least 1")
+    width = min(group_size, in_features)  # of a group
     Hinv = inverse_factor(hessian, damping).float()
-    padded = F.pad(weight.float(), (0, -in_features % group_size)).unflatten(1, (-1, group_size))
-    sizes = torch.full((padded.shape[1],), group_size)
-    sizes[-1] = in_features - group_size * (len(sizes) - 1)
+    padded = F.pad(weight.float(), (0, -in_features % width)).unflatten(1, (-1, width))
+    sizes = torch.full((padded.shape[1],), width)
+    sizes[-1] = in_features - width * (len(sizes) - 1)
     scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1))
-    of_column = scale.float().repeat_interleave(group_size, 1)[:, :in_features] * gains(column_bits)
+    of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(column_bits)
     at_a_time = max(1, _SEARCHED // (beam * in_features))
     symbols = [
         _search(rows, reach, Hinv, column_bits.tolist(), beam)
@@ -275,9 +276,9 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     Returns:
         The same codes with new scales; a scale that wouldn't be positive stays as it was.
     """
-    groups = quantized.scale.shape[1]
+    groups, width = quantized.scale.shape[1], min(quantized.group_size, weight.shape[1])
     codes, H = quantized.codes().double(), hessian.double()
-    member = torch.arange(weight.shape[1]) // quantized.group_size == torch.arange(groups)[:, None]  # (groups, in)
+    member = torch.arange(weight.shape[1]) // width == torch.arange(groups)[:, None]  # (groups, in)
     by_group = codes[:, None] * member  # (out, groups, in)
     A = by_group @ H @ by_group.transpose(1, 2)
     b = by_group @ (weight.double() @ H)[..., None]

@@ -133,6 +133,8 @@ def clipped_ranges(
         ValueError: a time group without an input.
     """
     scales, zeros = [], []
+    channels = sample.x.shape[1]
+    width = min(group_size or channels, channels)
     for start, stop in groups.ranges:
         inside = sample.select((sample.timestep >= start) & (sample.timestep < stop))
         if not len(inside.x):
@@ -140,7 +142,7 @@ def clipped_ranges(
         for state in (False, True) if token_states else (None,):
             rows = inside.x if state is None else inside.x[inside.is_masked == state]
             rows = rows if len(rows) else inside.x
-            fitted = [fit_range(part, bits) for part in rows.split(group_size or rows.shape[1], dim=1)]
+            fitted = [fit_range(part, bits) for part in rows.split(width, dim=1)]
             scales += [scale for scale, _ in fitted]
             zeros += [zero for _, zero in fitted]
     shape = (groups.num_groups, 2 if token_states else 1, -1)

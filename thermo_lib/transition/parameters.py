@@ -98,7 +98,7 @@ class TrainableWeight(nn.Module):
             self.register_buffer("position", codes)
         else:
             scale, zero_point = (
-                p[0].float().repeat_interleave(self.group_size, 1)[:, : layer.in_features]
+                p[0].float().repeat_interleave(min(self.group_size, layer.in_features), 1)[:, : layer.in_features]
                 for p in (layer.scale, layer.zero_point)
             )
             wanted = target.float() / scale + zero_point
