@@ -1,18 +1,22 @@
 """Models in float16 and bfloat16: what is computed from their logits is float32, and an overflow is an error."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from thermo_lib.diffusion.path_kl import path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, sample_tokens, unmask_probabilities
-from thermo_lib.diffusion.states import Calibration
+from thermo_lib.diffusion.states import Calibration, trajectory_states
 from thermo_lib.evaluation.scores import masked_token_scores
-from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM, token_logits
+from thermo_lib.integrations.lm_eval import HarnessLM
+from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM, check_logits, token_logits
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -122,3 +126,105 @@ class TestPrecision:
 
         generate(lm, torch.full((1, 4), lm.mask_token_id), timesteps=2, on_logits=look)
         assert seen == [torch.float32] * 2
+
+
+def overflowing(tiny: DiffusionLM, dtype: torch.dtype) -> DiffusionLM:
+    """The model with activations beyond float16, which float32 and bfloat16 hold."""
+    lm = cast(tiny, torch.float32)
+    mlp = lm.model.model.layers[0].mlp
+    mlp.down_proj.weight.mul_(1000)
+    mlp.up_proj.weight.mul_(100)
+    return cast(lm, dtype)
+
+
+def work(lm: DiffusionLM, calibration: Calibration) -> dict[str, Callable[[], object]]:
+    """All that is computed from a model's logits."""
+    ids, states = torch.full((1, 6), lm.mask_token_id), calibration.parts[0]
+    harness = HarnessLM.__new__(HarnessLM)  # around this model, instead of one in a folder
+    TemplateLM.__init__(harness)
+    sampling = {"sampler": "maskgit_plus", "temperature": 0.0}
+    settings = {"lm": lm, "mc_num": 4, "seed": 0, "steps": 1, "batch_size": 4, "sampling": sampling}
+    vars(harness).update(
+        settings, timesteps=None, block_length=None, max_length=64, max_new_tokens=4, check_greedy=True
+    )
+    hook = {"on_logits": lambda timestep, x, logits: logits}
+    return {
+        "logits": lambda: lm.logits(ids, ids == lm.mask_token_id),
+        "greedy": lambda: generate(lm, ids, timesteps=2),
+        "drawn": lambda: generate(lm, ids, timesteps=2, temperature=1.0, sampler="origin"),
+        "hook": lambda: generate(lm, ids, timesteps=2, **hook),
+        "path_kl": lambda: path_kl(lm, lm, states, TIMESTEPS),
+        "scores": lambda: masked_token_scores(lm, states, TIMESTEPS),
+        "targets": lambda: TransitionLoss(lm, lm, TIMESTEPS, {}).targets(states),
+        "transition loss": lambda: TransitionLoss(lm, lm, TIMESTEPS, {}).log_probabilities(states),
+        "importance": lambda: token_importance(lm, calibration, ["model.layers.0.mlp.down_proj"], 0),
+        "calibration": lambda: trajectory_states(lm, torch.zeros((2, 4), dtype=torch.int64), None, 2, 0),
+        "likelihood": lambda: harness.loglikelihood([Instance("loglikelihood", {}, ("def f", "(x):"), 0)], True),
+        "continuation": lambda: harness.generate_until([Instance("generate_until", {}, ("def f", {}), 0)], True),
+    }
+
+
+WORK = (
+    "logits",
+    "greedy",
+    "drawn",
+    "hook",
+    "path_kl",
+    "scores",
+    "targets",
+    "transition loss",
+    "importance",
+    "calibration",
+    "likelihood",
+    "continuation",
+)
+
+
+class TestOverflow:
+    """NaN logits are an error wherever they are used, and say what to do."""
+
+    @pytest.mark.parametrize("what", WORK)
+    def test_an_overflow_of_float16_is_an_error(self, tiny: DiffusionLM, calibration: Calibration, what: str) -> None:
+        run = work(overflowing(tiny, torch.float16), calibration)[what]
+        with pytest.raises(ValueError, match=r"logits: found NaN in torch.float16.*65504.*bfloat16 or float32"):
+            run()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("what", WORK)
+    def test_wider_types_hold_the_same_model(
+        self, tiny: DiffusionLM, calibration: Calibration, dtype: torch.dtype, what: str
+    ) -> None:
+        work(overflowing(tiny, dtype), calibration)[what]()
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+    def test_a_single_number_is_found(self, value: float, dtype: torch.dtype) -> None:
+        logits = torch.zeros((70, 300), dtype=dtype)
+        check_logits(logits)
+        check_logits(logits[:0])
+        logits[61, 123] = value
+        with pytest.raises(ValueError, match="found NaN" if value != value else "found infinity"):
+            check_logits(logits)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    @pytest.mark.parametrize("sampler", ["origin", "entropy", "low_confidence"])
+    def test_a_hook_may_not_return_it(self, tiny: DiffusionLM, value: float, temperature: float, sampler: str) -> None:
+        ids = torch.full((1, 4), tiny.mask_token_id)
+        hook = {"on_logits": lambda timestep, x, logits: logits.index_fill(-1, torch.tensor([7]), value)}
+        with pytest.raises(ValueError, match=f"logits: found a row whose largest is {value}"):
+            generate(tiny, ids, timesteps=2, temperature=temperature, sampler=sampler, **hook)
+
+    def test_a_hook_may_rule_out_tokens_but_not_all(self, tiny: DiffusionLM) -> None:
+        ids, vocabulary = torch.full((1, 4), tiny.mask_token_id), torch.arange(tiny.model.config.vocab_size)
+        only = {"on_logits": lambda timestep, x, logits: logits.masked_fill(vocabulary != 7, -torch.inf)}
+        assert generate(tiny, ids, timesteps=2, temperature=1.0, **only).tolist() == [[7, 7, 7, 7]]
+        none = {"on_logits": lambda timestep, x, logits: torch.full_like(logits, -torch.inf)}
+        with pytest.raises(ValueError, match="logits: found a row whose largest is -inf"):
+            generate(tiny, ids, timesteps=2, **none)
+
+    def test_a_temperature_that_overflows_is_an_error(self) -> None:
+        logits, uniform = torch.tensor([[1.0, 2.0]]), torch.zeros(1)
+        assert sample_tokens(logits, 1e-37, uniform)[0].tolist() == [1]
+        with pytest.raises(ValueError, match="largest is inf at temperature 1e-40"):
+            sample_tokens(logits, 1e-40, uniform)

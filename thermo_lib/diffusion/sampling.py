@@ -102,16 +102,31 @@ def sample_tokens(
 
     Returns:
         ``(tokens (n,) int64, probabilities (n, vocabulary))``, the probabilities after temperature and filters.
+
+    Raises:
+        ValueError: a row has no finite largest logit, so that it has no probabilities.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature > 0:
         logits = logits / temperature
+    _check_choice(logits, temperature)
     probabilities = filter_logits(logits, top_p, top_k).float().softmax(-1)
     if temperature == 0:
         return probabilities.argmax(-1), probabilities
     cumulative = probabilities.double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1), probabilities
+
+
+def _check_choice(logits: Tensor, temperature: float) -> None:
+    """Refuse rows without a distribution: softmax makes NaN of them, and a search in NaN finds the last token."""
+    largest = logits.amax(-1)  # NaN if there is any
+    if not largest.isfinite().all():
+        found = largest[~largest.isfinite()][0].item()
+        allowed = "allowed is a finite one, -inf only for tokens that are ruled out"
+        raise ValueError(
+            f"logits: found a row whose largest is {found} at temperature {temperature:g}, after on_logits; {allowed}"
+        )
 
 
 def confidence(sampler: str, tokens: Tensor, probabilities: Tensor) -> Tensor:
@@ -235,8 +250,8 @@ def generate(
         wrote in the last step and those in padding.
 
     Raises:
-        ValueError: unknown sampler, a value out of range, ids or a mask of another kind, or a hook's result of
-            another shape.
+        ValueError: unknown sampler, a value out of range, ids or a mask of another kind, a hook's result of another
+            shape or NaN, or what ``DiffusionLM.logits`` raises.
     """
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided

@@ -98,7 +98,7 @@ class DiffusionLM:
             device of ``ids``, which may be another than the model's.
 
         Raises:
-            ValueError: ids outside the vocabulary.
+            ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
         device, vocab_size = self.model.device, self.model.config.vocab_size
         is_unknown = (ids < 0) | (ids >= vocab_size)
@@ -119,10 +119,27 @@ def token_logits(logits: Tensor, mask_token_id: int) -> Tensor:
     Returns:
         ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
         probabilities are lost in float16 and bfloat16.
+
+    Raises:
+        ValueError: logits that are NaN or infinite, as after an overflow of float16.
     """
+    check_logits(logits)
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     precise[:, mask_token_id] = NO_PROBABILITY
     return precise
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError if logits, any shape, are NaN or infinite: no token could be told from another."""
+    if not logits.numel():
+        return
+    low, high = logits.detach().aminmax()  # NaN if there is any; two numbers, where ``isfinite`` takes memory
+    if not (low.isfinite() & high.isfinite()):
+        found = "NaN" if low.isnan() else "infinity"
+        raise ValueError(
+            f"logits: found {found} in {logits.dtype}, expected finite numbers; float16 overflows beyond 65504, "
+            "load the model with dtype bfloat16 or float32 then"
+        )
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
