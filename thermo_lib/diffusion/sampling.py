@@ -67,7 +67,7 @@ def mask_tokens(
     Returns:
         ``(masked_ids, is_masked)``, both ``(batch, length)``.
     """
-    is_masked = torch.rand(ids.shape, generator=generator) < ratio[:, None]
+    is_masked = torch.rand(ids.shape, generator=generator, dtype=torch.float32) < ratio[:, None]
     if allowed is not None:
         is_masked &= allowed
     return torch.where(is_masked, mask_token_id, ids), is_masked
@@ -270,7 +270,7 @@ def generate(
             lm.set_timestep(timestep, timesteps)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
             # Drawn for every position at once, so that the batch size doesn't change a position's random numbers.
-            uniform = torch.rand((2, *ids.shape), generator=generator)
+            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float32)
             for rows in batches:
                 if on_state is not None:
                     on_state(timestep, rows, result[rows])
@@ -334,7 +334,7 @@ def _denoise(x: Tensor, logits: Tensor, is_open: Tensor, rho: float, sampling: S
         return torch.where(is_open & (for_position < rho), filled, x)
     if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
         probabilities = logits.float().softmax(-1)
-    score = torch.full(x.shape, -torch.inf)
+    score = torch.full(x.shape, -torch.inf, dtype=torch.float32)
     score[is_open] = confidence(sampling.sampler, tokens, probabilities)
     if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
         score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()

@@ -413,7 +413,8 @@ def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bo
             visible = clean[~is_masked]
             probabilities = unigram
             if copy and len(visible):
-                probabilities = 0.5 * unigram + 0.5 * torch.bincount(visible, minlength=len(unigram)) / len(visible)
+                seen = torch.bincount(visible, minlength=len(unigram)).float()
+                probabilities = 0.5 * unigram + 0.5 * seen / len(visible)
             truth = clean[is_masked]
             correct += int((truth == probabilities.argmax()).sum())
             masked += len(truth)

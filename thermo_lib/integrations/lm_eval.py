@@ -145,7 +145,7 @@ class HarnessLM(TemplateLM):
         # Evenly spread over 1..L from a random start, which has less variance than independent draws.
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         masked = 1 + ((torch.arange(draws) + shift) / draws * count).long().clamp(max=count - 1)
-        order = torch.rand((draws, count), generator=generator).argsort(1).argsort(1)
+        order = torch.rand((draws, count), generator=generator, dtype=torch.float32).argsort(1).argsort(1)
         is_masked = torch.zeros((draws, start + count), dtype=torch.bool)
         is_masked[:, start:] = order < masked[:, None]
         ids = torch.tensor([*context, *answer]).expand(draws, -1)

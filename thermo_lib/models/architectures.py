@@ -13,7 +13,8 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -286,8 +287,20 @@ ARCHITECTURES = {architecture.config.model_type: architecture for architecture i
 
 
 def build_model(config: PreTrainedConfig) -> MaskPredictor:
-    """The model of a configuration, randomly initialized."""
-    return ARCHITECTURES[config.model_type].model(config)
+    """The model of a configuration, randomly initialized, float32."""
+    with _float32():
+        return ARCHITECTURES[config.model_type].model(config)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Parameters that are made are float32: modules of ``transformers`` take the process's default and no dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def skeleton(config: PreTrainedConfig) -> MaskPredictor:

@@ -21,6 +21,7 @@ from thermo_lib.models.architectures import (
     DreamConfig,
     DreamModel,
     MaskPredictor,
+    build_model,
     config_json,
     read_config,
     skeleton,
@@ -143,7 +144,7 @@ def check_logits(logits: Tensor) -> None:
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
-    """A randomly initialized reference model; equal seeds give equal weights."""
+    """A randomly initialized reference model, float32; equal seeds give equal weights."""
     torch.manual_seed(seed)
     config = DreamConfig(
         vocab_size=vocab_size,
@@ -158,7 +159,7 @@ def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], 
         bos_token_id=None,
         attention_dropout=0.0,
     )
-    return DreamModel(config)
+    return build_model(config)
 
 
 def take_expected(

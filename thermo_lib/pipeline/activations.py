@@ -147,7 +147,7 @@ def requantize_activations(
     changed = copied(lm, config, {})
     for layer in changed.quantized_layers().values():
         layer.activation_bits = 16
-        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1))
+        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1), dtype=torch.float32)
     if config.activation_bits < 16:
         with torch.no_grad():
             quantize_activations(changed, reference, calibration, progress)

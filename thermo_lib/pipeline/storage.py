@@ -239,7 +239,7 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
     if static:
         channel_groups = -(-columns // (config.activation_group_size or columns))
         shape = (config.num_time_groups, 1 + config.activation_token_states, channel_groups)
-        per_group = torch.empty(shape, device="meta")
+        per_group = torch.empty(shape, device="meta", dtype=torch.float32)
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
 
@@ -247,8 +247,9 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
 def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
     groups = config.weight_groups.num_groups if name not in TABLES else 1
     names = parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
-    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
-    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta")
+    shape = groups, rows, -(-columns // config.group_size)
+    parameters = torch.empty(shape, device="meta", dtype=torch.float16)
+    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta", dtype=torch.uint8)
     return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
 
 
@@ -258,7 +259,7 @@ def _expected_streams(
     """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
     rows, columns = linear.weight.shape
     key = f"{name}.packed_column_bits"
-    expected = {key: torch.empty(-(-columns // 2), device="meta")}
+    expected = {key: torch.empty(-(-columns // 2), device="meta", dtype=torch.uint8)}
     named = tensor_name(config, key)
     packed = found.get(named)
     if packed is not None and packed.shape == expected[key].shape:
@@ -267,5 +268,5 @@ def _expected_streams(
         if column_bits.max() > MOST_BITS:
             raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
         width = -(-int(column_bits.sum()) // 8)
-        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta")
+        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta", dtype=torch.uint8)
     return expected

@@ -90,9 +90,9 @@ class QuantizedLinear(_Coded):
         self.register_buffer("scale", torch.ones((1, out_features, groups), dtype=torch.float16))
         self.register_buffer("zero_point", torch.zeros((1, out_features, groups), dtype=torch.float16))
         self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("activation_scale", torch.empty((0, 1, 1)))
-        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1)))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
+        self.register_buffer("activation_scale", torch.empty((0, 1, 1), dtype=torch.float32))
+        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1), dtype=torch.float32))
         self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
@@ -141,7 +141,7 @@ class QuantizedLinear(_Coded):
         scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
         if not self.has_planes:
             return dequantize(self.codes(rows), scale, zero_point, self.group_size)
-        weight = torch.empty((len(scale), self.in_features), device=scale.device)
+        weight = torch.empty((len(scale), self.in_features), device=scale.device, dtype=torch.float32)
         planes.plane_weight(self.packed[rows], scale.float(), zero_point.float(), self.bits, weight)
         return weight
 

@@ -159,7 +159,8 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
     if not 1 <= average_bits <= MOST_BITS:
         raise ValueError(f"average_bits: found {average_bits}, allowed are 1..{MOST_BITS}")
     more = MOST_BITS - 1  # than the first bit
-    saved = torch.cat([(costs[name] / rows[name])[:, None] * 0.25 ** torch.arange(more) for name in costs]).flatten()
+    share = 0.25 ** torch.arange(more, dtype=torch.float64)  # of its cost, that each of them saves
+    saved = torch.cat([(costs[name] / rows[name])[:, None] * share for name in costs]).flatten()
     weights = torch.cat([torch.full((len(costs[name]) * more,), rows[name]) for name in costs])
     order = saved.argsort(descending=True, stable=True)
     budget = int((average_bits - 1) * sum(len(costs[name]) * rows[name] for name in costs))
@@ -203,7 +204,7 @@ def trellis(
     padded = F.pad(weight.float(), (0, -in_features % width)).unflatten(1, (-1, width))
     sizes = torch.full((padded.shape[1],), width)
     sizes[-1] = in_features - width * (len(sizes) - 1)
-    scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1))
+    scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1, dtype=torch.float32))
     of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(column_bits)
     at_a_time = max(1, _SEARCHED // (beam * in_features))
     symbols = [
@@ -228,7 +229,7 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
     rows, in_features = weight.shape
     values = codebook()
     W = weight[:, None]  # (rows, kept, columns from the block's first)
-    state, cost = torch.zeros((rows, 1), dtype=torch.int64), torch.zeros((rows, 1))
+    state, cost = (torch.zeros((rows, 1), dtype=dtype) for dtype in (torch.int64, torch.float32))
     steps: list[tuple[Tensor, Tensor]] = []  # of each column: the parents of what is kept, and their new symbols
     for start in range(0, in_features, _BLOCK):
         width = min(_BLOCK, in_features - start)
@@ -286,6 +287,6 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     start = quantized.scale.double()[..., None]
     regular = A + torch.diag_embed(strength[:, None].expand(-1, groups))
     fitted = torch.linalg.solve(regular, b + strength[:, None, None] * start).squeeze(-1)
-    scale, _ = storable(fitted.float(), torch.zeros(1))
+    scale, _ = storable(fitted.float(), torch.zeros(1, dtype=torch.float32))
     scale = torch.where(fitted > SMALLEST_SCALE, scale, quantized.scale)
     return TrellisWeight(quantized.packed, quantized.column_bits, scale, quantized.group_size)

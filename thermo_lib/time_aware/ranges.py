@@ -93,8 +93,8 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError("activations: found NaN or infinity, expected finite numbers")
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     if low == high:
-        return torch.tensor(1.0), torch.tensor(0.0)
-    shares = torch.logspace(0, -2, 41)
+        return torch.ones((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)
+    shares = torch.logspace(0, -2, 41, dtype=torch.float32)
 
     def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
         return _spanning(low * low_share, high * high_share, bits)
@@ -165,7 +165,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
         The first timestep of every group but the first.
     """
     cost = np.zeros((timesteps, timesteps + 1))
-    shares = torch.logspace(0, -2, 16)
+    shares = torch.logspace(0, -2, 16, dtype=torch.float32)
     for sample in samples:
         low, high = sample.x.min().clamp(max=0), sample.x.max().clamp(min=0)
         error = torch.zeros((timesteps, len(shares) ** 2), dtype=torch.float64)

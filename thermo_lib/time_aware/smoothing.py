@@ -101,7 +101,7 @@ class BoundarySmoother:
         columns = []
         for number in range(len(ranges)):
             unit = [
-                TimeGroupParams(time_range, torch.tensor(1.0), torch.tensor(float(k == number), dtype=torch.float64))
+                TimeGroupParams(time_range, *torch.tensor([1.0, k == number], dtype=torch.float64))
                 for k, time_range in enumerate(ranges)
             ]
             columns.append(torch.stack([step.zero_point for step in self.smooth(unit)]))

@@ -78,8 +78,8 @@ def token_importance(
     """
     generator = torch.Generator().manual_seed(seed)
     model, rho = reference.model, unmask_probabilities(calibration.timesteps)
-    found = {name: [torch.zeros(part.ids.shape) for part in calibration.parts] for name in names}
-    at: tuple[int, Tensor] = (0, torch.empty(0))
+    found = {name: [torch.zeros(part.ids.shape, dtype=torch.float32) for part in calibration.parts] for name in names}
+    at: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
     def keep(name: str, gradient: Tensor) -> None:
         found[name][at[0]][at[1]] = gradient.float().square().mean(-1)  # in float16 the square would be lost

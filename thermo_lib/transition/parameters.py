@@ -136,7 +136,7 @@ class _TrainableLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, ranges: TrainableRanges | None, weight: TrainableWeight | None):
         super().__init__()
         self.layer, self.ranges, self.weight = layer, ranges, weight
-        self.is_masked = self.timestep = torch.empty(0)
+        self.is_masked = self.timestep = torch.empty(0, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ranges is not None:
