@@ -1,5 +1,6 @@
 """No result depends on ``torch.set_default_dtype``: everything that is made has the dtype that it needs."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +38,8 @@ TRAINING = {
     "reconstruction.steps": 2,
     "sequential.steps": 2,
     "transition.steps": 2,
+    "chains.steps": 2,
+    "data.sequence_length": 16,
 }
 ACTIVATIONS = {"activation_bits": 8, "activation_ranges": "static"}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,6 +55,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "blocks": {"quantizer": "rtn", "reconstruction": "blocks"},
     "sequential": {"quantizer": "gptq", "reconstruction": "sequential"},
     "transitions": {"quantizer": "rtn", "transitions": "codes"},
+    "chains": {"quantizer": "rtn", "transitions": "parameters", "training_states": "chains", "own_share": 0.5},
 }
 
 
@@ -193,6 +197,7 @@ def test_likelihoods_of_the_harness(tiny: DiffusionLM, tmp_path: Path) -> None:
     check_same(lambda: HarnessLM(str(tmp_path / "model"), mc_num=4).loglikelihood(requests, disable_tqdm=True))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_layers(tiny: DiffusionLM, calibration: Calibration, tmp_path: Path, dtype: torch.dtype) -> None:
     save_quantized(quantized(tiny, "rtn", calibration), tmp_path / "quantized")
