@@ -13,18 +13,29 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 from transformers.activations import ACT2FN
 
+from thermo_lib.files.tensors import (
+    CONVERT,
+    check_finite,
+    check_full_precision,
+    check_inside,
+    check_shapes,
+    read_headers,
+    weight_files,
+)
 from thermo_lib.files.text import read_object
+
+HEAD = "lm_head.weight"
+_DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
 
 
 class MaskPredictor(nn.Module):
@@ -81,22 +92,42 @@ class MaskPredictor(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """What ``transformers`` loads, unless it is damaged or would be something else than is stored.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``transformers`` loads from safetensors files that hold the model's tensors and nothing else.
 
         Raises:
-            ValueError: a file that isn't complete, or codes without a ``quantization_config``.
+            ValueError: what ``load_model`` raises of weights: none, pickled, not complete, missing, unexpected, or of
+                another shape or type than full precision has, NaN or infinity.
         """
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"model: found a safetensors file that isn't complete ({error})") from error
-        if codes := sorted(name for name in info["unexpected_keys"] if name.endswith(".packed")):
-            raise ValueError(
-                f"config.json: quantization_config: found none, required by tensors {', '.join(codes[:5])} "
-                f"({len(codes)} in all)"
-            )
-        return (model, info) if output_loading_info else model
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"use_safetensors: found False, allowed is True; {CONVERT}")
+        kwargs["use_safetensors"] = True
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        if name is not None and kwargs.get("variant") is None and Path(name, subfolder).is_dir():
+            weight_files(Path(name, subfolder))
+            if found := sorted(path.name for path in Path(name, subfolder).glob(_DISTRIBUTED)):
+                raise ValueError(f"model: found {found[0]} in {name}, allowed are files that hold whole tensors")
+        return super().from_pretrained(name, *args, **kwargs)
+
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Self, state_dict: Any, checkpoint_files: Sequence[str] | None, load_config: Any, *more: Any
+    ) -> Any:
+        """The step of ``from_pretrained`` that knows the files; ``transformers`` itself would fill in what is missing.
+
+        Of a folder that is quantized already its quantizer checks the files.
+        """
+        quantizer = load_config.hf_quantizer
+        if not checkpoint_files or (quantizer is not None and quantizer.pre_quantized):
+            return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *more)
+        folder, found = check_checkpoint(checkpoint_files, model.config)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *more)
+        for name, tensor in model.state_dict().items():
+            key = tensor_name(model.config, name)
+            if not tensor.is_meta:  # as a tied head is until it is tied
+                is_cast = key in found and found[key].dtype != tensor.dtype
+                check_finite(tensor, f"{key} as {tensor.dtype}" if is_cast else key, folder)
+        return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Write the model as ``transformers`` does.
@@ -108,6 +139,52 @@ class MaskPredictor(nn.Module):
             expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
             raise ValueError(f"save_pretrained: found a quantized model, {expected}")
         super().save_pretrained(*args, **kwargs)
+
+
+def checkpoint_folder(files: Sequence[str] | None, config: PreTrainedConfig) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint, and its files.
+
+    Args:
+        files: that ``transformers`` found, the shards by what the index calls them.
+        config: of the model, with the name of its folder, or a hub id; then the folder is that of the first file.
+
+    Raises:
+        ValueError: no files, one that isn't safetensors, or one that isn't inside the folder.
+    """
+    if not files:
+        raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
+    paths = [Path(file) for file in files]
+    folder = Path(config.name_or_path) if Path(config.name_or_path).is_dir() else paths[0].parent
+    check_inside(paths, folder)
+    return folder, paths
+
+
+def check_checkpoint(files: Sequence[str], config: PreTrainedConfig) -> tuple[Path, dict[str, Tensor]]:
+    """Check the files of a full-precision checkpoint as ``load_model`` does, but for NaN and infinity.
+
+    Args:
+        files: that ``transformers`` found.
+        config: of the model.
+
+    Returns:
+        The folder, and what ``read_headers`` has found in it.
+
+    Raises:
+        ValueError: what ``checkpoint_folder``, ``read_headers`` and ``check_shapes`` raise, a type that isn't of full
+            precision, or codes without a ``quantization_config``.
+    """
+    folder, paths = checkpoint_folder(files, config)
+    found = read_headers(paths)
+    if codes := sorted(name for name in found if name.endswith(".packed")):
+        required = f"required by tensors {', '.join(codes[:5])} ({len(codes)} in all)"
+        raise ValueError(f"{folder / 'config.json'}: quantization_config: found none, {required}")
+    expected = skeleton(config).state_dict()
+    names = stored_names(found, config, expected)
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, folder)
+    for name, tensor in found.items():
+        check_full_precision(tensor.dtype, name, folder)
+    return folder, found
 
 
 def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -301,6 +378,15 @@ def tensor_name(config: PreTrainedConfig, name: str) -> str:
     for ours, theirs in ARCHITECTURES[config.model_type].tensors.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
+    names = {tensor_name(config, name): name for name in expected}
+    head = tensor_name(config, HEAD)
+    if config.tie_word_embeddings and head not in found:
+        names.pop(head, None)
+    return names
 
 
 def read_config(folder: Path) -> PreTrainedConfig:

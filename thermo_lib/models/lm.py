@@ -4,7 +4,7 @@ Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), f
 """
 
 import itertools
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,18 +18,19 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_finite, check_full_precision, check_tensors, read_tensors
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import (
+    HEAD,
     DreamConfig,
     DreamModel,
     MaskPredictor,
     config_json,
     read_config,
     skeleton,
+    stored_names,
     tensor_name,
 )
 from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
-HEAD = "lm_head.weight"
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
 
 
@@ -146,15 +147,6 @@ def take_expected(
     names = stored_names(found, config, expected)
     check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
     return {name: found[stored] for stored, name in names.items()}
-
-
-def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
-    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
-    names = {tensor_name(config, name): name for name in expected}
-    head = tensor_name(config, HEAD)
-    if config.tie_word_embeddings and head not in found:
-        names.pop(head, None)
-    return names
 
 
 def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

@@ -12,8 +12,8 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_tensors
 from thermo_lib.files.text import read_object
-from thermo_lib.models.architectures import MaskPredictor, config_json, read_config, skeleton, tensor_name
-from thermo_lib.models.lm import HEAD, DiffusionLM, fill, load_model, model_folder, take_expected
+from thermo_lib.models.architectures import HEAD, MaskPredictor, config_json, read_config, skeleton, tensor_name
+from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
 from thermo_lib.models.tokenization import read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
