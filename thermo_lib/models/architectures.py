@@ -25,6 +25,8 @@ from transformers.activations import ACT2FN
 
 from thermo_lib.files.tensors import (
     CONVERT,
+    INDEX_NAME,
+    WEIGHTS_NAME,
     check_finite,
     check_full_precision,
     check_inside,
@@ -33,6 +35,7 @@ from thermo_lib.files.tensors import (
     weight_files,
 )
 from thermo_lib.files.text import read_object
+from thermo_lib.models.tokenization import copy_tokenizer
 
 HEAD = "lm_head.weight"
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
@@ -43,8 +46,13 @@ class MaskPredictor(nn.Module):
 
     is_shifted: bool
 
+    folder: Path | None = None  # that from_pretrained has read
+
     def __init__(self, config: PreTrainedConfig):
+        # The embeddings would keep the padding token's row from training, and refuse an id that they don't have.
+        pad, config.pad_token_id = config.pad_token_id, None
         super().__init__(config)
+        self.config.pad_token_id = self.generation_config.pad_token_id = pad
         # The configuration's is_causal reaches the blocks through the model, this one also those called alone.
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
@@ -117,6 +125,7 @@ class MaskPredictor(nn.Module):
 
         Of a folder that is quantized already its quantizer checks the files.
         """
+        model.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
         quantizer = load_config.hf_quantizer
         if not checkpoint_files or (quantizer is not None and quantizer.pre_quantized):
             return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *more)
@@ -129,16 +138,41 @@ class MaskPredictor(nn.Module):
                 check_finite(tensor, f"{key} as {tensor.dtype}" if is_cast else key, folder)
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model as ``transformers`` does.
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the model as ``transformers`` does, with the tokenizer of the folder that it was loaded from, if any.
 
         Raises:
-            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it.
+            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it, or
+                with a ``state_dict``.
         """
-        if getattr(self, "hf_quantizer", None) is None and any(hasattr(m, "packed") for m in self.modules()):
+        is_quantized = any(hasattr(module, "packed") for module in self.modules())
+        if getattr(self, "hf_quantizer", None) is None and is_quantized:
             expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
             raise ValueError(f"save_pretrained: found a quantized model, {expected}")
-        super().save_pretrained(*args, **kwargs)
+        if is_quantized and state_dict is not None:
+            allowed = "allowed is None, since codes are saved with their layers' parameters"
+            instead = "call save_pretrained of the model that has that state"
+            raise ValueError(f"state_dict: found one for a quantized model, {allowed}; {instead}")
+        target = Path(save_directory)
+        before = _times(target)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if not is_main_process:
+            return
+        after = _times(target)
+        if len(after) == 2 and len(after.items() - before.items()) == 1:  # one is of an earlier model
+            for name in after.keys() & before.keys():
+                if after[name] == before[name]:
+                    (target / name).unlink()
+        if self.folder is not None:
+            copy_tokenizer(self.folder, target)
+
+
+def _times(folder: Path) -> dict[str, int]:
+    """When a folder's safetensors file and its index were written, of those that are there."""
+    paths = [folder / name for name in (WEIGHTS_NAME, INDEX_NAME)]
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}
 
 
 def checkpoint_folder(files: Sequence[str] | None, config: PreTrainedConfig) -> tuple[Path, list[Path]]:
@@ -243,6 +277,8 @@ class LLaDAConfig(Published, LlamaConfig):
     model_type = "llada"
     is_causal = False
     mask_token_id: int | None = None
+    bos_token_id: int | None = None  # where a file doesn't say it, Llama's is wrong
+    eos_token_id: int | list[int] | None = None
 
 
 class LLaDAModel(MaskPredictor, LlamaForCausalLM):
@@ -282,6 +318,7 @@ def _same(*keys: str) -> dict[str, str]:
     return {key: key for key in keys}
 
 
+_TOKEN_IDS = _same("bos_token_id", "eos_token_id", "pad_token_id")
 _DREAM = Architecture(
     config=DreamConfig,
     model=DreamModel,
@@ -295,7 +332,8 @@ _DREAM = Architecture(
         "num_key_value_heads",
         "mask_token_id",
     ),
-    settings=_same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act"),
+    settings=_same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
+    | _TOKEN_IDS,
     fixed={
         "rope_scaling": (None,),
         "use_mrope": (False, None),
@@ -322,6 +360,7 @@ _LLADA = Architecture(
         "rope_theta": "rope_theta",
         "weight_tying": "tie_word_embeddings",
         "activation_type": "hidden_act",
+        **_TOKEN_IDS,
     },
     required=("rms_norm_eps", "rope_theta", "weight_tying", "activation_type"),
     fixed={
@@ -453,6 +492,10 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
             raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
     elif attribute == "max_position_embeddings":
         _check_whole(key, found, 1, 2**31)
+    elif attribute in _TOKEN_IDS:
+        is_list = attribute == "eos_token_id" and isinstance(found, list)
+        for number in found if is_list else () if found is None else (found,):
+            _check_whole(key, number, 0, 2**31)
     elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
         raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
     elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
@@ -480,10 +523,11 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     def value(attribute: str) -> Any:
         return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
 
+    stated = {key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()}
     content = {
         "architectures": [architecture.published_as],
         "model_type": config.model_type,
-        **{key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()},
+        **{key: found for key, found in stated.items() if found is not None},
         **{key: allowed[0] for key, allowed in architecture.fixed.items() if None not in allowed},
         **more,
     }

@@ -28,7 +28,13 @@ from thermo_lib.models.architectures import (
     stored_names,
     tensor_name,
 )
-from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.models.tokenization import (
+    ChatTemplate,
+    read_carried,
+    read_chat_template,
+    read_tokenizer,
+    save_tokenizer,
+)
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
@@ -44,6 +50,7 @@ class DiffusionLM:
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
         chat_template: how to write a conversation; None for a model that wasn't tuned on any.
+        carried: settings of tokenizer and generation that are saved as they were loaded, see ``read_carried``.
     """
 
     model: MaskPredictor
@@ -51,6 +58,7 @@ class DiffusionLM:
     mask_token_id: int
     name: str
     chat_template: ChatTemplate | None = field(default=None, kw_only=True)
+    carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
@@ -200,6 +208,7 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
     config = read_config(folder)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
+    carried = read_carried(folder)
     model = skeleton(config)
     found = read_tensors(folder)
     for key, tensor in found.items():
@@ -209,7 +218,7 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
         tensors[key] = tensors[key].to(dtype)
         check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
     fill(model, tensors, dtype)
-    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template)
+    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 
 
 def check_unquantized(folder: Path) -> None:
@@ -230,7 +239,7 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a full-precision model as ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+    """Write a full-precision model as ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its settings.
 
     An earlier folder of that name stays as it was until the new one is complete.
 
@@ -250,7 +259,7 @@ def save_model(
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
-        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+        save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
         for name, text in (extra or {}).items():
             (target / name).write_text(text, encoding="utf-8")
 

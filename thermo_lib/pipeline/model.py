@@ -197,6 +197,7 @@ def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, l
         *parameters,
         dict(lm.losses),
         chat_template=lm.chat_template,
+        carried=lm.carried,
     )
 
 

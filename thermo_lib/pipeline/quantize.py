@@ -57,7 +57,13 @@ def quantize(
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     rough = ThermoConfig(**{**untrained, "enable_boundary_smoothing": False})
     quantized = QuantizedLM(
-        copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name, rough, chat_template=lm.chat_template
+        copy.deepcopy(lm.model),
+        lm.tokenizer,
+        lm.mask_token_id,
+        lm.name,
+        rough,
+        chat_template=lm.chat_template,
+        carried=lm.carried,
     )
     with torch.no_grad():
         if sequential:

@@ -14,7 +14,7 @@ from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_te
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import HEAD, MaskPredictor, config_json, read_config, skeleton, tensor_name
 from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
-from thermo_lib.models.tokenization import read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     TABLES,
@@ -91,7 +91,7 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         (target / WEIGHTS_NAME).chmod(0o644)
         text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)
         (target / "config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+        save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
 
     write_folder(Path(folder), write)
 
@@ -121,6 +121,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
         str(path),
         thermo,
         chat_template=read_chat_template(folder),
+        carried=read_carried(folder),
     )
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
     check_types({name: tensor.dtype for name, tensor in found.items()}, folder)

@@ -36,8 +36,8 @@ from thermo_lib.files.text import read_object, write_json
 from thermo_lib.models.architectures import HEAD, MaskPredictor, read_config, skeleton, stored_names, tensor_name
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, model_folder
 from thermo_lib.models.tokenization import (
-    SETTINGS_NAME,
-    TEMPLATE_NAME,
+    TOKENIZER_FILES,
+    read_carried,
     read_chat_template,
     read_tokenizer,
     save_tokenizer,
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 RUN_NAME = "run.json"
 STATES_NAME = "states.safetensors"
 _KEPT = "complete shards are kept, the same call goes on after them"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS_NAME, TEMPLATE_NAME)
 _SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
 _WORKER_SECONDS = 60  # for the first worker of a cluster to come
@@ -145,6 +144,7 @@ def _quantize(
     check_unquantized(folder)
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder, model_config.vocab_size), read_chat_template(folder)
+    carried = read_carried(folder)
     partial = output.with_name(f".{output.name}.partial")
     run = _run(folder, config, calibration) | {"shard size": shard_bytes}
     if _is_done(output, run):
@@ -179,7 +179,7 @@ def _quantize(
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         text = quantized_config_json(model_config, config, _reader(tasks)("model.norm.weight").dtype)
         (partial / "config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(tokenizer, chat_template, partial)
+        save_tokenizer(tokenizer, chat_template, partial, carried)
         for leftover in [partial / STATES_NAME, *partial.glob("*.tmp"), *partial.glob(".*.tmp"), output / RUN_NAME]:
             leftover.unlink(missing_ok=True)
         replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
@@ -397,7 +397,7 @@ def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) ->
         run |= {key: default(key) for key in ("quant.damping", "quant.ridge", "trellis")}
         run["number of threads"] = torch.get_num_threads()  # sums are added up in another order
         run["torch version"] = str(torch.__version__)
-    for path in [folder / "config.json", *(folder / name for name in _TOKENIZER_FILES)]:
+    for path in [folder / "config.json", *(folder / name for name in TOKENIZER_FILES)]:
         if path.is_file():
             run[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in weight_files(folder):
