@@ -183,14 +183,15 @@ def model_folder(name: str) -> Path:
         return REFERENCE_DIR
     if name and Path(name).is_dir():  # Path("") is the working directory
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
-        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
+        reason = f"{type(error).__name__}; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
+        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({reason})") from error
 
 
 def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
