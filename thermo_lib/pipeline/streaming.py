@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
-from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, writing
+from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, unfinished, writing
 from thermo_lib.files.snapshots import Snapshot, digest
 from thermo_lib.files.tensors import (
     INDEX_NAME,
@@ -145,7 +145,7 @@ def _quantize(
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder, model_config.vocab_size), read_chat_template(folder)
     carried = read_carried(folder)
-    partial = output.with_name(f".{output.name}.partial")
+    partial = unfinished(output, "partial")
     run = _run(folder, config, calibration) | {"shard size": shard_bytes}
     if _is_done(output, run):
         _finish(output, partial)
