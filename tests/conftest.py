@@ -1,6 +1,5 @@
 """Tiny models and settings that the tests share; nothing here is read from the trained reference model."""
 
-import copy
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -11,21 +10,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, settings
-from tiny_params import TINY_PARAMS, Run
+from small_runs import Run, small_calibration, small_overhead, small_suite
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thermo_lib import __main__ as command_line
-from thermo_lib import params
+from thermo_lib import commands
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import train_tokenizer
 from thermo_lib.data.puzzles import MASK, SPECIAL_TOKENS
 from thermo_lib.diffusion.states import Calibration, calibrate
-from thermo_lib.models.lm import DiffusionLM, build_reference
+from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 
 settings.register_profile(
     "tests", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
@@ -92,28 +90,6 @@ def calibration(tiny: DiffusionLM, random_ids: Callable[..., torch.Tensor]) -> C
 
 
 @pytest.fixture
-def override(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[dict[str, Any]], None]:
-    """Gives keys of ``params.yaml``, dotted, other values for the length of a test."""
-    content = yaml.safe_load(params.PARAMS_FILE.read_text(encoding="utf-8"))
-
-    def apply(changes: dict[str, Any]) -> None:
-        changed = copy.deepcopy(content)
-        for key, value in changes.items():
-            section, _, name = key.rpartition(".")
-            target = changed[section] if section else changed
-            assert name in target, f"params.yaml has no {key}"
-            target[name] = value
-        path = tmp_path_factory.mktemp("params") / "params.yaml"
-        path.write_text(yaml.safe_dump(changed), encoding="utf-8")
-        params._read.cache_clear()
-        monkeypatch.setattr(params, "PARAMS_FILE", path)
-
-    return apply
-
-
-@pytest.fixture
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Puts one file of sixty functions, named after the split, in the place of each split of the training code."""
 
@@ -121,6 +97,20 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
         return {f"{split}.py": "".join(f"def {split}_{i}(x):\n    return x + {i}\n" for i in range(60))}
 
     monkeypatch.setattr(corpus, "load_corpus", load)
+
+
+@pytest.fixture(scope="module")
+def folder(
+    build_tiny: Callable[[int], DiffusionLM], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A saved model that often guesses a space, so that some of its guesses are right."""
+    lm = build_tiny(0)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    lm.model.model.embed_tokens.weight += 0.5 * direction
+    lm.model.lm_head.weight[tokenizer.token_to_id("Ġ")] += direction
+    path = tmp_path_factory.mktemp("models") / "tiny"
+    save_model(lm, path)
+    return path
 
 
 class _OneDevice(TorchDispatchMode):
@@ -139,15 +129,16 @@ def one_device() -> AbstractContextManager[None]:
 
 @pytest.fixture
 def run(
-    override: Callable[[dict[str, Any]], None],
     small_corpus: None,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> Run:
-    """Runs a command in an empty folder with tiny settings; gives exit status, stdout and stderr."""
-    override(TINY_PARAMS)
-    monkeypatch.setattr(command_line, "reproducible", lambda: None)  # it has tests of its own
+    """Runs a command in an empty folder on little data; gives exit status, stdout and stderr."""
+    monkeypatch.setattr(commands, "calibrate", small_calibration)
+    monkeypatch.setattr(commands, "build_suite", small_suite)
+    monkeypatch.setattr(commands, "smoothing_overhead", small_overhead)
+    monkeypatch.setattr(commands, "reproducible", lambda: None)  # it has tests of its own
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

@@ -4,46 +4,29 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from nbformat import v4, write
-from tiny_params import Run
-from tokenizers import AddedToken, Tokenizer
+from small_runs import Run, small_suite
+from tokenizers import AddedToken
 
+from thermo_lib import __main__ as command_line
 from thermo_lib import (
-    ThermoConfig,
-    build_suite,
-    calibrate,
+    commands,
     evaluate,
     generate,
     load_model,
     load_quantized,
-    params,
-    quantize,
 )
-from thermo_lib import __main__ as command_line
 from thermo_lib.diffusion.path_kl import PathKL
-from thermo_lib.evaluation.scores import Evaluation, PuzzleResult, summarize
-from thermo_lib.models.lm import DiffusionLM, save_model
-from thermo_lib.params import default
-from thermo_lib.pipeline.streaming import calibration_states
+from thermo_lib.evaluation.scores import Evaluation, PuzzleResult
+from thermo_lib.evaluation.summary import summarize
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.studies.params import default
 
-
-@pytest.fixture(scope="module")
-def folder(
-    build_tiny: Callable[[int], DiffusionLM], tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A saved model that often guesses a space, so that some of its guesses are right."""
-    lm = build_tiny(0)
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    lm.model.model.embed_tokens.weight += 0.5 * direction
-    lm.model.lm_head.weight[tokenizer.token_to_id("Ġ")] += direction
-    path = tmp_path_factory.mktemp("models") / "tiny"
-    save_model(lm, path)
-    return path
+FAST = ("preset=fast", "group_size=16")
 
 
 def row_keys(lm: DiffusionLM) -> set[str]:
@@ -57,7 +40,10 @@ class TestBenchmark:
     """The whole comparison, on a model of 20 000 parameters."""
 
     def test_it_reports_every_configuration_with_all_keys(self, run: Run, folder: Path, tiny: DiffusionLM) -> None:
-        status, out, err = run("benchmark", "--model", folder, "--all-methods", "--output", "results/here")
+        status, out, err = run(
+            *("benchmark", "--model", folder, "--all-methods", "--output", "results/here"),
+            *("--timesteps", 4, "--group-size", 16),
+        )
         assert status == 0
         assert sorted(p.name for p in Path("results/here").iterdir()) == ["report.json", "report.txt", "timings.json"]
         content = json.loads(Path("results/here/report.json").read_text(encoding="utf-8"))
@@ -84,7 +70,7 @@ class TestBenchmark:
     def test_one_method_with_quantized_activations(self, run: Run, folder: Path) -> None:
         status, out, _ = run(
             *("benchmark", "--model", folder, "--smoothing-method", "cubic", "--activation-bits", 4, "--bits", 8),
-            *("--quantizer", "rtn", "--group-size", 8, "--timesteps", 5, "--num-time-groups", 2),
+            *("--quantizer", "rtn", "--group-size", 8, "--timesteps", 7, "--num-time-groups", 2),
             *("--smoothing-window", 2),
         )
         assert status == 0
@@ -94,7 +80,7 @@ class TestBenchmark:
         expected = {"bits": 8, "activation_bits": 4, "quantizer": "rtn", "group_size": 8, "num_time_groups": 2}
         for row in rows:
             assert {key: row[key] for key in expected} == expected
-            assert len(row["accuracy_per_timestep"]) == 5
+            assert len(row["accuracy_per_timestep"]) == 7
         assert rows[1]["smoothing_window"] == 2
         timings = json.loads((output / "timings.json").read_text(encoding="utf-8"))
         assert timings.keys() == {"inference", "quantization"}
@@ -109,96 +95,12 @@ class TestBenchmark:
     def test_the_same_command_writes_the_same_numbers(self, run: Run, folder: Path) -> None:
         reports = []
         for output in ("first", "second"):
-            assert run("benchmark", "--model", folder, "--smoothing-method", "linear", "--output", output)[0] == 0
+            words = ("--smoothing-method", "linear", "--timesteps", 4, "--output", output)
+            assert run("benchmark", "--model", folder, *words)[0] == 0
             content = json.loads((Path(output) / "report.json").read_text(encoding="utf-8"))
             content["targets"] = [t for t in content["targets"] if not t["name"].startswith("overhead")]
             reports.append(content)
         assert reports[0] == reports[1]
-
-
-class TestQuantize:
-    """A checkpoint becomes a quantized folder."""
-
-    def test_without_data_it_is_streamed(self, run: Run, folder: Path) -> None:
-        status, out, err = run("quantize", "--model", folder, "--output", "small", "group_size=16", "embedding_bits=8")
-        assert status == 0
-        size = sum(path.stat().st_size for path in Path("small").glob("*.safetensors"))
-        assert out.startswith(f"small: {size / 1e6:.1f} MB of weights in ")
-        assert "quantize" in err  # progress
-        config = ThermoConfig(
-            quantizer="least_squares", activation_bits=16, num_time_groups=1, group_size=16, embedding_bits=8
-        )
-        expected, found = quantize(load_model(str(folder)), config), load_quantized("small")
-        assert found.config == config
-        ids = torch.arange(12)[None]
-        assert torch.equal(found.model(ids), expected.model(ids))
-
-    def test_on_a_cluster_it_writes_the_same_bytes(self, run: Run, folder: Path) -> None:
-        assert run("quantize", "--model", folder, "--output", "alone", "group_size=16")[0] == 0
-        status, out, _ = run("quantize", "--model", folder, "--output", "many", "--scheduler", "local", "group_size=16")
-        assert status == 0
-        assert out.startswith("dashboard: http://")
-        alone, many = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("alone", "many"))
-        assert many == alone
-
-    def test_with_data_it_is_calibrated_on_the_model_itself(self, run: Run, folder: Path) -> None:
-        fields = {"quantizer": "gptq", "group_size": 16, "activation_bits": 4, "num_time_groups": 2, "timesteps": 4}
-        words = [f"{name}={value}" for name, value in fields.items()]
-        assert run("quantize", "--model", folder, "--output", "calibrated", *words)[0] == 0
-        lm = load_model(str(folder))
-        expected = quantize(lm, ThermoConfig(**fields), calibrate(lm, timesteps=4))
-        found = load_quantized("calibrated")
-        ids = torch.arange(12)[None]
-        for timestep in range(4):
-            for model in (expected, found):
-                model.set_timestep(timestep, 4)
-            assert torch.equal(found.model(ids), expected.model(ids))
-
-    def test_layerwise_it_is_calibrated_on_the_forward_process(self, run: Run, folder: Path) -> None:
-        fields = {"quantizer": "gptq", "group_size": 16, "timesteps": 4}
-        words = [f"{name}={value}" for name, value in fields.items()]
-        assert run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", 6, *words)[0] == 0
-        config = ThermoConfig(activation_bits=16, num_time_groups=1, **fields)
-        states = calibration_states(folder, 4, 6, default("seed"))
-        expected, found = quantize(load_model(str(folder)), config, states), load_quantized("calibrated")
-        ids = torch.arange(12)[None]
-        assert torch.equal(found.model(ids), expected.model(ids))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            (["--scheduler", "local", "quantizer=gptq"], "scheduler: found 'local' with quantizer='gptq'"),
-            (["--scheduler", "nowhere://x"], "scheduler: found no dask scheduler at 'nowhere://x'"),
-            (["--layerwise", "4"], "layerwise: found quantizer='least_squares', which needs no calibration states"),
-            (["--layerwise", "0", "quantizer=gptq"], "states: found 0, allowed are 1.."),
-            (["--layerwise", "4", "quantizer=gptq", "activation_bits=4"], "activation_ranges: found 'static'"),
-            (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
-            (["seed=1"], "NAME one of bit_width"),
-            (["bit_width=3"], "bit_width"),
-            (["group_size=["], "group_size: found '[', expected a number, a word or null"),
-            (["--model", "/no/such/folder"], "model: found '/no/such/folder'"),
-        ],
-    )
-    def test_a_wrong_value_is_named(self, run: Run, arguments: list[str], message: str) -> None:
-        status, out, err = run("quantize", "--output", "never", *arguments)
-        assert (status, out) == (2, "")
-        assert message in err
-        assert list(Path().iterdir()) == []
-
-    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
-    def test_the_source_is_never_replaced(self, run: Run, folder: Path, quantizer: str) -> None:
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        words = ("group_size=16", "timesteps=4", f"quantizer={quantizer}")
-        status, _, err = run("quantize", "--model", folder, "--output", folder, *words)
-        assert status == 2
-        assert "the source or a folder that holds it" in err
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-    def test_a_quantized_folder_is_not_quantized_again(self, run: Run, folder: Path) -> None:
-        assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
-        status, _, err = run("quantize", "--model", "small", "--output", "smaller")
-        assert status == 2
-        assert "model: found 'small', which is quantized, allowed is a full-precision model" in err
 
 
 class TestGenerate:
@@ -215,7 +117,7 @@ class TestGenerate:
     def test_it_prints_what_generate_returns(self, run: Run, folder: Path, quantized: bool) -> None:
         model = folder
         if quantized:
-            assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
+            assert run("quantize", "--model", folder, "--output", "small", *FAST)[0] == 0
             model = Path("small")
         lm = load_quantized(model) if quantized else load_model(str(model))
         prompt = lm.tokenizer.encode("for i in").ids
@@ -272,11 +174,11 @@ class TestEvaluate:
     """The scores of one model."""
 
     def test_scores_of_a_quantized_model(self, run: Run, folder: Path) -> None:
-        assert run("quantize", "--model", folder, "--output", "small", "group_size=16", "timesteps=4")[0] == 0
+        assert run("quantize", "--model", folder, "--output", "small", *FAST, "timesteps=4")[0] == 0
         arguments = ("--model", "small", "--reference", folder, "--output", "scores.json")
-        status, out, _ = run("evaluate", *arguments)
+        status, out, _ = run("evaluate", *arguments, "--timesteps", 4)
         assert status == 0
-        suite = build_suite(load_model(str(folder)), timesteps=4)
+        suite = small_suite(load_model(str(folder)), timesteps=4)
         lm = load_quantized("small")
         expected = summarize("small", lm, evaluate(lm, suite))
         assert json.loads(Path("scores.json").read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
@@ -284,11 +186,11 @@ class TestEvaluate:
         assert f"{expected['path_kl']:.2f}" in out
 
     def test_a_full_precision_model_is_its_own_reference(self, run: Run, folder: Path) -> None:
-        assert run("evaluate", "--model", folder, "--output", "scores.json")[0] == 0
+        assert run("evaluate", "--model", folder, "--output", "scores.json", "--timesteps", 4)[0] == 0
         assert json.loads(Path("scores.json").read_text(encoding="utf-8"))["path_kl"] == 0
 
     def test_a_quantized_model_needs_its_reference(self, run: Run, folder: Path) -> None:
-        assert run("quantize", "--model", folder, "--output", "small", "group_size=16")[0] == 0
+        assert run("quantize", "--model", folder, "--output", "small", *FAST)[0] == 0
         status, _, err = run("evaluate", "--model", "small")
         assert status == 2
         assert "reference: found none, expected the full-precision model" in err
@@ -310,8 +212,8 @@ class TestErrors:
             (["--activation-bits", 1], "activation_bits"),
             (["--num-time-groups", 99], "num_time_groups: found 99"),
             (["--num-time-groups", 0], "num_time_groups"),
-            (["--smoothing-window", 21], "smoothing_window"),
-            (["--smoothing-window", 0], "smoothing_window"),
+            (["--smoothing-window", 21], "window: found 21"),
+            (["--smoothing-window", 0], "window: found 0"),
             (["--group-size", 0], "group_size"),
             (["--timesteps", 0], "timesteps"),
             (["--quantizer", "best"], "quantizer"),
@@ -344,12 +246,13 @@ class TestErrors:
         assert error.value.code == 2
         assert "usage: python -m thermo_lib" in capsys.readouterr().err
 
-    def test_missing_defaults_are_an_error_and_no_traceback(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    def test_missing_axes_are_an_error_and_no_traceback(
+        self, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(params, "PARAMS_FILE", tmp_path / "params.yaml")
-        assert command_line.main(["benchmark"]) == 2
-        assert "params.yaml" in capsys.readouterr().err
+        monkeypatch.setattr(commands, "default", lambda key: default(key, tmp_path / "params.yaml"))
+        status, _, err = run("study", "--output", "grid.json")
+        assert status == 2
+        assert "params.yaml" in err
 
     def test_the_exit_status_of_the_process_is_that_of_the_command(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

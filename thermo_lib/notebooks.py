@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from thermo_lib.extras import needs
+
 if TYPE_CHECKING:
     import nbformat
 
@@ -70,7 +72,7 @@ def tidy(path: str | Path) -> None:
     Raises:
         ValueError: the notebook holds the output of an error.
     """
-    import nbformat  # takes longer to import than all else here, and every notebook imports this module
+    nbformat = needs("nbformat")  # takes longer to import than all else here, and every notebook imports this module
 
     path = Path(path)
     notebook = nbformat.read(path, as_version=4)

@@ -28,7 +28,7 @@ from thermo_lib.data.puzzles import (
     read_jsonl,
     sudoku_grids,
 )
-from thermo_lib.params import default
+from thermo_lib.studies.params import default
 
 MPMATH = {"mpmath": default("data.packages")["mpmath"]}
 

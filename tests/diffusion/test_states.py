@@ -13,11 +13,11 @@ from torch import Tensor
 
 from thermo_lib import Calibration, calibrate, generate
 from thermo_lib.data import corpus
-from thermo_lib.data.puzzles import ANSWER, SUDOKU, held_out
+from thermo_lib.data.puzzles import ANSWER, SUDOKU, TASK_LENGTH, held_out
+from thermo_lib.diffusion import states as states_module
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
-from thermo_lib.diffusion.states import States, forward_states, trajectory_states
+from thermo_lib.diffusion.states import States, calibration_batches, forward_states, trajectory_states
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.model import linear_names
 
 RandomIds = Callable[..., Tensor]
@@ -105,21 +105,13 @@ class TestCalibrate:
             assert same(first, again)
             assert not same(first, other)
 
-    def test_the_default_is_training_code_and_training_puzzles_of_both_tasks(
-        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None], small_corpus: None
+    def test_its_text_is_training_code_and_training_puzzles_of_both_tasks(
+        self, tiny: DiffusionLM, small_corpus: None
     ) -> None:
-        override(
-            {
-                "data.sequence_length": 24,
-                "calibration.code_sequences": 2,
-                "calibration.puzzles": 3,
-                "calibration.source": "forward",
-                "quant.timesteps": 2,
-            }
-        )
-        code, puzzles = calibrate(tiny, progress=False).parts
+        batches = calibration_batches(tiny, sequences=2, puzzles=3, length=24)
+        code, puzzles = calibrate(tiny, batches, timesteps=2, source="forward", progress=False).parts
         assert code.ids.shape == (2 * 2, 24)
-        assert puzzles.ids.shape == (2 * 6, default("data.task_length"))
+        assert puzzles.ids.shape == (2 * 6, TASK_LENGTH)
         train = "".join(corpus.load_corpus("train").values())
         assert "train_0" in train
         assert all(tiny.tokenizer.decode(row.tolist()) in train for row in code.clean)
@@ -128,12 +120,28 @@ class TestCalibrate:
         assert [text.startswith(SUDOKU) for text in inputs] == [True] * 3 + [False] * 3
         assert not any(held_out(text.split("|>")[1]) for text in inputs)
 
-    def test_a_model_that_does_not_know_the_tasks_is_calibrated_on_code_only(
-        self, tiny: DiffusionLM, override: Callable[[dict[str, Any]], None], small_corpus: None
+    def test_its_text_is_the_default(
+        self, tiny: DiffusionLM, small_corpus: None, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        override({"data.sequence_length": 12, "calibration.code_sequences": 2})
+        seeds: list[int] = []
+
+        def few(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor | None]]:
+            seeds.append(seed)
+            return calibration_batches(lm, seed, sequences=2, puzzles=3, length=24)
+
+        monkeypatch.setattr(states_module, "calibration_batches", few)
+        how = {"timesteps": 2, "source": "forward", "seed": 5, "progress": False}
+        assert same(calibrate(tiny, **how), calibrate(tiny, few(tiny, 5), **how))
+        assert seeds == [5, 5]
+        one, other = (calibration_batches(tiny, seed, sequences=2, puzzles=3, length=24) for seed in (5, 6))
+        assert all(not a[0].equal(b[0]) for a, b in zip(one, other, strict=True))
+
+    def test_a_model_that_does_not_know_the_tasks_is_calibrated_on_code_only(
+        self, tiny: DiffusionLM, small_corpus: None
+    ) -> None:
         foreign = replace(tiny, tokenizer=Tokenizer.from_str(tiny.tokenizer.to_str().replace(SUDOKU, "<|other|>")))
-        (code,) = calibrate(foreign, timesteps=2, source="forward", progress=False).parts
+        batches = calibration_batches(foreign, sequences=2, length=12)
+        (code,) = calibrate(foreign, batches, timesteps=2, source="forward", progress=False).parts
         assert code.ids.shape == (2 * 2, 12)
 
     @pytest.mark.parametrize("batches", [[], [(torch.zeros(0, 5, dtype=torch.long), None)]])

@@ -26,6 +26,7 @@ def suite(tiny: DiffusionLM) -> Suite:
         reference_outputs=reference_logits(tiny, trajectories, TIMESTEPS),
         puzzles=make_puzzles("sudoku", 2, 0, test=True),
         timesteps=TIMESTEPS,
+        resamples=100,
     )
 
 
@@ -41,6 +42,5 @@ def unsmoothed(tiny: DiffusionLM, calibration: Calibration) -> QuantizedLM:
         timesteps=TIMESTEPS,
         num_time_groups=3,
         enable_boundary_smoothing=False,
-        smoothing_window=1,
     )
     return quantize(tiny, config, calibration)

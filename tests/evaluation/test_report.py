@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from thermo_lib.evaluation import report
 from thermo_lib.files.text import read_json, write_json, write_text
-from thermo_lib.params import default
+from thermo_lib.studies.params import default
 
 ROW = {
     "name": "W4A16 gptq",
@@ -139,7 +139,8 @@ class TestReport:
             "configurations",
             "targets",
         }
-        assert content["seeds"] == {"all": default("seed")}
+        assert content["seeds"] == {"all": 0}
+        assert report.build_report("model", ROW, [ROW], [TARGET], seed=3)["seeds"] == {"all": 3}
         assert content["hardware"]["machine"] == platform.machine()
         assert content["hardware"]["threads"] >= 1
         assert json.loads(json.dumps(content, allow_nan=False)) == content

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from torch import Tensor
 
 from thermo_lib import ThermoConfig, build_suite, evaluate, evaluate_jsonl, quantize, validate
 from thermo_lib.data import corpus
-from thermo_lib.data.puzzles import SUDOKU, TASKS, Puzzle, encode_puzzles, held_out, make_puzzles
+from thermo_lib.data.puzzles import SUDOKU, TASK_LENGTH, TASKS, Puzzle, encode_puzzles, held_out, make_puzzles
 from thermo_lib.diffusion.path_kl import PathKL
 from thermo_lib.diffusion.states import States
+from thermo_lib.evaluation import scores as scores_module
 from thermo_lib.evaluation.scores import (
     Evaluation,
     PuzzleResult,
@@ -32,15 +32,12 @@ from thermo_lib.evaluation.scores import (
     puzzles_under_bound,
     relative_accuracy_gain,
     solve_puzzles,
-    summarize,
 )
+from thermo_lib.evaluation.summary import markov, summarize
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.model import QuantizedLM
 
 TIMESTEPS = 6
-MPMATH = {"mpmath": default("data.packages")["mpmath"]}
-Override = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -79,6 +76,7 @@ def evaluation_of(correct: list[list[float]], masked: list[list[float]], path: l
         length=10,
         path=PathKL(tensors[2], torch.ones_like(tensors[2])),
         puzzles=PuzzleResult(["x"], [True]),
+        resamples=200,
     )
 
 
@@ -166,14 +164,13 @@ class TestContextFree:
 class TestIntervals:
     """Bootstrap percentile intervals, paired over sequences."""
 
-    def test_intervals_of_accuracy_and_path_kl_hold_their_values(self, override: Override) -> None:
-        override({"evaluation.resamples": 200})
+    def test_intervals_of_accuracy_and_path_kl_hold_their_values(self) -> None:
         rng = np.random.default_rng(0)
         masked = np.full((12, 4), 20.0)
         result = evaluation_of(rng.integers(0, 20, (12, 4)).tolist(), masked.tolist(), rng.random((12, 4)).tolist())
         low, high = accuracy_interval(result)
         assert low < result.accuracy < high
-        low, high = path_kl_interval(result.path)
+        low, high = path_kl_interval(result.path, result.resamples)
         assert low < result.path.total < high
 
     def test_equal_evaluations_differ_by_exactly_nothing(self, tiny: DiffusionLM, suite: Suite) -> None:
@@ -186,10 +183,9 @@ class TestIntervals:
         with pytest.raises(ValueError, match="baseline: found an accuracy of 0"):
             relative_accuracy_gain(nothing, nothing)
 
-    def test_a_gain_is_relative_and_paired(self, override: Override) -> None:
+    def test_a_gain_is_relative_and_paired(self) -> None:
         # Every sequence has 6 of 10 right instead of 5 of 10: the gain is 20 % on any resample; its pairing removes
         # the spread between sequences.
-        override({"evaluation.resamples": 200})
         masked = [[10.0], [20.0], [40.0]]
         before = evaluation_of([[5.0], [10.0], [20.0]], masked, [[1.0], [5.0], [9.0]])
         after = evaluation_of([[6.0], [12.0], [24.0]], masked, [[0.5], [4.5], [8.5]])
@@ -201,7 +197,7 @@ class TestIntervals:
 
 def oracle(puzzles: list[Puzzle], tokenizer: Tokenizer) -> FixedLM:
     """A model that writes the outputs of these puzzles, in their order."""
-    ids, _ = encode_puzzles(puzzles, tokenizer, default("data.task_length"))
+    ids, _ = encode_puzzles(puzzles, tokenizer, TASK_LENGTH)
     table = torch.nn.functional.one_hot(ids, tokenizer.get_vocab_size()).float() * 50
     return FixedLM(table, tokenizer)
 
@@ -229,7 +225,7 @@ class TestPuzzles:
     def test_path_kl_bounds_the_change_of_what_is_solved(self, tokenizer: Tokenizer) -> None:
         puzzles = make_puzzles("sudoku", 30, 0, test=True)
         sure = oracle(puzzles, tokenizer)
-        answer_tokens = float(encode_puzzles(puzzles, tokenizer, default("data.task_length"))[1].sum(1)[0])
+        answer_tokens = float(encode_puzzles(puzzles, tokenizer, TASK_LENGTH)[1].sum(1)[0])
         assert puzzles_under_bound(sure, sure, puzzles, timesteps=1) == {
             "path_kl": 0, "bound": 0, "solved_reference": 1, "solved": 1, "difference": 0
         }  # fmt: skip
@@ -250,20 +246,11 @@ class TestPuzzles:
 
 
 class TestSuite:
-    """The inputs are the same for every model and have the sizes of params.yaml."""
+    """The inputs are the same for every model and have the sizes asked for."""
 
-    def test_sizes_come_from_params_yaml(self, tiny: DiffusionLM, override: Override) -> None:
-        override(
-            {
-                "data.packages": MPMATH,
-                "data.sequence_length": 12,
-                "quant.timesteps": 3,
-                "evaluation.sequences": 5,
-                "evaluation.trajectories": 4,
-                "evaluation.sudoku": 2,
-            }
-        )
-        suite, again = build_suite(tiny), build_suite(tiny, timesteps=3)
+    def test_it_has_the_sizes_asked_for(self, tiny: DiffusionLM, small_corpus: None) -> None:
+        sizes = {"timesteps": 3, "sequences": 5, "trajectories": 4, "sudoku": 2, "length": 12}
+        suite, again = build_suite(tiny, **sizes), build_suite(tiny, **sizes)
         assert suite.held_out.ids.shape == (5 * 3, 12)
         assert suite.trajectories.ids.shape == (4 * 3, 12)
         assert [p.task for p in suite.puzzles] == ["sudoku", "sudoku"]
@@ -271,14 +258,38 @@ class TestSuite:
         assert suite.timesteps == 3
         assert torch.equal(suite.held_out.ids, again.held_out.ids)
         assert torch.equal(suite.trajectories.ids, again.trajectories.ids)
+        other = build_suite(tiny, **sizes, seed=1)
+        assert not torch.equal(suite.held_out.clean, other.held_out.clean)
+        assert not torch.equal(suite.trajectories.clean, other.trajectories.clean)
         test_text = "".join(corpus.load_corpus("test").values())
+        assert "test_0" in test_text
         assert all(tiny.tokenizer.decode(row.tolist()) in test_text for row in suite.held_out.clean)
         assert evaluate(tiny, suite).path.total == 0
 
-    def test_a_model_that_does_not_know_the_tasks_gets_no_puzzles(self, tiny: DiffusionLM, override: Override) -> None:
-        override({"data.packages": MPMATH, "data.sequence_length": 12, "evaluation.sequences": 3})
+    def test_sampler_and_resamples_reach_what_uses_them(
+        self, tiny: DiffusionLM, small_corpus: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sizes = {"timesteps": 3, "sequences": 4, "trajectories": 2, "sudoku": 2, "length": 12}
+        suite = build_suite(tiny, **sizes, sampler="origin", temperature=0.5, resamples=7)
+        asked: dict[str, Any] = {}
+        monkeypatch.setattr(scores_module, "generate", lambda lm, ids, **how: asked.update(how) or ids)
+        scores = evaluate(tiny, suite)
+        assert (asked["sampler"], asked["temperature"], asked["timesteps"]) == ("origin", 0.5, 3)
+        drawn: list[int] = []
+        real = scores_module.interval
+        monkeypatch.setattr(
+            scores_module,
+            "interval",
+            lambda statistic, count, *rest: drawn.extend(rest) or real(statistic, count, *rest),
+        )
+        summarize("tiny", tiny, scores)
+        relative_accuracy_gain(replace(scores, correct=scores.masked), replace(scores, correct=scores.masked))
+        path_kl_difference(scores, scores)
+        assert drawn == [7] * 4
+
+    def test_a_model_that_does_not_know_the_tasks_gets_no_puzzles(self, tiny: DiffusionLM, small_corpus: None) -> None:
         foreign = replace(tiny, tokenizer=Tokenizer.from_str(tiny.tokenizer.to_str().replace(SUDOKU, "<|other|>")))
-        suite = build_suite(foreign, timesteps=2)
+        suite = build_suite(foreign, timesteps=2, sequences=3, length=12)
         assert suite.puzzles == []
         scores = evaluate(foreign, suite)
         assert scores.puzzles is None
@@ -294,7 +305,7 @@ class TestQuantizedModels:
         result, scores = validate(unsmoothed, suite), evaluate(unsmoothed, suite)
         assert result.path_kl == scores.path.total > 0
         assert result.cosine_similarity == scores.path.mean_cosine < 1
-        assert result.markov == scores.markov(unsmoothed)
+        assert result.markov == markov(unsmoothed)
         assert result.markov_smoothness_score == result.markov.score < 1
         assert list(result.markov.boundary_scores) == [2, 4]
 
@@ -304,9 +315,8 @@ class TestQuantizedModels:
         assert (result.markov_smoothness_score, result.markov) == (1.0, None)
 
     def test_a_row_has_settings_and_scores_of_its_model(
-        self, tiny: DiffusionLM, unsmoothed: QuantizedLM, suite: Suite, override: Override
+        self, tiny: DiffusionLM, unsmoothed: QuantizedLM, suite: Suite
     ) -> None:
-        override({"evaluation.resamples": 100})
         scores = evaluate(unsmoothed, suite)
         full = summarize("full precision", tiny, evaluate(tiny, suite))
         row = summarize("rough", unsmoothed, scores)
@@ -325,8 +335,8 @@ class TestQuantizedModels:
             "accuracy": scores.accuracy,
             "nelbo": scores.nelbo,
             "path_kl": scores.path.total,
-            "markov_score": scores.markov(unsmoothed).score,
-            "violations": len(scores.markov(unsmoothed).violations),
+            "markov_score": markov(unsmoothed).score,
+            "violations": len(markov(unsmoothed).violations),
             "sudoku_solved": scores.puzzles.accuracy,
         }
         assert {key: row[key] for key in expected} == expected

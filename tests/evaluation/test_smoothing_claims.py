@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from torch import Tensor
@@ -12,6 +11,8 @@ from thermo_lib import Calibration, ThermoConfig, evaluate, quantize
 from thermo_lib.evaluation import statistics
 from thermo_lib.evaluation.scores import Suite, relative_accuracy_gain
 from thermo_lib.evaluation.smoothing import (
+    CLAIMED,
+    Targets,
     compare_smoothing,
     denoise_once,
     identity_target,
@@ -21,24 +22,22 @@ from thermo_lib.evaluation.smoothing import (
     smoothing_targets,
 )
 from thermo_lib.evaluation.statistics import paired_ratio, verdict
+from thermo_lib.evaluation.summary import markov
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.activations import resmooth
 from thermo_lib.pipeline.model import QuantizedLM
 
 TIMESTEPS = 6
 RandomIds = Callable[..., Tensor]
-Override = Callable[[dict[str, Any]], None]
 
 
 class TestQuantizedModels:
     """Rows, targets and validation of quantized models."""
 
-    def test_comparing_gives_a_row_and_three_targets_a_method(
-        self, unsmoothed: QuantizedLM, suite: Suite, override: Override
-    ) -> None:
-        override({"evaluation.resamples": 100})
-        rows, targets, models = compare_smoothing(unsmoothed, suite, ["linear", "cubic"])
+    def test_comparing_gives_a_row_and_three_targets_a_method(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+        rows, targets, models = compare_smoothing(
+            unsmoothed, suite, ["linear", "cubic"], claims=Targets(0.01, 0.3, 0.2)
+        )
         assert list(models) == ["none", "linear", "cubic"]
         assert models["none"] is unsmoothed
         assert [row["smoothing_method"] for row in rows] == [None, "linear", "cubic"]
@@ -51,26 +50,29 @@ class TestQuantizedModels:
         assert [(t["smoothing_method"], t["name"]) for t in targets] == [
             (m, n) for m in ("linear", "cubic") for n in names
         ]
+        assert [t["target"] for t in targets] == [0.01, 0.3, 0.2] * 2
         assert {t["activation_bits"] for t in targets} == {4}
+        assert {row["smoothing_window"] for row in rows} == {None, 1}  # at most half of a group
 
-    def test_targets_are_measured_against_the_unsmoothed_model(
-        self, unsmoothed: QuantizedLM, suite: Suite, override: Override
-    ) -> None:
-        override({"evaluation.resamples": 100})
+    def test_targets_are_measured_against_the_unsmoothed_model(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
         smoothed = resmooth(unsmoothed, "linear")
         scores, baseline = evaluate(smoothed, suite), evaluate(unsmoothed, suite)
-        gain, markov, cut = smoothing_targets(smoothed, scores, unsmoothed, baseline)
+        gain, score, cut = smoothing_targets(smoothed, scores, unsmoothed, baseline)
         assert (gain["value"], tuple(gain["ci"])) == relative_accuracy_gain(scores, baseline)
         assert gain["value"] == pytest.approx(scores.accuracy / baseline.accuracy - 1)
-        assert markov["value"] == scores.markov(smoothed).score > scores.markov(unsmoothed).score
+        assert score["value"] == markov(smoothed).score > markov(unsmoothed).score
         # Window 1 on each side: a third of a jump is left between the two timesteps at a boundary, relative to a value
         # in between.
-        rough, smooth = scores.markov(unsmoothed).mean_jump, scores.markov(smoothed).mean_jump
+        rough, smooth = markov(unsmoothed).mean_jump, markov(smoothed).mean_jump
         assert cut["value"] == pytest.approx(1 - smooth / rough)
         assert 0.5 < cut["value"] < 0.8
-        for row, key in ((gain, "accuracy_gain"), (markov, "markov_score"), (cut, "jump_cut")):
-            assert row["target"] == default(f"targets.{key}")
+        for row, key in ((gain, "accuracy_gain"), (score, "markov_score"), (cut, "jump_cut")):
+            assert row["target"] == getattr(CLAIMED, key)
             assert row["verdict"] == verdict(tuple(row["ci"]), row["target"], at_least=True)
+        claims = Targets(accuracy_gain=-1.0, markov_score=1.5, jump_cut=0.9)
+        others = smoothing_targets(smoothed, scores, unsmoothed, baseline, claims)
+        assert [row["target"] for row in others] == [-1.0, 1.5, 0.9]
+        assert [row["verdict"] for row in others] == ["met", "not met", "not met"]
 
     def test_without_a_jump_there_is_no_cut_to_measure(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
         flat = replace(
@@ -103,8 +105,7 @@ class TestIdentity:
 class TestOverhead:
     """Paired timing: both functions in turns, their order swapped, compared round by round."""
 
-    def test_the_order_is_swapped_from_round_to_round_after_a_warm_up(self, override: Override) -> None:
-        override({"evaluation.resamples": 50})
+    def test_the_order_is_swapped_from_round_to_round_after_a_warm_up(self) -> None:
         calls: list[str] = []
         result = paired_ratio(lambda: calls.append("candidate"), lambda: calls.append("baseline"), 4)
         pairs = [tuple(calls[i : i + 2]) for i in range(0, 10, 2)]
@@ -115,10 +116,9 @@ class TestOverhead:
         assert result["rounds"] == 4
 
     def test_the_ratio_is_that_of_the_rounds_and_the_warm_up_does_not_count(
-        self, override: Override, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         # A clock that the two functions move: 3 s and 2 s, in the warm-up 100 s.
-        override({"evaluation.resamples": 50})
         clock = [0.0]
         seconds = {"candidate": iter([100.0, *[3.0] * 5]), "baseline": iter([100.0, *[2.0] * 5])}
 
@@ -141,18 +141,16 @@ class TestOverhead:
             paired_ratio(lambda: None, lambda: None, rounds)
 
     def test_both_kinds_of_work_are_measured(
-        self, unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, override: Override
+        self, unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite
     ) -> None:
-        override({"evaluation.resamples": 50, "evaluation.overhead_rounds": 2, "evaluation.overhead_sequences": 2})
-        found = smoothing_overhead(unsmoothed, calibration, suite, "linear")
+        found = smoothing_overhead(unsmoothed, calibration, suite, "linear", rounds=2, sequences=2)
         assert found.keys() == {"quantization", "inference"}
         assert all(measured["rounds"] == 2 and measured["ratio"] > 0 for measured in found.values())
-        assert unsmoothed.config.method is None
+        assert unsmoothed.config.smoothing_method is None
 
     def test_only_static_activation_ranges_are_fitted_again(
-        self, tiny: DiffusionLM, calibration: Calibration, suite: Suite, override: Override
+        self, tiny: DiffusionLM, calibration: Calibration, suite: Suite
     ) -> None:
-        override({"evaluation.resamples": 50, "evaluation.overhead_rounds": 2, "evaluation.overhead_sequences": 2})
         config = ThermoConfig(
             quantizer="rtn",
             activation_bits=16,
@@ -161,7 +159,8 @@ class TestOverhead:
             enable_boundary_smoothing=False,
         )
         lm = quantize(tiny, config, calibration)
-        assert smoothing_overhead(lm, calibration, suite, "linear").keys() == {"inference"}
+        found = smoothing_overhead(lm, calibration, suite, "linear", rounds=2, sequences=2)
+        assert found.keys() == {"inference"}
 
     def test_targets_are_on_the_extra_share_of_time(self) -> None:
         measured = {
@@ -174,6 +173,8 @@ class TestOverhead:
         assert rows[1]["ci"] == pytest.approx([0.05, 0.2])
         assert [row["verdict"] for row in rows] == ["met", "inconclusive"]  # the target is below 0.1
         assert {(row["activation_bits"], row["smoothing_method"], row["target"]) for row in rows} == {(8, "cubic", 0.1)}
+        lenient = overhead_targets(measured, ThermoConfig(activation_bits=8), "cubic", Targets(overhead=0.3))
+        assert [row["verdict"] for row in lenient] == ["met", "met"]
 
     def test_denoising_once_visits_each_timestep(self, unsmoothed: QuantizedLM, random_ids: RandomIds) -> None:
         visited: list[tuple[int, int]] = []

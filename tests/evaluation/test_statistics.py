@@ -1,8 +1,6 @@
 """Bootstrap intervals have their width, and a verdict is what its interval shows of a target."""
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,21 +9,21 @@ from hypothesis import strategies as st
 
 from thermo_lib.evaluation.statistics import interval, verdict
 
-Override = Callable[[dict[str, Any]], None]
-
 
 class TestIntervals:
     """Bootstrap percentile intervals, paired over sequences."""
 
     @pytest.mark.parametrize("seed", range(5))
-    def test_an_interval_holds_the_value_and_is_the_same_again(self, seed: int, override: Override) -> None:
-        override({"evaluation.resamples": 200})
+    def test_an_interval_holds_the_value_and_is_the_same_again(self, seed: int) -> None:
         values = np.random.default_rng(seed).normal(size=30)
-        low, high = interval(lambda index: float(values[index].mean()), 30)
+
+        def of_mean(seed: int) -> tuple[float, float]:
+            return interval(lambda index: float(values[index].mean()), 30, resamples=200, seed=seed)
+
+        low, high = of_mean(0)
         assert low < values.mean() < high
-        assert (low, high) == interval(lambda index: float(values[index].mean()), 30)
-        override({"evaluation.resamples": 200, "seed": 1})
-        assert (low, high) != interval(lambda index: float(values[index].mean()), 30)
+        assert (low, high) == of_mean(0)
+        assert (low, high) != of_mean(1)
 
     def test_the_width_is_that_of_a_95_percent_interval(self) -> None:
         # The mean of 400 values of variance 1 has a standard error of 1/20: 2 * 1.96 / 20 = 0.196.

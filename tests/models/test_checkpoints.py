@@ -33,6 +33,7 @@ from torch import Tensor
 from thermo_lib import ThermoConfig, calibrate, load_model, load_quantized, quantize, save_quantized
 from thermo_lib.models.architectures import build_model, read_config
 from thermo_lib.models.lm import DiffusionLM, save_model
+from thermo_lib.quant import calls
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -141,12 +142,13 @@ class TestForward:
         lm = load_model(str(checkpoints[layout.is_shifted]))
         told: list[Any] = []
         layer = lm.model.model.layers[1].mlp.up_proj
-        layer.set_token_state = told.append
-        layer.set_timestep = lambda *step: told.append(step)
-        lm.set_timestep(2, 7)
-        lm.model.hidden(random_text)
-        assert told[0] == (2, 7)
-        assert torch.equal(told[1], random_text == MASK_TOKEN_ID)
+        layer.register_forward_pre_hook(lambda *_: told.append((calls.CALL.step, calls.CALL.is_masked)))
+        for step in ((0, 1), (2, 7)):
+            if step != (0, 1):  # which is the first until another is said
+                lm.set_timestep(*step)
+            lm.model.hidden(random_text)
+            assert told[-1][0] == step
+            assert torch.equal(told[-1][1], random_text == MASK_TOKEN_ID)
 
     @pytest.mark.parametrize(
         ("config", "parameters"),

@@ -128,11 +128,11 @@ class TestSaveAndLoad:
         sharded, whole = load_model(str(folder)).model.state_dict(), load_model(str(saved)).model.state_dict()
         assert all(torch.equal(sharded[name], whole[name]) for name in whole)
 
-    def test_a_single_file_goes_before_an_index(self, folder: Path, saved: Path) -> None:
+    def test_a_single_file_beside_an_index_is_refused(self, folder: Path, saved: Path) -> None:
         into_shards(folder)
         shutil.copy(saved / WEIGHTS_NAME, folder)
-        edit_tensors(folder, lambda t: t["model.norm.weight"].fill_(3))
-        assert (load_model(str(folder)).model.state_dict()["model.norm.weight"] == 3).all()
+        with pytest.raises(ValueError, match=r"found both model\.safetensors and model\.safetensors\.index\.json"):
+            load_model(str(folder))
 
     def test_a_download_of_the_hub_is_read_through_its_links(self, folder: Path, tmp_path: Path) -> None:
         # huggingface_hub keeps the content in blobs/ and links to it from snapshots/<revision>/.

@@ -18,14 +18,6 @@ from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.model import QuantizedLM
 
 
-@pytest.fixture
-def few_steps(override: Callable[[dict[str, Any]], None]) -> None:
-    """What is trained is trained for a second."""
-    steps = {"ranges.path_kl_steps": 40, "ranges.output_steps": 40, "transition.steps": 40, "reconstruction.steps": 40}
-    steps |= {"sequential.steps": 20, "chains.steps": 40, "trellis.beam": 8}
-    override(steps | {"sequential.code": 5, "reconstruction.code": 5, "data.sequence_length": 16})
-
-
 @pytest.fixture(scope="module")
 def quantized(tiny: DiffusionLM, calibration: Calibration) -> Quantize:
     """Quantizes the tiny model; equal configurations share a model, which tests don't change."""

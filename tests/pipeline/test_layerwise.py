@@ -25,7 +25,7 @@ class TestResult:
             {"quantizer": "gptq", "embedding_bits": 8, "activation_bits": 4, "activation_ranges": "dynamic"},
             {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
             {"quantizer": "least_squares", "num_time_groups": 2},
-            {"quantizer": "trellis"},
+            {"quantizer": "trellis", "bit_width": 2, "weights.token_weights": "uniform"},
         ],
         ids=str,
     )
@@ -47,13 +47,16 @@ class TestBadSource:
     @pytest.mark.parametrize(
         ("fields", "reason"),
         [
-            ({"quantizer": "gptq"}, "calibration: found None, required by quantizer='gptq'"),
-            ({"num_time_groups": 2}, "calibration: found None, .*num_time_groups=2"),
-            ({"activation_bits": 8}, "activation_ranges: found 'static', allowed block by block is dynamic"),
-            ({"quantizer": "gptq", "hessian": "transition"}, "hessian: found 'transition'"),
-            ({"quantizer": "trellis", "average_bits": 2.2}, "average_bits: found 2.2"),
-            ({"reconstruction": "blocks"}, "reconstruction: found 'blocks'"),
-            ({"transitions": "network"}, "transitions: found 'network'"),
+            ({"quantizer": "gptq"}, "calibration: found None, required by 'gptq'"),
+            ({"num_time_groups": 2}, "calibration: found None, required by time groups"),
+            ({"activation_bits": 8}, "activations.ranges: found 'static', allowed block by block is 'dynamic"),
+            ({"quantizer": "gptq", "hessian": "transition"}, "weights.token_weights: found 'path_kl'"),
+            (
+                {"quantizer": "trellis", "average_bits": 2.2, "weights.token_weights": "uniform"},
+                "weights.spread: found True",
+            ),
+            ({"reconstruction": "blocks"}, "training: found 'blocks'"),
+            ({"transitions": "network"}, "training: found 'path_kl'"),
         ],
         ids=str,
     )

@@ -10,8 +10,6 @@ from torch import nn
 from thermo_lib import quantize
 from thermo_lib.models.lm import DiffusionLM
 
-pytestmark = pytest.mark.usefixtures("few_steps")
-
 
 class TestBitsPerWeight:
     """Bits of codes and parameters for each weight, worked out by hand.

@@ -195,8 +195,9 @@ class TestBadSource:
         for path in source.glob("*.safetensors"):
             path.unlink()
         states = calibration_states(source, 8, 12, seed=0)
-        assert len(states) == 12
-        assert states.parts[0].timestep.unique().tolist() == list(range(8))
+        assert [len(part.ids) for part in states.parts] == [12, 12]  # of code and of puzzles
+        assert all(part.timestep.unique().tolist() == list(range(8)) for part in states.parts)
+        assert [len(part.ids) for part in calibration_states(source, 8).parts] == [8 * 32, 8 * 32]
         with pytest.raises(ValueError, match="states: found 0, allowed are 1"):
             calibration_states(source, 8, 0, seed=0)
 

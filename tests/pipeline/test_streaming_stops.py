@@ -168,8 +168,6 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
     @pytest.mark.parametrize(
         "named",
         [
-            "quant.damping",
-            "trellis",
             "number of threads",
             "torch version",
             "tokenizer.json",
@@ -182,7 +180,6 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         write: Callable[..., Path],
         output: Path,
         monkeypatch: pytest.MonkeyPatch,
-        override: Callable[[dict[str, Any]], None],
         named: str,
     ) -> None:
         source, config = write(), configured(quantizer="gptq", timesteps=8)
@@ -191,9 +188,7 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
             patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
             with suppress(KeyboardInterrupt):
                 quantize_checkpoint(source, output, config, calibration)
-        if named in ("quant.damping", "trellis"):
-            override({"quant.damping": 0.5} if named == "quant.damping" else {"trellis.beam": 3})
-        elif named == "number of threads":
+        if named == "number of threads":
             monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
         elif named == "torch version":
             monkeypatch.setattr(torch, "__version__", "1.0.0")

@@ -1,22 +1,20 @@
 """Each phase of training lowers path KL, leaves the given models as they were, and goes on after a stop."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from configurations import SMOOTH, TIMESTEPS, Outputs, Quantize, config_of
+from configurations import FEW, SMOOTH, TIMESTEPS, Outputs, Quantize, config_of
 from torch import Tensor
 
 from thermo_lib import Calibration, load_quantized, quantize, save_quantized
 from thermo_lib.diffusion.path_kl import path_kl
+from thermo_lib.diffusion.prompts import EmptyTexts
 from thermo_lib.files.snapshots import Snapshot
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.training import optimize_transitions, reconstruct_blocks
 from thermo_lib.transition import fit
-
-pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 class TestOptimizeTransitions:
@@ -45,7 +43,7 @@ class TestOptimizeTransitions:
     ) -> None:
         start = quantized(**changes)
         before = outputs(start), outputs(tiny)
-        trained = optimize_transitions(start, tiny, calibration, what=what)
+        trained = optimize_transitions(start, tiny, calibration, what=what, steps=FEW)
         assert torch.equal(outputs(start), before[0])
         assert torch.equal(outputs(tiny), before[1])
         (states,) = calibration.parts
@@ -72,17 +70,13 @@ class TestOptimizeTransitions:
 
         assert jumps(10.0) < 0.2 * jumps(0.0)
 
-    def test_without_time_groups_the_markov_term_changes_nothing(self, quantized: Quantize, outputs: Outputs) -> None:
-        changes = {"activation_bits": 4, "transitions": "parameters"}
-        free, held = (quantized(**changes, markov_weight=weight) for weight in (0.0, 10.0))
-        assert torch.equal(outputs(free), outputs(held))
-
-    def test_fresh_chains_need_no_calibration(
+    def test_fresh_chains_need_only_prompts(
         self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs, tmp_path: Path
     ) -> None:
         start = quantized()
-        trained = optimize_transitions(start, tiny, what="network", states="chains")
-        again = optimize_transitions(start, tiny, calibration, what="network", states="chains")
+        how = {"what": "network", "states": "fresh", "steps": FEW}
+        trained = optimize_transitions(start, tiny, prompts=[EmptyTexts(16, tiny.mask_token_id)], **how)
+        again = optimize_transitions(start, tiny, calibration, **how)  # whose states start from nothing too
         assert torch.equal(outputs(trained), outputs(again))
         (states,) = calibration.parts
         totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
@@ -92,23 +86,24 @@ class TestOptimizeTransitions:
 
     @pytest.mark.parametrize("share", [0.0, 0.5])
     def test_chains_may_be_the_quantized_model_s_own(
-        self,
-        tiny: DiffusionLM,
-        quantized: Quantize,
-        outputs: Outputs,
-        override: Callable[[dict[str, Any]], None],
-        share: float,
+        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs, share: float
     ) -> None:
-        override({"chains.steps": 4, "data.sequence_length": 16})
-        trained, other = (optimize_transitions(quantized(own_share=own), tiny, states="chains") for own in (share, 1.0))
+        how = {"states": "fresh", "steps": 4}
+        trained, other = (
+            optimize_transitions(quantized(), tiny, calibration, own_share=own, **how) for own in (share, 1.0)
+        )
         assert not torch.equal(outputs(trained), outputs(other))
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"what": "none"}, "what: found 'none', allowed are parameters, codes, network"),
-            ({"what": "all"}, "'all'"),
-            ({"states": "text"}, "'text'"),
+            ({"what": "none"}, "what: found 'none', allowed is 'parameters', 'codes' or 'network'"),
+            ({"what": "all"}, "what: found 'all'"),
+            ({"states": "text"}, "states: found 'text'"),
+            ({"stepz": 3}, "stepz: found 3, allowed are the fields .*; did you mean 'steps'"),
+            ({"own_share": 0.5}, r"own_share: found 0\.5, allowed is 0\.0 with states='calibration'"),
+            ({"states": "fresh", "batch": 8}, "batch: found 8, allowed is None with states='fresh'"),
+            ({"states": "fresh"}, "calibration: found None, required by states='fresh'"),
             ({}, "calibration: found None, required by states='calibration'"),
         ],
     )
@@ -129,7 +124,7 @@ class TestOptimizeTransitions:
         changes: dict[str, Any],
     ) -> None:
         whole = quantized(transitions="parameters", **changes)
-        trained = optimize_transitions(quantized(**changes), tiny, calibration)
+        trained = optimize_transitions(quantized(**changes), tiny, calibration, steps=FEW)
         assert torch.equal(outputs(whole), outputs(trained))
         assert whole.config == trained.config
         save_quantized(whole, tmp_path / "q")
@@ -162,26 +157,26 @@ class TestReconstructBlocks:
     ) -> None:
         start = quantized(**changes)
         before = outputs(start), outputs(tiny)
-        trained = reconstruct_blocks(start, tiny, calibration)
+        trained = reconstruct_blocks(start, tiny, calibration, steps=FEW)
         assert torch.equal(outputs(start), before[0])
         assert torch.equal(outputs(tiny), before[1])
         (states,) = calibration.parts
         totals = [path_kl(tiny, lm, states, TIMESTEPS).total for lm in (start, trained)]
         assert totals[1] < 0.9 * totals[0]
         assert trained.bits_per_weight == start.bits_per_weight
-        assert trained.config.reconstruction == "blocks"
+        assert [phase.phase for phase in trained.config.training] == ["blocks"]
         bits = {layer.activation_bits for layer in trained.quantized_layers().values()}
         assert bits == {start.config.activation_bits}
 
-    def test_fresh_states_need_no_calibration(
+    def test_fresh_states_need_only_prompts(
         self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs
     ) -> None:
         start = quantized()
-        trained = reconstruct_blocks(start, tiny, states="chains")
-        assert trained.config.training_states == "chains"
-        again, on_calibration = (
-            reconstruct_blocks(start, tiny, calibration, states=states) for states in ("chains", "calibration")
-        )
+        fresh = {"states": "fresh", "num_texts": 5, "steps": FEW}
+        trained = reconstruct_blocks(start, tiny, prompts=[EmptyTexts(16, tiny.mask_token_id)], **fresh)
+        assert trained.config.phase("blocks").states == "fresh"
+        again = reconstruct_blocks(start, tiny, calibration, **fresh)
+        on_calibration = reconstruct_blocks(start, tiny, calibration, steps=FEW)
         assert torch.equal(outputs(trained), outputs(again))
         assert not torch.equal(outputs(trained), outputs(on_calibration))
         (states,) = calibration.parts
@@ -200,7 +195,7 @@ class TestReconstructBlocks:
         changes: dict[str, Any],
     ) -> None:
         whole = quantized(reconstruction="blocks", transitions="parameters", **changes)
-        parts = optimize_transitions(quantized(reconstruction="blocks", **changes), tiny, calibration)
+        parts = optimize_transitions(quantized(reconstruction="blocks", **changes), tiny, calibration, steps=FEW)
         assert torch.equal(outputs(whole), outputs(parts))
         assert whole.config == parts.config
 
@@ -231,14 +226,12 @@ class TestSequential:
         assert not any(p.requires_grad for lm in (tiny, trained) for p in lm.model.parameters())
 
     def test_without_training_it_is_quantizing_block_by_block(
-        self, tiny: DiffusionLM, calibration: Calibration, override: Callable[[dict[str, Any]], None]
+        self, tiny: DiffusionLM, calibration: Calibration
     ) -> None:
         # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first site
         # of the first block is the same; later ones see what is quantized already.
-        override({"sequential.weight_lr": 0.0, "reconstruction.scale_lr": 0.0, "reconstruction.zero_point_lr": 0.0})
-        plain, stepped = (
-            quantize(tiny, config_of(**self.GPTQ, reconstruction=r), calibration) for r in ("none", "sequential")
-        )
+        still = {f"sequential.{name}": 1e-30 for name in ("weight_lr", "scale_lr", "zero_point_lr")}
+        plain, stepped = (quantize(tiny, config_of(**self.GPTQ, **how), calibration) for how in ({}, still))
         same = [
             name
             for name, layer in plain.quantized_layers().items()
@@ -248,7 +241,9 @@ class TestSequential:
         assert {f"{first}.{linear}_proj" for linear in "qkv"} <= set(same)
         assert "model.layers.1.mlp.down_proj" not in same
 
-    def test_fresh_states_need_no_calibration_to_train_on(self, tiny: DiffusionLM, calibration: Calibration) -> None:
+    def test_fresh_states_are_made_from_what_the_calibration_starts_from(
+        self, tiny: DiffusionLM, calibration: Calibration
+    ) -> None:
         config = config_of(**self.TRELLIS, reconstruction="sequential", training_states="chains")
         other = Calibration((calibration.parts[0][torch.arange(0, 36, 2)],), TIMESTEPS, "forward")
         fresh = [quantize(tiny, config, given).quantized_layers() for given in (calibration, other)]
@@ -322,7 +317,7 @@ class TestResume:
             except Stopped:
                 stops += 1
         assert stops >= 2
-        assert {"transitions", "sequential" if config.reconstruction == "sequential" else "blocks"} <= set(saved)
+        assert {"transitions", config.training[0].phase} <= set(saved)
         states = whole.model.state_dict(), trained.model.state_dict()
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
@@ -345,12 +340,11 @@ class TestResume:
         assert again.losses == first.losses
 
     def test_a_snapshot_of_another_run_is_refused(
-        self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path, override: Callable[[dict[str, Any]], None]
+        self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path
     ) -> None:
-        override({"transition.steps": 2})
-        config = config_of(transitions="parameters")
+        config = config_of(**{"path_kl.steps": 2})
         quantize(tiny, config, calibration, resume=tmp_path)
-        override({"transition.steps": 3})
+        config = config.replace(**{"path_kl.steps": 3})
         with pytest.raises(ValueError, match=r"resume: found a run of other .* in .*transitions.safetensors"):
             quantize(tiny, config, calibration, resume=tmp_path)
 

@@ -1,6 +1,5 @@
 """Hessians weigh tokens as configured, and average bits are kept over all layers."""
 
-import pytest
 import torch
 from configurations import TIMESTEPS, Quantize
 
@@ -10,8 +9,6 @@ from thermo_lib.pipeline.model import linear_names
 from thermo_lib.pipeline.weights import input_hessians
 from thermo_lib.quant.codes import unpack
 from thermo_lib.time_aware.groups import TimeGroups
-
-pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 class TestTransitionHessian:

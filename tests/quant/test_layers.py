@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from matrices import bit_widths, seeds, weights
 from torch import Tensor, nn
 
+from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import QuantizedWeight, fake_quantize, fake_quantize_per_token, pack
 from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
 from thermo_lib.quant.rounding import round_to_nearest
@@ -70,8 +71,8 @@ class TestQuantizedLinear:
         layer.weight_row = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
         found = []
         for timestep in range(4):
-            layer.set_timestep(timestep, 4)
-            found.append(layer.weight())
+            with denoising((timestep, 4)):
+                found.append(layer.weight())
         weight = quantized.dequantize()
         assert [torch.equal(a, b) for a, b in zip(found, [weight, weight, 2 * weight, 2 * weight], strict=True)] == [
             True
@@ -82,16 +83,20 @@ class TestQuantizedLinear:
         self, timesteps: int, total: int, share: float
     ) -> None:
         layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=timesteps)
+        layer.weight_row = torch.arange(timesteps, dtype=torch.int32)
         timestep = int(share * total)
-        layer.set_timestep(timestep, total)
+        with denoising((timestep, total)):
+            found = layer._row("weight_row")
         # The table's step that holds the same time: t / timesteps <= timestep / total < (t + 1) / timesteps.
-        assert layer.timestep * total <= timestep * timesteps < (layer.timestep + 1) * total
+        assert found * total <= timestep * timesteps < (found + 1) * total
 
-    @pytest.mark.parametrize("timestep", [-1, 4])
-    def test_a_timestep_out_of_range_is_named(self, timestep: int) -> None:
+    def test_without_a_call_it_is_the_first_timestep(self) -> None:
         layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=4)
-        with pytest.raises(ValueError, match=rf"timestep: found {timestep}, allowed are 0\.\.3"):
-            layer.set_timestep(timestep, 4)
+        layer.weight_row = torch.arange(4, dtype=torch.int32)
+        assert layer._row("weight_row") == 0
+        with denoising((3, 4)):
+            assert layer._row("weight_row") == 3
+        assert layer._row("weight_row") == 0
 
     def test_static_activation_parameters_follow_the_timestep(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
@@ -101,9 +106,9 @@ class TestQuantizedLinear:
         layer.activation_row = torch.tensor([0, 1], dtype=torch.int32)
         x = weights(5, 4, 1)
         for timestep, (scale, zero) in enumerate(((0.1, 8.0), (0.5, 7.0))):
-            layer.set_timestep(timestep, 2)
             rounded = fake_quantize(x, torch.tensor(scale), torch.tensor(zero), 4)
-            assert torch.equal(layer(x), F.linear(rounded, quantized.dequantize()))
+            with denoising((timestep, 2)):
+                assert torch.equal(layer(x), F.linear(rounded, quantized.dequantize()))
 
     def test_static_activation_parameters_follow_token_state_and_channel_group(self) -> None:
         quantized = round_to_nearest(weights(3, 5, 0), 8, 5)
@@ -111,9 +116,11 @@ class TestQuantizedLinear:
         layer.activation_scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
         layer.activation_zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
         is_masked = torch.tensor([[True, False], [False, False]])
-        layer.set_token_state(is_masked)
         x = weights(4, 5, 1).view(2, 2, 5)
-        found = layer(x)
+        with denoising((0, 1), is_masked):
+            found = layer(x)
+        with pytest.raises(ValueError, match="token states: found none, expected a call that says which"):
+            layer(x)
         for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
             state = int(is_masked[row, column])
             scale = torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.3], [0.4, 0.4, 0.5, 0.5, 0.6]])[state]

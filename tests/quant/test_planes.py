@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thermo_lib.quant import planes
+from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import BIT_WIDTHS, pack
 from thermo_lib.quant.layers import QuantizedLinear
 
@@ -70,9 +71,9 @@ def test_every_timestep_has_its_parameters() -> None:
     layer, x = layer_of(6, 2, 2, timesteps=3), whole_numbers(4, 32)
     products = []
     for timestep in range(3):
-        layer.set_timestep(timestep, 3)
-        products.append(layer(x))
-        assert products[-1].equal(F.linear(x.double(), layer.weight().double()).to(torch.bfloat16))
+        with denoising((timestep, 3)):
+            products.append(layer(x))
+            assert products[-1].equal(F.linear(x.double(), layer.weight().double()).to(torch.bfloat16))
     assert not products[0].equal(products[1])
 
 
@@ -183,7 +184,7 @@ def test_a_model_without_quantized_linears_is_refused() -> None:
 
 
 def test_a_missing_compiler_is_named() -> None:
-    code = "from tests.test_planes import layer_of, planes; planes.compile_linears(layer_of(2, 2, 2))"
+    code = "from tests.quant.test_planes import layer_of, planes; planes.compile_linears(layer_of(2, 2, 2))"
     environ = {**os.environ, "PATH": "", "CXX": "", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
     assert run.returncode != 0

@@ -51,7 +51,8 @@ def quantized(source: Path) -> Path:
 def test_published_sizes_are_those_of_the_published_config(name: str, published: dict, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(published))
     ours, theirs = full_size.PUBLISHED[name].to_dict(), read_config(tmp_path).to_dict()
-    assert {key: value for key, value in theirs.items() if ours.get(key) != value} == {}
+    of_the_tokenizer = {"bos_token_id", "eos_token_id", "pad_token_id"}  # which is the reference's
+    assert {key for key, value in theirs.items() if ours.get(key) != value} <= of_the_tokenizer
 
 
 def test_a_random_checkpoint_has_the_shapes_asked_for(source: Path) -> None:

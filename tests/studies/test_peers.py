@@ -44,19 +44,13 @@ def suite(tiny, random_ids) -> Suite:
     start = torch.full((3, 16), tiny.mask_token_id)
     trajectories = trajectory_states(tiny, start, None, 6, 1)
     held_out = forward_states(code, None, 6, tiny.mask_token_id, 0)
-    return Suite(tiny, held_out, trajectories, reference_logits(tiny, trajectories, 6), [], 6)
-
-
-@pytest.fixture
-def few_resamples(override) -> None:
-    """Bootstrap intervals are wide and quick."""
-    override({"evaluation.resamples": 20})
+    return Suite(tiny, held_out, trajectories, reference_logits(tiny, trajectories, 6), [], 6, resamples=20)
 
 
 @pytest.fixture(scope="module")
 def rounded(tiny):
     """The tiny model, its weights rounded to nearest in 2 bits."""
-    config = ThermoConfig(quantizer="rtn", group_size=16, num_time_groups=1, enable_boundary_smoothing=False)
+    config = ThermoConfig(quantizer="rtn", group_size=16)
     return quantize(tiny, config)
 
 
@@ -177,7 +171,7 @@ class TestModel:
         self, bits: int, clip: float, tiny, rounded, random_ids
     ) -> None:
         activations = {"activation_bits": bits, "activation_ranges": "dynamic", "activation_clip": clip}
-        dynamic = ThermoConfig(**{**rounded.config.model_dump(), **activations})
+        dynamic = rounded.config.replace(**activations)
         ids = random_ids(2, 16)
         ours = quantize(tiny, dynamic)
         lm = peers.with_weights(tiny, weights_of(rounded), "copy", activation_bits=bits, activation_clip=clip)
@@ -190,7 +184,7 @@ class TestModel:
 
 
 class TestScores:
-    def test_row_agrees_with_the_evaluation(self, tiny, rounded, suite, few_resamples) -> None:
+    def test_row_agrees_with_the_evaluation(self, tiny, rounded, suite) -> None:
         row = peers.score_peer(peers.Entry(**ENTRY), weights_of(rounded), suite)
         expected = evaluate(rounded, suite)
         assert row["accuracy"] == pytest.approx(expected.accuracy)
@@ -204,7 +198,7 @@ class TestScores:
         assert row["path_kl_a4"] != row["path_kl"]
         assert row["sudoku_solved"] is None
 
-    def test_the_full_precision_weights_lose_nothing(self, tiny, suite, few_resamples) -> None:
+    def test_the_full_precision_weights_lose_nothing(self, tiny, suite) -> None:
         own = {f"{n}.weight": tiny.model.get_submodule(n).weight for n in linear_names(tiny.model)}
         row = peers.score_peer(peers.Entry(**ENTRY), own, suite)
         assert row["path_kl"] == pytest.approx(0, abs=1e-6)
@@ -225,7 +219,7 @@ class TestScores:
             assert change["gain_ci"] == pytest.approx([change["gain"]] * 2)
         assert peers.compare(worse, row, activation_bits=4)["path_kl_change"] == 0
 
-    def test_comparison_refuses_other_bits_and_other_sequences(self, few_resamples) -> None:
+    def test_comparison_refuses_other_bits_and_other_sequences(self) -> None:
         row = {"accuracy_per_sequence": [0.1, 0.2], "path_kl_per_sequence": [1.0]}
         with pytest.raises(ValueError, match="activation_bits: found 8, allowed are 16 and 4"):
             peers.compare(row, row, activation_bits=8)
@@ -248,22 +242,22 @@ class TestGoals:
         }
 
     @pytest.mark.parametrize(("bits", "suffix", "bound"), [(16, "", 0.99), (4, "_a4", 0.97)])
-    def test_accuracy_kept(self, bits: int, suffix: str, bound: float, few_resamples) -> None:
+    def test_accuracy_kept(self, bits: int, suffix: str, bound: float) -> None:
         for kept, expected in ((bound + 0.001, "met"), (bound - 0.001, "not met")):
-            goal = peers.accuracy_kept(self.row(kept, 1, suffix), self.FULL, bits)
+            goal = peers.accuracy_kept(self.row(kept, 1, suffix), self.FULL, bound, bits)
             assert goal["value"] == pytest.approx(kept)
             assert goal["ci"] == pytest.approx((kept, kept))
             assert (goal["bound"], goal["verdict"]) == (bound, expected)
 
-    def test_shares_of_a_peer(self, few_resamples) -> None:
+    def test_shares_of_a_peer(self) -> None:
         ours, peer = self.row(0.98, 2.0), self.row(0.9, 8.0)
-        divergence, drop = peers.shares_of(ours, peer, self.FULL)
+        divergence, drop = peers.shares_of(ours, peer, self.FULL, 1 / 3)
         assert divergence["value"] == pytest.approx(0.25)
         assert drop["value"] == pytest.approx(0.2)
         assert {divergence["verdict"], drop["verdict"]} == {"met"}
-        assert [goal["verdict"] for goal in peers.shares_of(peer, ours, self.FULL)] == ["not met", "not met"]
+        assert [goal["verdict"] for goal in peers.shares_of(peer, ours, self.FULL, 1 / 3)] == ["not met", "not met"]
 
-    def test_an_interval_over_the_bound_is_inconclusive(self, few_resamples) -> None:
+    def test_an_interval_over_the_bound_is_inconclusive(self) -> None:
         ours, peer = self.row(0.98, 2.0), self.row(0.9, 2.0)
         ours["path_kl_per_sequence"] = [1.0, 5.0, 6.1]
         goal = peers.ahead_of(ours, peer)
@@ -285,7 +279,7 @@ class TestReport:
         return folder
 
     @pytest.fixture(autouse=True)
-    def small(self, few_resamples, suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(self, suite, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(peers, "build_suite", lambda reference: suite)
 
     def test_rows_and_errors(self, tiny, folder: Path, tmp_path: Path) -> None:
@@ -363,27 +357,23 @@ class TestJobs:
         assert stored_bits(tensor, tensor) == 2 * stored_bits(tensor)
         assert stored_bits(tensor, bits=2) == 2 * rows * columns
 
-    def test_own_quantizer_is_counted_as_the_model_counts_itself(self, tiny, calibration, override) -> None:
-        override({"quant.group_size": 16, "quant.timesteps": 6})
-        layers = METHODS["thermo"](tiny, calibration, quantizer="rtn")
-        config = ThermoConfig(quantizer="rtn", num_time_groups=1, enable_boundary_smoothing=False)
-        expected = quantize(tiny, config)
+    def test_own_quantizer_is_counted_as_the_model_counts_itself(self, tiny, calibration) -> None:
+        layers = METHODS["thermo"](tiny, calibration, weights={"method": "rtn", "group_size": 16})
+        expected = quantize(tiny, ThermoConfig(quantizer="rtn", group_size=16))
         bits = sum(layer.bits for layer in layers.values()) / sum(layer.weight.numel() for layer in layers.values())
         assert bits == expected.bits_per_weight
         assert all(layer.weight.equal(weights_of(expected)[f"{name}.weight"]) for name, layer in layers.items())
 
-    def test_what_is_trained_comes_with_its_losses(self, tiny, calibration, override) -> None:
-        override(
-            {
-                "quant.group_size": 16,
-                "quant.timesteps": 6,
-                "reconstruction.steps": 3,
-                "chains.steps": 4,
-                "data.sequence_length": 16,
-            }
+    def test_what_is_trained_comes_with_its_losses(self, tiny, calibration) -> None:
+        fresh = {"states": "fresh", "num_texts": 2, "num_prompts": 2}
+        training = (
+            {"phase": "blocks", "steps": 3, **fresh},
+            {"phase": "path_kl", "what": "network", "steps": 4, **fresh},
         )
-        how = {"reconstruction": "blocks", "transitions": "network", "training_states": "chains"}
-        layers = METHODS["thermo"](tiny, calibration, quantizer="rtn", activation_bits=4, **how)
+        weights = {"method": "rtn", "group_size": 16}
+        activations = {"ranges": "static", "bits": 4}
+        fields = {"weights": weights, "activations": activations, "training": training, "timesteps": 6}
+        layers = METHODS["thermo"](tiny, calibration, **fields)
         assert {phase: len(losses) for phase, losses in layers.losses.items()} == {
             "block 0": 3,
             "block 1": 3,

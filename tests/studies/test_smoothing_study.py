@@ -1,58 +1,55 @@
 """The grid: points that mean the same are one, a killed run goes on, and every comparison is paired."""
 
+import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from thermo_lib.evaluation.scores import build_suite, evaluate
+from thermo_lib.evaluation.smoothing import Targets
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
+from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.parts import TimeGrouping
 from thermo_lib.studies import grid as grid_module
 from thermo_lib.studies import smoothing as study
-from thermo_lib.studies.grid import Grid, Row, key, point
-from thermo_lib.studies.smoothing import gain, path_kl_change
+from thermo_lib.studies.grid import Grid, Inputs, Point, Row, point
+from thermo_lib.studies.params import default
+from thermo_lib.studies.smoothing import gain, path_kl_change, slices
 
-SMALL = {
-    "data.sequence_length": 24,
-    "study.base": {**default("study.base"), "timesteps": 4, "group_size": 16},
-    "calibration.code_sequences": 4,
-    "calibration.puzzles": 2,
-    "ranges.tokens": 16,
-    "ranges.output_steps": 3,
-    "ranges.path_kl_steps": 3,
-    "ranges.choice_states": 4,
-    "transition.steps": 3,
-    "evaluation.sequences": 6,
-    "evaluation.trajectories": 4,
-    "evaluation.sudoku": 2,
-    "evaluation.resamples": 50,
-}
-Override = Callable[[dict[str, Any]], None]
+ROOT = Path(__file__).resolve().parents[2]
+
+SMALL = Inputs(sequences=4, trajectories=2, code_sequences=2, puzzles=1)
+WEIGHTS = {"quantizer": "rtn", "group_size": 16, "timesteps": 4}
+DYNAMIC = {**WEIGHTS, "activation_bits": 4, "activation_ranges": "dynamic"}
+STATIC = {**WEIGHTS, "activation_bits": 4, "activations.tokens": 16}
+GROUPED = {**STATIC, "num_time_groups": 2}
+TRAINED = {"path_kl.steps": 3, "path_kl.batch": 4}
+FRESH = {"path_kl.steps": 3, "path_kl.states": "fresh", "path_kl.num_texts": 2, "path_kl.num_prompts": 1}
+
+pytestmark = pytest.mark.usefixtures("small_corpus")
 
 
-@pytest.fixture(autouse=True)
-def small(override: Override, small_corpus: None) -> None:
-    """Every test has sizes that take seconds."""
-    override(SMALL)
-
-
-def points() -> list[study.Point]:
+def points() -> list[Point]:
     """One point of every way of building a model."""
+    fitted = {"activations.steps": 3, "activations.batch": 4}
     return [
-        point(quantizer="rtn"),
-        point(quantizer="rtn", num_time_groups=2, method="linear"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="cubic"),
-        point(quantizer="rtn", activation_bits=4, activation_ranges="dynamic"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="spline", range_objective="path_kl"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best starts", method="linear"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best per layer"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, recipe="best per layer by path KL"),
-        point(quantizer="rtn", activation_bits=4, num_time_groups=2, method="linear", transitions="parameters"),
-        point(quantizer="rtn", activation_bits=4, activation_ranges="dynamic", transitions="codes"),
-        point(seed=1, quantizer="rtn", activation_bits=4, activation_token_states=True),
+        point(**WEIGHTS),
+        point(**WEIGHTS, num_time_groups=2, method="linear"),
+        point(**GROUPED, method="cubic"),
+        point(**DYNAMIC),
+        point(**GROUPED, method="spline", **{"activations.fit_to": "path_kl"}, **fitted),
+        point(**GROUPED, recipe="best starts", method="linear"),
+        point(**GROUPED, recipe="best per layer"),
+        point(**GROUPED, recipe="best per layer by path KL"),
+        point(**GROUPED, method="linear", **TRAINED),
+        point(**DYNAMIC, **TRAINED, **{"path_kl.what": "codes"}),
+        point(**DYNAMIC, **FRESH, **{"path_kl.own_share": 0.5}),
+        point(seed=1, **STATIC, **{"activations.by_token_state": True}),
     ]
 
 
@@ -62,10 +59,10 @@ class TestKeys:
     @pytest.mark.parametrize(
         ("one", "other"),
         [
-            ({"method": "linear"}, {"method": "cubic"}),  # one group: nothing to smooth
-            ({"activation_ranges": "dynamic", "activation_bits": 4, "range_objective": "output"},
-             {"activation_ranges": "dynamic", "activation_bits": 4}),
-            ({"activation_ranges": "dynamic", "activation_clip": 0.9}, {"activation_ranges": "dynamic"}),  # at 16 bits
+            ({"activation_bits": 16, "activation_ranges": "static"}, {}),
+            ({"activations": {"ranges": "dynamic", "bits": 4}}, {"activation_ranges": "dynamic", "activation_bits": 4}),
+            ({"activations.fit_to": "output", "activations.steps": 150}, {"activations.fit_to": "output"}),
+            ({"path_kl.steps": 300}, {"path_kl.what": "parameters"}),
             ({"num_time_groups": 2, "smoothing_window": 3}, {"num_time_groups": 2, "smoothing_window": 4}),
             ({"num_time_groups": 2, "smoothing_window": 3, "method": "linear"},
              {"num_time_groups": 2, "smoothing_window": 2, "method": "linear"}),  # half of two timesteps
@@ -75,20 +72,42 @@ class TestKeys:
         ],
     )  # fmt: skip
     def test_equal_meaning_is_one_key(self, one: dict[str, Any], other: dict[str, Any]) -> None:
-        assert key(point(**one)) == key(point(**other))
+        assert point(**one, timesteps=4).key == point(**other, timesteps=4).key
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"method": "linear"}, "method: found 'linear', allowed is None with one time group"),
+            ({"activation_ranges": "dynamic", "activation_clip": 0.9}, "activation_ranges: found 'dynamic'"),  # 16 bits
+            ({"activation_ranges": "dynamic", "activation_bits": 4, "activations.fit_to": "output"}, "fit_to"),
+        ],
+    )
+    def test_what_has_no_meaning_is_refused(self, fields: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            point(**fields)
 
     def test_different_points_have_different_keys(self) -> None:
-        assert len({key(p) for p in points()}) == len(points())
+        assert len({p.key for p in points()}) == len(points())
+
+    def test_a_point_is_read_as_it_was_written(self) -> None:
+        for p in points():
+            assert Point.from_dict(json.loads(json.dumps(p.to_dict()))) == p
+
+    def test_no_smoothing_unless_it_is_asked_for(self) -> None:
+        assert point(num_time_groups=2).config.smoothing_method is None
+        assert point(num_time_groups=2, method="cubic", smoothing_window=2).config.time_groups == TimeGrouping(
+            count=2, smoothing="cubic", window=2
+        )
 
 
 class TestGrid:
     """Points are measured once and kept."""
 
     def test_scores_are_those_of_the_evaluation(self, tiny: DiffusionLM, tmp_path: Path) -> None:
-        grid = Grid(tmp_path / "grid.json", tiny)
+        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
         grid.run(points(), progress=False)
-        suite = build_suite(tiny, timesteps=4)
-        models = grid_module._Models(tiny)
+        suite = build_suite(tiny, timesteps=4, sequences=4, trajectories=2, sudoku=0)
+        models = grid_module._Models(tiny, SMALL)
         for p in points():
             result, row = evaluate(models.build(p), suite), grid[p]
             assert row.accuracy == pytest.approx(result.accuracy, abs=1e-5)
@@ -100,7 +119,7 @@ class TestGrid:
     def test_a_killed_run_goes_on_and_writes_the_same_file(
         self, tiny: DiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = Grid(tmp_path / "whole.json", tiny)
+        whole = Grid(tmp_path / "whole.json", tiny, SMALL)
         whole.run(points(), progress=False)
         calls = []
 
@@ -113,8 +132,8 @@ class TestGrid:
         score = grid_module.score
         monkeypatch.setattr(grid_module, "score", be_killed)
         with pytest.raises(KeyboardInterrupt):
-            Grid(tmp_path / "grid.json", tiny).run(points(), progress=False)
-        resumed = Grid(tmp_path / "grid.json", tiny)
+            Grid(tmp_path / "grid.json", tiny, SMALL).run(points(), progress=False)
+        resumed = Grid(tmp_path / "grid.json", tiny, SMALL)
         assert len(resumed.rows) == 2
         resumed.run(points(), progress=False)
         assert len(calls) == 3 + len(points()) - 2
@@ -122,19 +141,23 @@ class TestGrid:
 
     def test_a_point_that_was_not_measured_is_named(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"grid\.json: the point .*rtn.* has not been measured"):
-            Grid(tmp_path / "grid.json", tiny)[points()[0]]
+            Grid(tmp_path / "grid.json", tiny, SMALL)[points()[0]]
 
     def test_points_of_another_model_or_other_sizes_are_not_mixed(
-        self, tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], tmp_path: Path, override: Override
+        self, tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], tmp_path: Path
     ) -> None:
-        Grid(tmp_path / "grid.json", tiny).run(points()[:1], progress=False)
+        Grid(tmp_path / "grid.json", tiny, SMALL).run(points()[:1], progress=False)
         before = (tmp_path / "grid.json").read_bytes()
-        for changes, model in (({}, build_tiny(1)), ({"evaluation.sequences": 7}, tiny)):
-            override({**SMALL, **changes})
-            grid = Grid(tmp_path / "grid.json", model)
+        others = [(SMALL, build_tiny(1))]
+        others += [
+            (replace(SMALL, **{name: 7}), tiny) for name in ("sequences", "trajectories", "code_sequences", "puzzles")
+        ]
+        others += [(replace(SMALL, source="forward"), tiny)]
+        for inputs, model in others:
+            grid = Grid(tmp_path / "grid.json", model, inputs)
             assert not grid.current
             assert grid[points()[0]].accuracy >= 0  # what was measured can still be read
-            with pytest.raises(ValueError, match="found points of other weights or parameters"):
+            with pytest.raises(ValueError, match="found points of other weights or inputs"):
                 grid.run(points(), progress=False)
         assert (tmp_path / "grid.json").read_bytes() == before
 
@@ -143,9 +166,9 @@ class TestComparisons:
     """Differences are paired and average the seeds."""
 
     @staticmethod
-    def row(accuracies: list[float], path_kls: list[float]) -> Row:
+    def row(accuracies: list[float], path_kls: list[float], at: Point | None = None) -> Row:
         """A row with given scores."""
-        return Row(point(), accuracies, [], path_kls, [], None, None, 2.25)
+        return Row(at or point(), accuracies, [], path_kls, [], None, None, 2.25)
 
     def test_a_gain_is_relative_and_paired(self) -> None:
         before = [self.row([0.2, 0.8], [5.0, 50.0]), self.row([0.4, 0.8], [7.0, 52.0])]
@@ -156,12 +179,12 @@ class TestComparisons:
         assert (value, *ci) == pytest.approx((-1, -1, -1))
 
     def test_verdicts_average_the_seeds(self, tmp_path: Path, tiny: DiffusionLM) -> None:
-        grid = Grid(tmp_path / "grid.json", tiny)
+        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
         fields = {"activation_bits": 4, "num_time_groups": 2}
         for seed in (0, 1):
             for method, accuracy, jump in ((None, 0.4, 0.2), ("linear", 0.41 + 0.01 * seed, 0.05 + 0.06 * seed)):
                 p = point(seed, method, **fields)
-                grid.rows[key(p)] = Row(p, [accuracy, accuracy], [], [1.0], [], 0.8 + 0.1 * seed, jump, 2.25)
+                grid.rows[p.key] = Row(p, [accuracy, accuracy], [], [1.0], [], 0.8 + 0.1 * seed, jump, 2.25)
         gain_row, markov_row, cut_row = study.verdicts(grid, fields, ["linear"], [0, 1])
         assert gain_row["value"] == pytest.approx(0.0375)
         assert gain_row["verdict"] == "met"  # 2 %, and no two sequences differ
@@ -171,30 +194,73 @@ class TestComparisons:
         assert {row["precision"] for row in (gain_row, markov_row, cut_row)} == {"W2A4"}
 
     def test_only_what_all_seeds_have_is_averaged(self, tmp_path: Path, tiny: DiffusionLM) -> None:
-        grid = Grid(tmp_path / "grid.json", tiny)
+        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
         for seed, bits in ((0, 16), (1, 16), (0, 8)):
             p = point(seed, activation_bits=bits)
-            grid.rows[key(p)] = self.row([0.2 + 0.2 * seed] * 2, [1.0 + 2 * seed])
-            grid.rows[key(p)].point.update(p)
+            grid.rows[p.key] = self.row([0.2 + 0.2 * seed] * 2, [1.0 + 2 * seed], p)
         (both,) = study.over_seeds(grid, [0, 1])
         assert both == {"point": point(0), "accuracy": pytest.approx(0.3), "path_kl": 2.0, "markov_score": None}
         assert len(study.over_seeds(grid, [0])) == 2
 
-    def test_a_field_that_is_newer_than_the_file_had_its_default(self, tmp_path: Path, tiny: DiffusionLM) -> None:
-        grid = Grid(tmp_path / "grid.json", tiny)
-        grid.rows[key(point())] = self.row([0.5], [1.0])
-        grid.save()
-        content = json.loads((tmp_path / "grid.json").read_text())
-        del content["rows"][0]["point"]["transitions"]
-        (tmp_path / "grid.json").write_text(json.dumps(content))
-        assert Grid(tmp_path / "grid.json", tiny)[point()].accuracy == 0.5
+    def test_verdicts_take_the_claims_asked_for(self, tmp_path: Path, tiny: DiffusionLM) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
+        fields = {"activation_bits": 4, "num_time_groups": 2}
+        for method, jump in ((None, 0.2), ("linear", 0.1)):
+            p = point(0, method, **fields)
+            grid.rows[p.key] = Row(p, [0.5, 0.5], [], [1.0], [], 0.9, jump, 2.25)
+        found = study.verdicts(
+            grid, fields, ["linear"], [0], Targets(accuracy_gain=-0.1, markov_score=0.95, jump_cut=0.6)
+        )
+        assert [(row["target"], row["verdict"]) for row in found] == [
+            (-0.1, "met"),
+            (0.95, "not met"),
+            (0.6, "not met"),
+        ]
+
+
+class TestFreshStates:
+    """A point that is trained on fresh states is built with the settings that it names."""
+
+    @pytest.mark.parametrize("own_share", [0.0, 0.25])
+    def test_all_settings_reach_the_training(
+        self, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch, own_share: float
+    ) -> None:
+        asked: list[dict[str, Any]] = []
+
+        def record(lm: QuantizedLM, *_: Any, **settings: Any) -> QuantizedLM:
+            assert lm.config.training == ()
+            asked.append(settings)
+            return lm
+
+        monkeypatch.setattr(grid_module, "optimize_transitions", record)
+        settings = {
+            "what": "network", "states": "fresh", "steps": 5, "num_texts": 3, "num_prompts": 0, "own_share": own_share,
+            "scale_lr": 0.1, "zero_point_lr": 0.2, "code_lr": 0.3, "range_lr": 0.4, "network_lr": 0.5,
+        }  # fmt: skip
+        p = point(**DYNAMIC, **{f"path_kl.{name}": value for name, value in settings.items()})
+        grid_module._Models(tiny, SMALL).build(p)
+        assert asked == [{**settings, "batch": None, "markov_weight": 0.0}]
+
+    def test_they_make_another_model_than_calibration_states(self, tiny: DiffusionLM) -> None:
+        models = grid_module._Models(tiny, SMALL)
+        shares = ({"path_kl.own_share": 0.0}, {"path_kl.own_share": 1.0})
+        trained = [models.build(point(**DYNAMIC, **{**FRESH, **share})) for share in shares]
+        trained.append(models.build(point(**DYNAMIC, **TRAINED)))
+        scales = [torch.cat([layer.scale.flatten() for layer in lm.quantized_layers().values()]) for lm in trained]
+        assert not any(a.equal(b) for a, b in itertools.combinations(scales, 2))
 
 
 @pytest.mark.parametrize("axes", ["reduced", "full"])
-def test_every_point_of_the_study_is_a_configuration(axes: str, override: Override) -> None:
-    override({})
-    found = study.slices(default(f"study.{axes}"))
+def test_every_point_of_the_study_is_a_configuration(axes: str) -> None:
+    found = slices(default(f"study.{axes}"))
     assert sum(map(len, found.values())) > 3
     for p in (p for ps in found.values() for p in ps):
-        assert json.loads(json.dumps(p)) == p
-        study.ThermoConfig(**{k: v for k, v in p.items() if k not in (study.SEED, study.RECIPE)})
+        assert Point.from_dict(json.loads(json.dumps(p.to_dict()))) == p
+
+
+def test_the_committed_file_holds_exactly_the_points_of_the_study() -> None:
+    content = json.loads((ROOT / "reports" / "study.json").read_text(encoding="utf-8"))
+    measured = [Point.from_dict(row["point"]).key for row in content["rows"]]
+    assert len(set(measured)) == len(measured)
+    axes = (default("study.full"), default("study.reduced"))
+    assert set(measured) == {p.key for each in axes for ps in slices(each).values() for p in ps}

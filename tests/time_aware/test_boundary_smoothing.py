@@ -160,11 +160,11 @@ class TestWeights:
     ) -> None:
         groups = TimeGroups(timesteps, data.draw(st.integers(1, timesteps)))
         smoother = BoundarySmoother(method, data.draw(st.integers(1, 20)))
-        weights = smoother.weights(groups.ranges)
+        weights = smoother.weights(groups.intervals)
         assert weights.shape == (timesteps, groups.num_groups)
         torch.testing.assert_close(weights.sum(1), torch.ones(timesteps, dtype=torch.float64))
         scales = torch.rand(groups.num_groups, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 5
-        params = [TimeGroupParams(r, s, s - 5) for r, s in zip(groups.ranges, scales, strict=True)]
+        params = [TimeGroupParams(r, s, s - 5) for r, s in zip(groups.intervals, scales, strict=True)]
         smoothed = smoother.smooth(params)
         torch.testing.assert_close(torch.stack([step.scale for step in smoothed]), weights @ scales)
         torch.testing.assert_close(torch.stack([step.zero_point for step in smoothed]), weights @ (scales - 5))
@@ -173,7 +173,7 @@ class TestWeights:
         groups = TimeGroups(15, 3)  # middles 2, 7 and 12
         params = [
             TimeGroupParams(r, torch.tensor([s, 2 * s]), torch.zeros(2))
-            for r, s in zip(groups.ranges, (1.0, 3.0, 2.0), strict=True)
+            for r, s in zip(groups.intervals, (1.0, 3.0, 2.0), strict=True)
         ]
         steps = BoundarySmoother("spline", 5).smooth(params)
         assert [steps[i].scale.tolist() for i in (0, 2, 7, 12, 14)] == [
@@ -184,7 +184,7 @@ class TestWeights:
     def test_a_spline_through_a_line_is_the_line(self) -> None:
         groups = TimeGroups(20, 4)
         params = [
-            TimeGroupParams((a, b), torch.tensor((a + b - 1) / 2 + 1), torch.tensor(0.0)) for a, b in groups.ranges
+            TimeGroupParams((a, b), torch.tensor((a + b - 1) / 2 + 1), torch.tensor(0.0)) for a, b in groups.intervals
         ]
         steps = BoundarySmoother("spline", 1).smooth(params)
         inside = range(2, 18)  # from the first middle, 2, to the last, 17

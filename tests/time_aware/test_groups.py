@@ -17,13 +17,13 @@ class TestTimeGroups:
     def test_groups_are_contiguous_and_differ_by_at_most_one(self, timesteps: int, data: st.DataObject) -> None:
         num_groups = data.draw(st.integers(1, timesteps))
         groups = TimeGroups(timesteps, num_groups)
-        members = [i for start, stop in groups.ranges for i in range(start, stop)]
-        widths = [stop - start for start, stop in groups.ranges]
+        members = [i for start, stop in groups.intervals for i in range(start, stop)]
+        widths = [stop - start for start, stop in groups.intervals]
         assert members == list(range(timesteps))
         assert len(widths) == num_groups
         assert max(widths) - min(widths) <= 1
-        assert groups.boundaries == [start for start, _ in groups.ranges][1:]
-        assert all(start <= i < stop for i in members for start, stop in [groups.ranges[groups.group_of(i)]])
+        assert groups.boundaries == [start for start, _ in groups.intervals][1:]
+        assert all(start <= i < stop for i in members for start, stop in [groups.intervals[groups.group_of(i)]])
 
     @pytest.mark.parametrize(
         ("timesteps", "num_groups", "ranges"),
@@ -38,7 +38,7 @@ class TestTimeGroups:
     def test_the_first_groups_are_one_longer(
         self, timesteps: int, num_groups: int, ranges: list[tuple[int, int]]
     ) -> None:
-        assert TimeGroups(timesteps, num_groups).ranges == ranges
+        assert TimeGroups(timesteps, num_groups).intervals == ranges
 
     @pytest.mark.parametrize(
         ("timesteps", "num_groups", "message"),
@@ -92,7 +92,7 @@ class TestStarts:
 
     def test_ranges_follow_the_starts(self) -> None:
         groups = TimeGroups(10, 3, (2, 9))
-        assert groups.ranges == [(0, 2), (2, 9), (9, 10)]
+        assert groups.intervals == [(0, 2), (2, 9), (9, 10)]
         assert groups.boundaries == [2, 9]
         assert [groups.group_of(t) for t in (0, 1, 2, 8, 9)] == [0, 0, 1, 1, 2]
 

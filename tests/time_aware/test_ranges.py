@@ -30,7 +30,7 @@ def sample_of(seed: int = 0, tokens: int = 40, channels: int = 6, growth: float 
 
 def smoothing(groups: TimeGroups, method: str | None = None) -> Tensor:
     """The smoothing matrix of time groups."""
-    return BoundarySmoother(method, 2).weights(groups.ranges)
+    return BoundarySmoother(method, 2).weights(groups.intervals)
 
 
 def minmax_error(values: Tensor, bits: int, share: float = 1.0) -> float:

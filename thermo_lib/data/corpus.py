@@ -7,13 +7,16 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from thermo_lib.data.puzzles import EOS, SPECIAL_TOKENS
-from thermo_lib.params import default
 
+PACKAGES = ("sympy", "networkx", "mpmath")  # torch brings them
+AS_INSTALLED: Mapping[str, None] = MappingProxyType(dict.fromkeys(PACKAGES))  # in whatever version
+SEQUENCE_LENGTH = 128
 SPLITS = ("train", "validation", "test")
 
 
@@ -23,12 +26,14 @@ def split_of(relative_path: str) -> str:
     return "train" if bucket < 90 else "validation" if bucket < 95 else "test"
 
 
-def load_corpus(split: str, packages: Mapping[str, str] | None = None) -> dict[str, str]:
+def load_corpus(
+    split: str, packages: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(PACKAGES))
+) -> dict[str, str]:
     """The source files of one split.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
-        packages: distribution name to required version; by default ``data.packages`` of ``params.yaml``.
+        packages: distribution name to required version, None for any; by default ``PACKAGES`` as they are installed.
 
     Returns:
         Path relative to the environment's ``site-packages`` to file content, in path order.
@@ -39,19 +44,20 @@ def load_corpus(split: str, packages: Mapping[str, str] | None = None) -> dict[s
     if split not in SPLITS:
         raise ValueError(f"split: found {split!r}, allowed are {', '.join(SPLITS)}")
     files: dict[str, str] = {}
-    for name, version in (default("data.packages") if packages is None else packages).items():
+    for name, version in packages.items():
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"data.packages: {name} is not installed, required is {name}=={version}") from None
-        if distribution.version != str(version):
+            required = name if version is None else f"{name}=={version}"
+            raise ValueError(f"data.packages: {name} is not installed, required is {required}") from None
+        if version is not None and distribution.version != str(version):
             raise ValueError(f"data.packages: found {name}=={distribution.version}, required is {name}=={version}")
         for entry in sorted(distribution.files or (), key=str):
             path = entry.as_posix()
             if path.endswith(".py") and "/tests/" not in path and split_of(path) == split:
                 files[path] = Path(distribution.locate_file(entry)).read_text(encoding="utf-8", errors="replace")
     if not files:
-        raise ValueError(f"data.packages: no .py file of split {split!r} in {', '.join(packages or ())}")
+        raise ValueError(f"data.packages: no .py file of split {split!r} in {', '.join(packages)}")
     return files
 
 

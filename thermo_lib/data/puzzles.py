@@ -20,6 +20,7 @@ TASKS = ("sudoku", "countdown")
 MASK, EOS, SUDOKU, COUNTDOWN, ANSWER = "<|mask|>", "<|endoftext|>", "<|sudoku|>", "<|countdown|>", "<|answer|>"
 SPECIAL_TOKENS = (MASK, EOS, SUDOKU, COUNTDOWN, ANSWER)
 TASK_TOKENS = {"sudoku": SUDOKU, "countdown": COUNTDOWN}
+TASK_LENGTH = 42  # tokens of a puzzle, as the reference model was trained on them
 _TEST_SHARE = 20  # one puzzle input in 20 is kept out of training
 
 
@@ -227,3 +228,32 @@ def decode_answers(ids: torch.Tensor, is_answer: torch.Tensor, tokenizer: Tokeni
         end = tokens.index(eos) if eos in tokens else len(tokens)
         answers.append(tokenizer.decode(tokens[:end], skip_special_tokens=False))
     return answers
+
+
+@dataclass(frozen=True)
+class PuzzlePrompts:
+    """New training puzzles with their answers masked; starts of denoising, see ``diffusion.prompts.Prompts``.
+
+    Attributes:
+        tokenizer: one that knows the tasks.
+        length: tokens of a puzzle.
+    """
+
+    tokenizer: Tokenizer
+    length: int = TASK_LENGTH
+    is_empty = False
+
+    def draw(self, count: int, seed: int) -> torch.Tensor:
+        """Puzzles of all tasks, as equally many of each as ``count`` allows, int64 ``(count, length)``."""
+        return self._masked(-(-count // len(TASKS)), (seed,))[:count]
+
+    def start(self, number: int, seed: int) -> torch.Tensor:
+        """The puzzle of a number, the tasks in turns, int64 ``(length,)``."""
+        turn, task = divmod(number, len(TASKS))
+        return self._masked(1, (seed, turn))[task]
+
+    def _masked(self, count: int, seed: tuple[int, ...]) -> torch.Tensor:
+        """``count`` puzzles of each task."""
+        puzzles = [puzzle for task in TASKS for puzzle in make_puzzles(task, count, seed, test=False)]
+        ids, is_answer = encode_puzzles(puzzles, self.tokenizer, self.length)
+        return ids.masked_fill(is_answer, self.tokenizer.token_to_id(MASK))

@@ -52,7 +52,10 @@ class PathKL:
 
 @torch.no_grad()
 def reference_logits(lm: DiffusionLM, states: States, timesteps: int, batch_size: int = 64) -> list[Tensor]:
-    """The full-precision logits at the masked positions of each batch of states, to compare several models with."""
+    """The full-precision logits at the masked positions of each batch of states, to compare several models with.
+
+    Each is float32 ``(masked, vocabulary)``, see ``DiffusionLM.logits``.
+    """
     outputs = []
     for timestep, rows in states.batches(batch_size):
         lm.set_timestep(timestep, timesteps)

@@ -67,7 +67,7 @@ def mask_tokens(
     Returns:
         ``(masked_ids, is_masked)``, both ``(batch, length)``.
     """
-    is_masked = torch.rand(ids.shape, generator=generator) < ratio[:, None]
+    is_masked = torch.rand(ids.shape, generator=generator, dtype=torch.float32) < ratio[:, None]
     if allowed is not None:
         is_masked &= allowed
     return torch.where(is_masked, mask_token_id, ids), is_masked
@@ -95,22 +95,38 @@ def sample_tokens(
     """Draw one token a row, by inverting the cumulative distribution.
 
     Args:
-        logits: ``(n, vocabulary)``.
+        logits: ``(n, vocabulary)``; what a hook made of them may be of less than float32.
         temperature: 0 takes the likeliest token.
         uniform: ``(n,)`` random numbers in [0, 1).
         top_p, top_k: nucleus and top-k filters; None for no filter.
 
     Returns:
         ``(tokens (n,) int64, probabilities (n, vocabulary))``, the probabilities after temperature and filters.
+
+    Raises:
+        ValueError: a row has no finite largest logit, so that it has no probabilities.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature > 0:
         logits = logits / temperature
+    _check_choice(logits, temperature)
     probabilities = filter_logits(logits, top_p, top_k).float().softmax(-1)
     if temperature == 0:
         return probabilities.argmax(-1), probabilities
     cumulative = probabilities.double().cumsum(-1)
     drawn = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
     return drawn.clamp(max=logits.shape[-1] - 1), probabilities
+
+
+def _check_choice(logits: Tensor, temperature: float) -> None:
+    """Refuse rows without a distribution: softmax makes NaN of them, and a search in NaN finds the last token."""
+    largest = logits.amax(-1)  # NaN if there is any
+    if not largest.isfinite().all():
+        found = largest[~largest.isfinite()][0].item()
+        allowed = "allowed is a finite one, -inf only for tokens that are ruled out"
+        raise ValueError(
+            f"logits: found a row whose largest is {found} at temperature {temperature:g}, after on_logits; {allowed}"
+        )
 
 
 def confidence(sampler: str, tokens: Tensor, probabilities: Tensor) -> Tensor:
@@ -223,7 +239,7 @@ def generate(
         batch_size: sequences a forward pass.
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
-            those of all positions, ``(batch, length, vocabulary)``, which are computed only where there is a hook.
+            those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook.
         on_tokens: called with ``(None, ids, None)`` before the first step, and with ``(timestep, ids, logits)`` after
             every step; returns the ids to go on with, which may have other mask tokens. Blocks are numbered after the
             first call; logits are those that ``on_logits`` returned.
@@ -234,8 +250,8 @@ def generate(
         wrote in the last step and those in padding.
 
     Raises:
-        ValueError: unknown sampler, a value out of range, ids or a mask of another kind, or a hook's result of
-            another shape.
+        ValueError: unknown sampler, a value out of range, ids or a mask of another kind, a hook's result of another
+            shape or NaN, or what ``DiffusionLM.logits`` raises.
     """
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
@@ -254,7 +270,7 @@ def generate(
             lm.set_timestep(timestep, timesteps)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
             # Drawn for every position at once, so that the batch size doesn't change a position's random numbers.
-            uniform = torch.rand((2, *ids.shape), generator=generator)
+            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float32)
             for rows in batches:
                 if on_state is not None:
                     on_state(timestep, rows, result[rows])
@@ -318,7 +334,7 @@ def _denoise(x: Tensor, logits: Tensor, is_open: Tensor, rho: float, sampling: S
         return torch.where(is_open & (for_position < rho), filled, x)
     if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
         probabilities = logits.float().softmax(-1)
-    score = torch.full(x.shape, -torch.inf)
+    score = torch.full(x.shape, -torch.inf, dtype=torch.float32)
     score[is_open] = confidence(sampling.sampler, tokens, probabilities)
     if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
         score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()

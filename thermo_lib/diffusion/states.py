@@ -18,10 +18,9 @@ from torch import Tensor
 
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import held_out_sequences
-from thermo_lib.data.puzzles import TASKS, encode_puzzles, knows_tasks, make_puzzles
+from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 
 Source = Literal["forward", "trajectory"]
 SOURCES: tuple[Source, ...] = ("forward", "trajectory")
@@ -209,32 +208,46 @@ def trajectory_states(
     )
 
 
-def calibration_batches(lm: DiffusionLM, seed: int) -> list[tuple[Tensor, Tensor | None]]:
+def calibration_batches(
+    lm: DiffusionLM,
+    seed: int = 0,
+    *,
+    sequences: int = 32,
+    puzzles: int = 16,
+    length: int = corpus.SEQUENCE_LENGTH,
+    task_length: int = TASK_LENGTH,
+) -> list[tuple[Tensor, Tensor | None]]:
     """The project's calibration text: training code and, where the model knows them, training puzzles of each task.
 
     The code comes from a random choice of files, eight for each sequence, so that not all have to be tokenized.
 
+    Args:
+        lm: the model; only its tokenizer is used.
+        seed: seeds the choice of files and sequences, and the puzzles.
+        sequences, length: number of sequences of code, and of tokens of each.
+        puzzles, task_length: number of puzzles of each task, and of tokens of each.
+
     Returns:
         ``(ids, allowed)`` pairs as ``calibrate`` takes them.
     """
-    files, count = corpus.load_corpus("train"), default("calibration.code_sequences")
-    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: 8 * count].tolist()
+    files = corpus.load_corpus("train")
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[: 8 * sequences].tolist()
     names = list(files)
     chosen = {names[index]: files[names[index]] for index in order}
-    code = held_out_sequences(chosen, lm.tokenizer, count, default("data.sequence_length"), seed)
+    code = held_out_sequences(chosen, lm.tokenizer, sequences, length, seed)
     if not knows_tasks(lm.tokenizer):
         return [(code, None)]
-    puzzles = [p for t in TASKS for p in make_puzzles(t, default("calibration.puzzles"), seed, test=False)]
-    return [(code, None), encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))]
+    made = [puzzle for task in TASKS for puzzle in make_puzzles(task, puzzles, seed, test=False)]
+    return [(code, None), encode_puzzles(made, lm.tokenizer, task_length)]
 
 
 def calibrate(
     lm: DiffusionLM,
     batches: list[tuple[Tensor, Tensor | None]] | None = None,
     *,
-    timesteps: int | None = None,
-    source: Source | None = None,
-    seed: int | None = None,
+    timesteps: int = 16,
+    source: Source = "trajectory",
+    seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
     """Draw calibration states.
@@ -242,16 +255,15 @@ def calibrate(
     Args:
         lm: the full-precision model.
         batches: pairs ``(ids, allowed)``: int64 ``(sequences, length)`` and the positions to denoise (bool, or None
-            for all); by default the project's training code and puzzles.
-        timesteps, source, seed: by default from ``params.yaml``.
+            for all); by default what ``calibration_batches`` makes of the project's training code and puzzles.
+        timesteps: number of denoising steps ``T``.
+        source: ``trajectory`` (the model's own denoising) or ``forward`` (text, masked at the schedule's ratios).
+        seed: seeds text, masks and denoising.
         progress: show a bar.
 
     Raises:
         ValueError: empty calibration set, unknown source, or a value out of range.
     """
-    timesteps = default("quant.timesteps") if timesteps is None else timesteps
-    source = default("calibration.source") if source is None else source
-    seed = default("seed") if seed is None else seed
     if source not in SOURCES:
         raise ValueError(f"calibration.source: found {source!r}, allowed are {', '.join(SOURCES)}")
     if batches is None:

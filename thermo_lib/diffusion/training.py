@@ -33,7 +33,8 @@ from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 
 def stratified_ratios(count: int, generator: torch.Generator) -> Tensor:
     """Mask ratios ``(count,)`` in (0, 1), one in each of ``count`` equal intervals, in random order."""
-    ratios = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    offsets = torch.rand(count, generator=generator, dtype=torch.float32)
+    ratios = (torch.arange(count) + offsets) / count
     return ratios[torch.randperm(count, generator=generator)]
 
 
@@ -173,7 +174,7 @@ class Training:
                 bar.update()
                 if self.step % self.params["checkpoint_every"] == 0 or self.step == end:
                     self.save()
-                    recent = torch.tensor(self.losses[-100:]).mean(0).tolist()
+                    recent = torch.tensor(self.losses[-100:], dtype=torch.float32).mean(0).tolist()
                     bar.set_postfix(code=f"{recent[0]:.3f}", planning=f"{recent[1]:.3f}")
         return self.model.eval()
 
@@ -220,7 +221,7 @@ def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:
     p = training.params
     if training.step < p["steps"]:
         raise ValueError(f"training: found {training.step} finished steps, expected {p['steps']}")
-    losses = torch.tensor(training.losses)
+    losses = torch.tensor(training.losses, dtype=torch.float32)
     every = min(every, len(losses))
     points = losses[: len(losses) // every * every].view(-1, every, 2).mean(1)
     record = {

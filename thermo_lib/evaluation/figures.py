@@ -1,17 +1,25 @@
 """Figures of the notebooks: colour-blind-safe colours (Okabe and Ito), axes with units, one idea each."""
 
-from collections.abc import Mapping, Sequence
+import io
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from thermo_lib.extras import needs
+from thermo_lib.files.text import write_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+plt = needs("matplotlib.pyplot")
+MaxNLocator = needs("matplotlib.ticker").MaxNLocator
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Figure, list[Axes]]":
     """``count`` axes, at most three in a row."""
     rows = -(-count // 3)
     columns = -(-count // rows)
@@ -31,8 +39,8 @@ def lines(
     ylabel: str,
     title: str = "",
     log: bool = False,
-    ax: Axes | None = None,
-) -> Axes:
+    ax: "Axes | None" = None,
+) -> "Axes":
     """One line a series against timesteps (or ``x``)."""
     if ax is None:
         ax = _axes()[1][0]
@@ -152,3 +160,31 @@ def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
         ax.barh(row, stop - start, left=start - first, height=0.6, color=COLORS[row % len(COLORS)], edgecolor="white")
     ax.set(xlabel="time (s)", yticks=range(len(workers)), yticklabels=[f"worker {n + 1}" for n in range(len(workers))])
     ax.invert_yaxis()
+
+
+def labelled_points(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], ours: Collection[str], *, xlabel: str, ylabel: str
+) -> "Figure":
+    """Points with one label a series, at its lowest; ``ours`` in one colour, all else in grey. The y axis is a log."""
+    figure, (ax,) = _axes(width=7.2, height=4.4)
+    for name, (x, y) in points.items():
+        is_ours = name in ours
+        color = COLORS[0] if is_ours else "#8a8a8a"
+        ax.scatter(
+            x, y, s=44 if is_ours else 24, color=color, marker="D" if is_ours else "o", zorder=3 if is_ours else 2
+        )
+        low = min(range(len(y)), key=y.__getitem__)
+        style = {"fontsize": 9, "color": color if is_ours else "#444444", "fontweight": "bold" if is_ours else "normal"}
+        ax.annotate(name, (x[low], y[low]), xytext=(6, -3), textcoords="offset points", **style)
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
+    ax.yaxis.set_major_formatter(needs("matplotlib.ticker").ScalarFormatter())
+    ax.margins(x=0.2)
+    return figure
+
+
+def save_svg(figure: "Figure", path: str | Path) -> None:
+    """Write a figure as SVG: equal figures are equal files, text stays text."""
+    with plt.rc_context({"svg.hashsalt": "thermo_lib", "svg.fonttype": "none"}):
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    write_text(path, text.getvalue())

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from thermo_lib.files.text import write_text
-from thermo_lib.params import default
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "papermill", "dvc")
 _COLUMNS = {  # column of the text tables: key of a row and how to print it
@@ -79,14 +78,18 @@ def hardware() -> dict[str, Any]:
 
 
 def build_report(
-    model: str, full_precision: dict[str, Any], configurations: list[dict[str, Any]], targets: list[dict[str, Any]]
+    model: str,
+    full_precision: dict[str, Any],
+    configurations: list[dict[str, Any]],
+    targets: list[dict[str, Any]],
+    seed: int = 0,
 ) -> dict[str, Any]:
     """The content of ``report.json``."""
     return {
         "model": model,
         "versions": versions(),
         "hardware": hardware(),
-        "seeds": {"all": default("seed")},
+        "seeds": {"all": seed},
         "full_precision": full_precision,
         "configurations": configurations,
         "targets": targets,

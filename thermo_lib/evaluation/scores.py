@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import held_out_sequences
 from thermo_lib.data.puzzles import (
+    TASK_LENGTH,
     Puzzle,
     decode_answers,
     encode_puzzles,
@@ -32,11 +32,8 @@ from thermo_lib.data.puzzles import (
 from thermo_lib.diffusion.path_kl import PathKL, path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
-from thermo_lib.evaluation.statistics import interval
+from thermo_lib.evaluation.statistics import RESAMPLES, interval
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
-from thermo_lib.pipeline.model import QuantizedLM
-from thermo_lib.time_aware.markov import MarkovReport, markov_report
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,8 @@ class Suite:
         reference_outputs: the reference's logits on ``trajectories``.
         puzzles: Sudoku puzzles that training never saw; empty where the model's tokenizer doesn't know the task.
         timesteps: ``T``.
+        sampler, temperature: how the puzzles are answered.
+        resamples: number of bootstrap samples of the intervals.
     """
 
     reference: DiffusionLM
@@ -58,6 +57,9 @@ class Suite:
     reference_outputs: list[Tensor]
     puzzles: list[Puzzle]
     timesteps: int
+    sampler: str = "entropy"
+    temperature: float = 0.0
+    resamples: int = RESAMPLES
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Evaluation:
         length: tokens of a sequence.
         path: path KL and output similarity to the full-precision model.
         puzzles: the Sudoku puzzles; None where the suite has none.
+        resamples: number of bootstrap samples of its intervals.
     """
 
     correct: Tensor
@@ -92,6 +95,7 @@ class Evaluation:
     length: int
     path: PathKL
     puzzles: PuzzleResult | None
+    resamples: int = RESAMPLES
 
     @property
     def accuracy_per_timestep(self) -> Tensor:
@@ -110,57 +114,87 @@ class Evaluation:
         return float((self.nll.mean(0) * rho).sum() / self.length)
 
 
-def build_suite(reference: DiffusionLM, *, timesteps: int | None = None, progress: bool = False) -> Suite:
-    """The project's evaluation inputs for a reference model, sized by the ``evaluation`` section of ``params.yaml``.
+def build_suite(
+    reference: DiffusionLM,
+    *,
+    timesteps: int = 16,
+    sequences: int = 40,
+    trajectories: int = 16,
+    sudoku: int = 40,
+    length: int = corpus.SEQUENCE_LENGTH,
+    sampler: str = "entropy",
+    temperature: float = 0.0,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    progress: bool = False,
+) -> Suite:
+    """The project's evaluation inputs for a reference model.
 
     Args:
         reference: the full-precision model.
-        timesteps: ``T``; by default ``quant.timesteps``.
+        timesteps: number of denoising steps ``T``.
+        sequences: number of sequences of held-out code.
+        trajectories: number of the reference's own trajectories.
+        sudoku: number of Sudoku puzzles; none where the tokenizer doesn't know the task.
+        length: tokens of a sequence and of a trajectory.
+        sampler, temperature: how the puzzles are answered, see ``generate``.
+        resamples: number of bootstrap samples of the intervals.
+        seed: seeds all of it.
         progress: show bars.
     """
-    timesteps = default("quant.timesteps") if timesteps is None else timesteps
-    seed, length = default("seed"), default("data.sequence_length")
-    count, paths = default("evaluation.sequences"), default("evaluation.trajectories")
-    code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, count, length, seed)
-    trajectories = trajectory_states(
+    code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, sequences, length, seed)
+    paths = trajectory_states(
         reference,
-        torch.full((paths, length), reference.mask_token_id),
+        torch.full((trajectories, length), reference.mask_token_id),
         None,
         timesteps,
         seed + 1,
         progress="trajectories" if progress else None,
     )
-    puzzles = default("evaluation.sudoku") if knows_tasks(reference.tokenizer) else 0
+    puzzles = sudoku if knows_tasks(reference.tokenizer) else 0
     return Suite(
         reference=reference,
         held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
-        trajectories=trajectories,
-        reference_outputs=reference_logits(reference, trajectories, timesteps),
+        trajectories=paths,
+        reference_outputs=reference_logits(reference, paths, timesteps),
         puzzles=make_puzzles("sudoku", puzzles, seed, test=True),
         timesteps=timesteps,
+        sampler=sampler,
+        temperature=temperature,
+        resamples=resamples,
     )
 
 
 def solve_puzzles(
-    lm: DiffusionLM, puzzles: list[Puzzle], timesteps: int | None = None, *, seed: int = 0, progress: bool = False
+    lm: DiffusionLM,
+    puzzles: list[Puzzle],
+    timesteps: int = 16,
+    *,
+    sampler: str = "entropy",
+    temperature: float = 0.0,
+    task_length: int = TASK_LENGTH,
+    seed: int = 0,
+    progress: bool = False,
 ) -> PuzzleResult:
     """Generate an answer to every puzzle and check it; any valid solution is right.
 
     Args:
         lm: the model.
         puzzles: of one or several tasks.
-        timesteps: denoising steps; by default ``quant.timesteps``.
+        timesteps: number of denoising steps.
+        sampler, temperature: see ``generate``.
+        task_length: tokens of a puzzle.
         seed: seeds the sampler.
         progress: show a bar.
     """
-    ids, is_answer = encode_puzzles(puzzles, lm.tokenizer, default("data.task_length"))
+    ids, is_answer = encode_puzzles(puzzles, lm.tokenizer, task_length)
     filled = generate(
         lm,
         torch.where(is_answer, lm.mask_token_id, ids),
-        timesteps=default("quant.timesteps") if timesteps is None else timesteps,
-        sampler=default("evaluation.sampler"),
+        timesteps=timesteps,
+        sampler=sampler,
         eps=0.0,
-        temperature=default("evaluation.temperature"),
+        temperature=temperature,
         seed=seed,
         batch_size=128,
         progress="puzzles" if progress else None,
@@ -185,7 +219,12 @@ def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bo
 
 
 def puzzles_under_bound(
-    reference: DiffusionLM, quantized: DiffusionLM, puzzles: list[Puzzle], timesteps: int, seed: int = 0
+    reference: DiffusionLM,
+    quantized: DiffusionLM,
+    puzzles: list[Puzzle],
+    timesteps: int,
+    seed: int = 0,
+    task_length: int = TASK_LENGTH,
 ) -> dict[str, float]:
     """What path KL promises about solved puzzles, and what is solved.
 
@@ -199,11 +238,12 @@ def puzzles_under_bound(
         puzzles: of one or several tasks.
         timesteps: ``T``.
         seed: seeds both samplers.
+        task_length: tokens of a puzzle.
 
     Returns:
         ``path_kl`` (nats per puzzle), ``bound``, and ``solved_reference``, ``solved``, ``difference`` (0-1).
     """
-    ids, is_answer = encode_puzzles(puzzles, reference.tokenizer, default("data.task_length"))
+    ids, is_answer = encode_puzzles(puzzles, reference.tokenizer, task_length)
     states = trajectory_states(reference, ids, is_answer, timesteps, seed)
     divergence = path_kl(reference, quantized, states, timesteps).total
     start = torch.where(is_answer, reference.mask_token_id, ids)
@@ -276,8 +316,17 @@ def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evalua
             reference_outputs=suite.reference_outputs,
             progress=label("path KL"),
         ),
-        puzzles=solve_puzzles(lm, suite.puzzles, suite.timesteps, progress=progress) if suite.puzzles else None,
+        puzzles=_answers(lm, suite, progress),
+        resamples=suite.resamples,
     )
+
+
+def _answers(lm: DiffusionLM, suite: Suite, progress: bool) -> PuzzleResult | None:
+    """The model's answers to the suite's puzzles, None where it has none."""
+    if not suite.puzzles:
+        return None
+    how = {"sampler": suite.sampler, "temperature": suite.temperature, "progress": progress}
+    return solve_puzzles(lm, suite.puzzles, suite.timesteps, **how)
 
 
 def _accuracy(evaluation: Evaluation) -> Callable[[np.ndarray], float]:
@@ -287,13 +336,13 @@ def _accuracy(evaluation: Evaluation) -> Callable[[np.ndarray], float]:
 
 def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
     """The 95 % interval of the masked-token accuracy, over sequences."""
-    return interval(_accuracy(evaluation), len(evaluation.correct))
+    return interval(_accuracy(evaluation), len(evaluation.correct), evaluation.resamples)
 
 
-def path_kl_interval(path: PathKL) -> tuple[float, float]:
+def path_kl_interval(path: PathKL, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The 95 % interval of the path KL in nats, over trajectories."""
     totals = path.per_sequence.sum(1).numpy()
-    return interval(lambda index: float(totals[index].mean()), len(totals))
+    return interval(lambda index: float(totals[index].mean()), len(totals), resamples)
 
 
 def relative_accuracy_gain(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
@@ -306,86 +355,15 @@ def relative_accuracy_gain(evaluation: Evaluation, baseline: Evaluation) -> tupl
         raise ValueError("baseline: found an accuracy of 0, a relative gain needs one above 0")
     new, old = _accuracy(evaluation), _accuracy(baseline)
     value = evaluation.accuracy / baseline.accuracy - 1
-    return value, interval(lambda index: new(index) / old(index) - 1, len(evaluation.correct))
+    return value, interval(lambda index: new(index) / old(index) - 1, len(evaluation.correct), evaluation.resamples)
 
 
 def path_kl_difference(evaluation: Evaluation, baseline: Evaluation) -> tuple[float, tuple[float, float]]:
     """``path KL - baseline path KL`` in nats with its paired 95 % interval over trajectories."""
     difference = (evaluation.path.per_sequence - baseline.path.per_sequence).sum(1).numpy()
-    return float(difference.mean()), interval(lambda index: float(difference[index].mean()), len(difference))
-
-
-def markov(lm: QuantizedLM) -> MarkovReport | None:
-    """Markov smoothness of a model's time-dependent parameters after smoothing; None where nothing depends on time."""
-    params = lm.smoothed_params()
-    if not params:
-        return None
-    bits = lm.config.activation_bits if lm.config.activation_bits < 16 else lm.config.bit_width
-    return markov_report(params, lm.config.time_groups.boundaries, bits)
-
-
-def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:
-    """One configuration's row of the report: settings, bits per weight and scores with intervals."""
-    quantized = isinstance(lm, QuantizedLM)
-    config = lm.config if quantized else None
-    smoothness = markov(lm) if quantized else None
-    return {
-        "name": name,
-        "bits": config.bit_width if config else 32,
-        "activation_bits": config.activation_bits if config else 32,
-        "activation_ranges": config.activation_ranges if config and config.activation_bits < 16 else None,
-        "quantizer": config.quantizer if config else None,
-        "group_size": config.group_size if config else None,
-        "num_time_groups": config.num_time_groups if config else None,
-        "smoothing_method": config.method if config else None,
-        "smoothing_window": config.smoothing_window if config and config.method else None,
-        "bits_per_weight": lm.bits_per_weight if quantized else 32.0,
-        "accuracy": evaluation.accuracy,
-        "accuracy_ci": list(accuracy_interval(evaluation)),
-        "accuracy_per_timestep": evaluation.accuracy_per_timestep.tolist(),
-        "nelbo": evaluation.nelbo,
-        "path_kl": evaluation.path.total,
-        "path_kl_ci": list(path_kl_interval(evaluation.path)),
-        "path_kl_per_timestep": evaluation.path.per_timestep.tolist(),
-        "markov_score": smoothness.score if smoothness else None,
-        "markov_score_all_steps": smoothness.score_all_steps if smoothness else None,
-        "max_jump": smoothness.max_jump if smoothness else None,
-        "mean_jump": smoothness.mean_jump if smoothness else None,
-        "violations": len(smoothness.violations) if smoothness else None,
-        "cosine_similarity": evaluation.path.mean_cosine,
-        "sudoku_solved": evaluation.puzzles.accuracy if evaluation.puzzles else None,
-    }
-
-
-@dataclass(frozen=True)
-class ValidationReport:
-    """How close a quantized model is to the full-precision one, and how smooth its parameters are over time.
-
-    Attributes:
-        cosine_similarity: of the two models' outputs at masked positions, -1 to 1.
-        path_kl: nats per sequence.
-        markov_smoothness_score: 0-1; 1 where no parameter depends on the timestep.
-        markov: the details, None where no parameter depends on the timestep.
-    """
-
-    cosine_similarity: float
-    path_kl: float
-    markov_smoothness_score: float
-    markov: MarkovReport | None
-
-
-def validate(lm: QuantizedLM, suite: Suite, *, progress: bool = False) -> ValidationReport:
-    """Compare a quantized model with the suite's reference, without text or puzzles."""
-    path = path_kl(
-        suite.reference,
-        lm,
-        suite.trajectories,
-        suite.timesteps,
-        reference_outputs=suite.reference_outputs,
-        progress="path KL" if progress else None,
+    return float(difference.mean()), interval(
+        lambda index: float(difference[index].mean()), len(difference), evaluation.resamples
     )
-    smoothness = markov(lm)
-    return ValidationReport(path.mean_cosine, path.total, smoothness.score if smoothness else 1.0, smoothness)
 
 
 def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bool) -> tuple[float, float]:
@@ -413,7 +391,8 @@ def context_free_scores(states: States, timesteps: int, counts: Tensor, copy: bo
             visible = clean[~is_masked]
             probabilities = unigram
             if copy and len(visible):
-                probabilities = 0.5 * unigram + 0.5 * torch.bincount(visible, minlength=len(unigram)) / len(visible)
+                seen = torch.bincount(visible, minlength=len(unigram)).float()
+                probabilities = 0.5 * unigram + 0.5 * seen / len(visible)
             truth = clean[is_masked]
             correct += int((truth == probabilities.argmax()).sum())
             masked += len(truth)

@@ -1,6 +1,7 @@
 """The earlier project's claims about boundary smoothing, measured on one quantized model, each with a verdict."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,13 +9,33 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.evaluation.scores import Evaluation, Suite, evaluate, markov, relative_accuracy_gain, summarize
+from thermo_lib.evaluation.scores import Evaluation, Suite, evaluate, relative_accuracy_gain
 from thermo_lib.evaluation.statistics import paired_ratio, verdict
+from thermo_lib.evaluation.summary import markov, summarize
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.activations import requantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the earlier project claimed of smoothing.
+
+    Attributes:
+        accuracy_gain: relative gain of accuracy, at least.
+        markov_score: Markov smoothness, at least.
+        jump_cut: share by which the mean parameter jump shrinks, at least.
+        overhead: relative cost in time, below.
+    """
+
+    accuracy_gain: float = 0.02
+    markov_score: float = 0.82
+    jump_cut: float = 0.5
+    overhead: float = 0.1
+
+
+CLAIMED = Targets()
 
 
 def check_comparable(config: ThermoConfig) -> None:
@@ -23,12 +44,18 @@ def check_comparable(config: ThermoConfig) -> None:
     Raises:
         ValueError: a single time group.
     """
-    if config.num_time_groups == 1:
+    if config.time_groups is None:
         raise ValueError("num_time_groups: found 1, allowed is at least 2; one group has no boundary to smooth")
 
 
 def compare_smoothing(
-    unsmoothed: QuantizedLM, suite: Suite, methods: Sequence[str], *, progress: bool = False
+    unsmoothed: QuantizedLM,
+    suite: Suite,
+    methods: Sequence[str],
+    *,
+    window: int | None = None,
+    claims: Targets = CLAIMED,
+    progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, QuantizedLM]]:
     """Evaluate one quantized model without smoothing and with each method.
 
@@ -36,6 +63,8 @@ def compare_smoothing(
         unsmoothed: a model with time groups and smoothing off.
         suite: the evaluation inputs.
         methods: some of ``linear``, ``cubic``, ``sigmoid``.
+        window: see ``resmooth``.
+        claims: the bounds of the verdicts.
         progress: show bars.
 
     Returns:
@@ -47,7 +76,7 @@ def compare_smoothing(
     config = unsmoothed.config
     check_comparable(config)
     label = f"{config.precision} {config.quantizer}, time groups"
-    models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method) for method in methods}
+    models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method, window) for method in methods}
     scores = {
         method: evaluate(model, suite, progress=progress)
         for method, model in tqdm(models.items(), desc=label, disable=not progress, leave=False)
@@ -57,13 +86,20 @@ def compare_smoothing(
     targets = [
         row
         for method in methods
-        for row in smoothing_targets(models[method], scores[method], unsmoothed, scores["none"])
+        for row in smoothing_targets(models[method], scores[method], unsmoothed, scores["none"], claims)
     ]
     return rows, targets, models
 
 
 def smoothing_overhead(
-    unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite, method: str, *, progress: bool = False
+    unsmoothed: QuantizedLM,
+    calibration: Calibration,
+    suite: Suite,
+    method: str,
+    *,
+    rounds: int = 9,
+    sequences: int = 2,
+    progress: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What smoothing costs, as paired ratios of times with and without it.
 
@@ -72,21 +108,19 @@ def smoothing_overhead(
         calibration: states to fit on; a few are enough, smoothing's work doesn't grow with them.
         suite: the denoised sequences are its first.
         method: the smoothing method.
+        rounds: number of counted rounds.
+        sequences: number of sequences that are denoised.
         progress: show bars.
 
     Returns:
         ``inference`` (a forward pass at every timestep) and, where activation ranges are static, ``quantization``
         (fitting them); each what ``paired_ratio`` returns, the candidate with smoothing.
     """
-    config = unsmoothed.config
     smoothed = resmooth(unsmoothed, method)
-    ids = suite.trajectories.ids[: default("evaluation.overhead_sequences")]
-    rounds = default("evaluation.overhead_rounds")
+    ids = suite.trajectories.ids[:sequences]
 
     def fit(smoothing: bool) -> None:
-        requantize_activations(
-            unsmoothed, calibration, activation_bits=config.activation_bits, enable_boundary_smoothing=smoothing
-        )
+        requantize_activations(unsmoothed, calibration, enable_boundary_smoothing=smoothing)
 
     def run(lm: QuantizedLM) -> None:
         denoise_once(lm, ids, range(suite.timesteps), suite.timesteps)
@@ -95,7 +129,7 @@ def smoothing_overhead(
         return paired_ratio(lambda: work(True), lambda: work(False), rounds, progress=label if progress else None)
 
     measured = {"inference": measure("inference", lambda smoothing: run(smoothed if smoothing else unsmoothed))}
-    if config.activation_bits < 16 and config.activation_ranges == "static":
+    if unsmoothed.config.has_static_ranges:
         measured["quantization"] = measure("quantization", fit)
     return measured
 
@@ -124,15 +158,16 @@ def target_row(
     }
 
 
-def overhead_targets(overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str) -> list[dict[str, Any]]:
+def overhead_targets(
+    overhead: dict[str, dict[str, Any]], config: ThermoConfig, method: str, claims: Targets = CLAIMED
+) -> list[dict[str, Any]]:
     """The targets on smoothing's cost, from what ``smoothing_overhead`` returned."""
-    bound = default("targets.overhead")
     return [
         target_row(
             f"overhead of {work}",
             config,
             method,
-            bound,
+            claims.overhead,
             measured["ratio"] - 1,
             (measured["ci"][0] - 1, measured["ci"][1] - 1),
             at_least=False,
@@ -159,24 +194,29 @@ def identity_target(same: bool, config: ThermoConfig) -> dict[str, Any]:
 
 
 def smoothing_targets(
-    lm: QuantizedLM, evaluation: Evaluation, unsmoothed: QuantizedLM, baseline: Evaluation
+    lm: QuantizedLM,
+    evaluation: Evaluation,
+    unsmoothed: QuantizedLM,
+    baseline: Evaluation,
+    claims: Targets = CLAIMED,
 ) -> list[dict[str, Any]]:
     """The earlier project's claims about one smoothed model against the same groups unsmoothed, each with a verdict.
 
     Args:
         lm, evaluation: the smoothed model and its scores.
         unsmoothed, baseline: the same quantized model without smoothing and its scores.
+        claims: the bounds of the verdicts.
     """
-    config, method = lm.config, lm.config.method
+    config, method = lm.config, lm.config.smoothing_method
     gain = relative_accuracy_gain(evaluation, baseline)
     smooth, rough = markov(lm), markov(unsmoothed)
     rows = [
-        target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), *gain),
-        target_row("Markov score", config, method, default("targets.markov_score"), smooth.score),
+        target_row("relative accuracy gain", config, method, claims.accuracy_gain, *gain),
+        target_row("Markov score", config, method, claims.markov_score, smooth.score),
     ]
     if rough.mean_jump > 0:
         cut = 1 - smooth.mean_jump / rough.mean_jump
-        rows.append(target_row("cut of the mean parameter jump", config, method, default("targets.jump_cut"), cut))
+        rows.append(target_row("cut of the mean parameter jump", config, method, claims.jump_cut, cut))
     return rows
 
 

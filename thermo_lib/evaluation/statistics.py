@@ -6,32 +6,36 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from scipy.stats import bootstrap
 from tqdm import tqdm
 
-from thermo_lib.params import default
-
+RESAMPLES = 2000
 Verdict = Literal["met", "not met", "inconclusive"]
 
 
-def interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+def interval(
+    statistic: Callable[[np.ndarray], float], count: int, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[float, float]:
     """A 95 % bootstrap percentile interval.
 
     Args:
         statistic: of an int array of row indices, drawn with replacement.
         count: number of rows.
+        resamples: number of bootstrap samples.
+        seed: seeds them.
 
     Returns:
         ``(low, high)``; equal seeds and inputs give equal intervals.
     """
+    from scipy.stats import bootstrap  # takes half a second to import
+
     result = bootstrap(
         (np.arange(count),),
         lambda index: statistic(index.astype(int)),
         vectorized=False,
-        n_resamples=default("evaluation.resamples"),
+        n_resamples=resamples,
         confidence_level=0.95,
         method="percentile",
-        rng=np.random.default_rng(default("seed")),
+        rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(result.low), float(result.high)
 

@@ -3,7 +3,9 @@
 import ctypes
 import fcntl
 import os
+import pwd
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +42,7 @@ def output_folder(folder: str | Path, source: Path | None = None) -> Path:
 
     Raises:
         ValueError: writing there would take away the working directory, the source, or what isn't a model.
+        PermissionError: the folder, the one that holds it or what an earlier run has left beside it is another user's.
     """
     path, held = Path(os.path.realpath(folder)), [] if source is None else [source, *source.iterdir()]
     if Path.cwd().is_relative_to(path):
@@ -48,12 +51,54 @@ def output_folder(folder: str | Path, source: Path | None = None) -> Path:
         found = "the source or a folder that holds it"
     elif os.path.lexists(path) and not path.is_dir():
         found = "something else than a folder"
-    elif path.is_dir() and not _is_replaceable(path):
-        found = "a folder with something else than a model in it"
+    elif os.path.ismount(path):
+        found = "a mount point"
     else:
-        return path
+        _check_rights(path)
+        if not path.is_dir() or _is_replaceable(path):
+            return path
+        found = "a folder with something else than a model in it"
     allowed = "a new folder, an empty one, or one with config.json and no folder in it, which is replaced"
     raise ValueError(f"output: found {str(folder)!r}, {found}; allowed is {allowed}")
+
+
+def _check_rights(folder: Path) -> None:
+    """Find out before the work what this user could not write or remove at its end.
+
+    Raises:
+        PermissionError: with the path and its owner.
+    """
+    holder = next(parent for parent in folder.parents if os.path.exists(parent))
+    if not os.access(holder, os.W_OK | os.X_OK):
+        raise PermissionError(f"output: {_whose(holder, 'written in')}; name a folder elsewhere")
+    lock = _lock_file(folder)
+    for path in (folder, lock, unfinished(folder, "partial"), unfinished(folder, "writing"), _retired(folder)):
+        is_held = path == lock and not os.access(path, os.R_OK | os.W_OK)  # it is opened, not removed
+        if os.path.lexists(path) and (is_held or not may_remove(path)):
+            instead = "let its owner finish or delete it, or name another folder"
+            raise PermissionError(f"output: {_whose(path, 'removed')}; {instead}")
+
+
+def may_remove(path: Path) -> bool:
+    """Whether this user may remove a file, or a folder with what is directly in it."""
+    holder, user = path.parent.stat(), os.geteuid()
+    is_kept = holder.st_mode & stat.S_ISVTX and user not in (0, holder.st_uid, path.lstat().st_uid)
+    if is_kept or not os.access(path.parent, os.W_OK | os.X_OK):
+        return False
+    if path.is_symlink() or not path.is_dir() or os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return True
+    return os.access(path, os.R_OK) and not any(path.iterdir())
+
+
+def _whose(path: Path, done: str) -> str:
+    return f"found {path} of {_user(path.lstat().st_uid)}, which can't be {done} by {_user(os.geteuid())}"
+
+
+def _user(number: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(number).pw_name!r}"
+    except KeyError:  # of a container, or of another machine's file system
+        return f"user {number}"
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -75,7 +120,7 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
         ValueError: there is another writer and ``wait`` is False.
         OSError: no right to write beside the folder.
     """
-    path, retired = folder.with_name(f".{folder.name}.lock"), _retired(folder)
+    path, retired = _lock_file(folder), _retired(folder)
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock(path, wait)
@@ -124,7 +169,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         OSError: no space left, or no right to write.
     """
     folder = output_folder(folder)
-    temporary = folder.with_name(f".{folder.name}.writing")
+    temporary = unfinished(folder, "writing")
     with only_writer(folder, wait=True), writing(folder, "an earlier folder is as it was"):
         remove(temporary)  # of a writer that was killed
         try:
@@ -153,9 +198,18 @@ def replace_folder(folder: Path, complete: Path) -> None:
     remove(retired)
 
 
+def unfinished(folder: Path, kind: str) -> Path:
+    """Where a folder is until it is complete: ``partial`` of a run that can go on, ``writing`` of one that can't."""
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _retired(folder: Path) -> Path:
     """Where a folder is while another takes its place, if the system can't swap names."""
-    return folder.with_name(f".{folder.name}.partial.old")
+    return unfinished(folder, "partial.old")
 
 
 def _exchange(first: Path, second: Path) -> bool:

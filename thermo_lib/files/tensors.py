@@ -21,16 +21,24 @@ CONVERT = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """A folder's safetensors file or else, as in ``transformers``, the shards that its index names.
+    """A folder's safetensors file or else the shards that its index names.
 
     Raises:
-        ValueError: no weights, pickled weights only, a damaged index, or shards that hold something else than it says.
+        ValueError: no weights, pickled weights only, a file beside an index, shards without an index, a damaged index,
+            or shards that hold something else than it says.
     """
     whole, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    if whole.is_file() and index.is_file():  # of two models, perhaps; transformers would take the file without a word
+        found = f"found both {whole.name} and {index.name} in {folder}"
+        raise ValueError(f"model: {found}, allowed is one of them; move away the one that isn't this model's")
     if whole.is_file():
         return [whole]
     if index.is_file():
         return _shards(index)
+    if shards := sorted(path.name for path in folder.glob("*.safetensors")):
+        found = f"found {shards[0]} ({len(shards)} safetensors files in all) in {folder}"
+        expected = f"expected {WEIGHTS_NAME}, or the {index.name} that names them; copy it from where they are from"
+        raise ValueError(f"model: {found}, but no index; {expected}")
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
     raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{CONVERT}")
@@ -59,6 +67,34 @@ def _shards(index: Path) -> list[Path]:
                     found = f"found it in {path.name!r}, allowed is {holder[tensor]!r} alone"
                     raise ValueError(f"{index}: weight_map: {tensor}: {found}")
     return paths
+
+
+def check_inside(paths: Sequence[Path], folder: Path) -> None:
+    """Raise ValueError unless the files of a checkpoint are safetensors files in its folder."""
+    for path in paths:
+        if not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts:
+            raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {folder}")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"model: found {path.name} in {folder}, allowed are safetensors; {CONVERT}")
+
+
+def read_headers(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """Shapes and types of all tensors in files, as tensors on the meta device.
+
+    Raises:
+        ValueError: a file that isn't complete, or a tensor in two of them.
+    """
+    found: dict[str, Tensor] = {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            for name in file.keys():
+                if name in found:
+                    raise ValueError(f"{path}: tensor {name}: found it in another file too, allowed is one of them")
+                part = file.get_slice(name)
+                shape = part.get_shape()
+                dtype = (part[:1] if shape else file.get_tensor(name)).dtype
+                found[name] = torch.empty(shape, dtype=dtype, device="meta")
+    return found
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -128,3 +164,9 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Tens
         if tuple(shape) != tuple(expected[name].shape):
             shapes = f"found shape {tuple(shape)}, expected {tuple(expected[name].shape)}"
             raise ValueError(f"{where}: tensor {name}: {shapes}")
+
+
+def written_times(folder: Path) -> dict[str, int]:
+    """When a folder's safetensors file and its index were written, in ns, of those that are there."""
+    paths = [folder / name for name in (WEIGHTS_NAME, INDEX_NAME)]
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}

@@ -8,18 +8,22 @@ masked, ``l`` uniform in ``1..L``, and ``L / l`` times their log probability is 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
 from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.diffusion.sampling import Sampling, generate
+from thermo_lib.extras import needs
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.storage import load_any
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+TemplateLM = needs("lm_eval.api.model").TemplateLM
+register_model = needs("lm_eval.api.registry").register_model
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -114,7 +118,7 @@ class HarnessLM(TemplateLM):
         """Token ids; no special tokens unless asked for."""
         return self.lm.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The bound of each answer after its context, in nats, and whether it is what the model fills greedily."""
         pairs = []
         for request in requests:
@@ -145,7 +149,7 @@ class HarnessLM(TemplateLM):
         # Evenly spread over 1..L from a random start, which has less variance than independent draws.
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         masked = 1 + ((torch.arange(draws) + shift) / draws * count).long().clamp(max=count - 1)
-        order = torch.rand((draws, count), generator=generator).argsort(1).argsort(1)
+        order = torch.rand((draws, count), generator=generator, dtype=torch.float32).argsort(1).argsort(1)
         is_masked = torch.zeros((draws, start + count), dtype=torch.bool)
         is_masked[:, start:] = order < masked[:, None]
         ids = torch.tensor([*context, *answer]).expand(draws, -1)
@@ -172,7 +176,7 @@ class HarnessLM(TemplateLM):
         filled = generate(self.lm, ids, timesteps=len(answer), sampler="maskgit_plus", eps=0.0)
         return filled[0, len(context) :].tolist() == list(answer)
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
         """The bound of each text, in nats; of one that is too long, of window after window, half of each known."""
         found = []
         for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
@@ -188,7 +192,7 @@ class HarnessLM(TemplateLM):
             found.append(total)
         return found
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """The model's continuation of each text, up to the first stop string or special token."""
         texts = []
         for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):

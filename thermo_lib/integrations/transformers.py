@@ -21,35 +21,12 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from thermo_lib.files.tensors import CONVERT, check_finite, check_shapes, open_safetensors
-from thermo_lib.models.architectures import ARCHITECTURES, MaskPredictor, tensor_name
-from thermo_lib.models.lm import stored_names
+from thermo_lib.files.tensors import check_finite, check_shapes, open_safetensors, read_headers
+from thermo_lib.models.architectures import ARCHITECTURES, MaskPredictor, checkpoint_folder, stored_names, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
 from thermo_lib.pipeline.storage import check_types, expected_tensors, install, model_tensors, stored_type
 from thermo_lib.pipeline.weights import code_tables, quantize_layer
-
-
-def _inside(files: Sequence[str] | None, folder: str) -> tuple[Path, list[Path]]:
-    """The folder of a checkpoint, and its files.
-
-    Args:
-        files: that ``transformers`` found, the shards by what the index calls them.
-        folder: of the model, or a hub id; then the folder is that of the first file.
-
-    Raises:
-        ValueError: no files, one that isn't safetensors, or one that isn't inside the folder.
-    """
-    if not files:
-        raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
-    paths = [Path(file) for file in files]
-    root = Path(folder) if Path(folder).is_dir() else paths[0].parent
-    for path in paths:
-        if not path.is_relative_to(root) or ".." in path.relative_to(root).parts:
-            raise ValueError(f"model: found shard {path} outside the folder, allowed are files in {root}")
-        if path.suffix != ".safetensors":
-            raise ValueError(f"model: found {path.name} in {root}, allowed are safetensors; {CONVERT}")
-    return root, paths
 
 
 class _Stored(nn.Module):
@@ -109,10 +86,7 @@ class ThermoQuantizer(HfQuantizer):
         """
         config = self.quantization_config
         if not self.pre_quantized and config.needs_calibration:
-            found = (
-                f"found quantizer={config.quantizer!r}, num_time_groups={config.num_time_groups}, "
-                f"activation_bits={config.activation_bits} ({config.activation_ranges}), which need calibration"
-            )
+            found = f"found {config.needs_calibration}, which need calibration"
             instead = "use thermo_lib.quantize, or `python -m thermo_lib quantize`, and load the folder"
             raise ValueError(f"quantization_config: {found}; {instead}")
 
@@ -126,10 +100,10 @@ class ThermoQuantizer(HfQuantizer):
             model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
         )
         self.linears = {f"{name}.weight" for name in linear_names(model)}
-        self.folder, paths = _inside(checkpoint_files, model.config.name_or_path)
-        expected = self._checked(model, paths)
+        self.folder, paths = checkpoint_folder(checkpoint_files, model.config)
         if not self.pre_quantized:
             return
+        expected = self._checked(model, paths)
         self.coded = sorted(expected.keys() - model.state_dict().keys())
         owners: dict[str, dict[str, Tensor]] = {}
         for name in self.coded:
@@ -147,21 +121,16 @@ class ThermoQuantizer(HfQuantizer):
 
     def _checked(self, model: MaskPredictor, paths: Sequence[Path]) -> dict[str, Tensor]:
         """What is expected in the files, by the library's names, once names, shapes and types there are right."""
-        shapes, types, column_bits = {}, {}, {}
+        found, column_bits = read_headers(paths), {}
         for path in paths:
             with open_safetensors(path) as file:
-                for key in file.keys():
-                    part = file.get_slice(key)
-                    shapes[key] = part.get_shape()
-                    types[key] = (part[:1] if shapes[key] else file.get_tensor(key)).dtype
-                    if key.endswith("packed_column_bits"):
-                        column_bits[key] = file.get_tensor(key)
-        expected = model.state_dict()
-        if self.pre_quantized:
-            expected = expected_tensors(model, self.quantization_config, column_bits, self.folder)
-        names = stored_names(shapes, model.config, expected)
+                keys = [key for key in file.keys() if key.endswith("packed_column_bits")]
+                column_bits |= {key: file.get_tensor(key) for key in keys}
+        expected = expected_tensors(model, self.quantization_config, column_bits, self.folder)
+        names = stored_names(found, model.config, expected)
+        shapes = {name: tensor.shape for name, tensor in found.items()}
         check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
-        check_types(types, self.folder)
+        check_types({name: tensor.dtype for name, tensor in found.items()}, self.folder)
         return expected
 
     def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:

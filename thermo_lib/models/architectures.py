@@ -12,19 +12,32 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 """
 
 import json
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
-from transformers.activations import ACT2FN
 
+from thermo_lib.files.tensors import (
+    CONVERT,
+    check_finite,
+    check_full_precision,
+    check_inside,
+    check_shapes,
+    read_headers,
+    weight_files,
+    written_times,
+)
 from thermo_lib.files.text import read_object
+from thermo_lib.models.settings import TOKEN_IDS, Architecture, flat_rope, parse, same
+from thermo_lib.models.tokenization import copy_tokenizer
+from thermo_lib.quant.calls import CurrentStep, denoising
+
+HEAD = "lm_head.weight"
+_DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
 
 
 class MaskPredictor(nn.Module):
@@ -32,8 +45,14 @@ class MaskPredictor(nn.Module):
 
     is_shifted: bool
 
+    folder: Path | None = None  # that from_pretrained has read
+
     def __init__(self, config: PreTrainedConfig):
+        # The embeddings would keep the padding token's row from training, and refuse an id that they don't have.
+        pad, config.pad_token_id = config.pad_token_id, None
         super().__init__(config)
+        self.config.pad_token_id = self.generation_config.pad_token_id = pad
+        self.step = CurrentStep()
         # The configuration's is_causal reaches the blocks through the model, this one also those called alone.
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
@@ -48,10 +67,6 @@ class MaskPredictor(nn.Module):
         Returns:
             ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
         """
-        is_masked = input_ids == self.config.mask_token_id
-        for module in self.modules():
-            if hasattr(module, "set_token_state"):
-                module.set_token_state(is_masked)
         position_ids = None
         bias = None
         if attention_mask is not None:
@@ -60,10 +75,23 @@ class MaskPredictor(nn.Module):
             bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
             bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-        states = self.model(
-            input_ids=input_ids, attention_mask=bias, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        with denoising(self.step.value, input_ids == self.config.mask_token_id):
+            states = self.model(
+                input_ids=input_ids, attention_mask=bias, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
         return _shift(states, attention_mask) if self.is_shifted else states
+
+    def set_timestep(self, timestep: int, timesteps: int) -> None:
+        """Say which denoising step the model computes for from now on, in this thread; the first until it is said.
+
+        Args:
+            timestep: ``i`` in ``0..timesteps-1``.
+            timesteps: ``T`` of the run; layers calibrated with another T take the step at the same mask ratio.
+
+        Raises:
+            ValueError: a timestep outside ``0..timesteps-1``.
+        """
+        self.step.set(timestep, timesteps)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``(batch, length, vocabulary)`` of the token at each position."""
@@ -81,33 +109,119 @@ class MaskPredictor(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """What ``transformers`` loads, unless it is damaged or would be something else than is stored.
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """What ``transformers`` loads from safetensors files that hold the model's tensors and nothing else.
 
         Raises:
-            ValueError: a file that isn't complete, or codes without a ``quantization_config``.
+            ValueError: what ``load_model`` raises of weights: none, pickled, not complete, missing, unexpected, or of
+                another shape or type than full precision has, NaN or infinity.
         """
-        try:
-            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"model: found a safetensors file that isn't complete ({error})") from error
-        if codes := sorted(name for name in info["unexpected_keys"] if name.endswith(".packed")):
-            raise ValueError(
-                f"config.json: quantization_config: found none, required by tensors {', '.join(codes[:5])} "
-                f"({len(codes)} in all)"
-            )
-        return (model, info) if output_loading_info else model
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError(f"use_safetensors: found False, allowed is True; {CONVERT}")
+        kwargs["use_safetensors"] = True
+        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
+        if name is not None and kwargs.get("variant") is None and Path(name, subfolder).is_dir():
+            weight_files(Path(name, subfolder))
+            if found := sorted(path.name for path in Path(name, subfolder).glob(_DISTRIBUTED)):
+                raise ValueError(f"model: found {found[0]} in {name}, allowed are files that hold whole tensors")
+        return super().from_pretrained(name, *args, **kwargs)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Write the model as ``transformers`` does.
+    @classmethod
+    def _load_pretrained_model(
+        cls, model: Self, state_dict: Any, checkpoint_files: Sequence[str] | None, load_config: Any, *more: Any
+    ) -> Any:
+        """The step of ``from_pretrained`` that knows the files; ``transformers`` itself would fill in what is missing.
+
+        Of a folder that is quantized already its quantizer checks the files.
+        """
+        model.folder = Path(checkpoint_files[0]).parent if checkpoint_files else None
+        quantizer = load_config.hf_quantizer
+        if not checkpoint_files or (quantizer is not None and quantizer.pre_quantized):
+            return super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *more)
+        folder, found = check_checkpoint(checkpoint_files, model.config)
+        loaded = super()._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *more)
+        for name, tensor in model.state_dict().items():
+            key = tensor_name(model.config, name)
+            if not tensor.is_meta:  # as a tied head is until it is tied
+                is_cast = key in found and found[key].dtype != tensor.dtype
+                check_finite(tensor, f"{key} as {tensor.dtype}" if is_cast else key, folder)
+        return loaded
+
+    def save_pretrained(
+        self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """Write the model as ``transformers`` does, with the tokenizer of the folder that it was loaded from, if any.
 
         Raises:
-            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it.
+            ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it, or
+                with a ``state_dict``.
         """
-        if getattr(self, "hf_quantizer", None) is None and any(hasattr(m, "packed") for m in self.modules()):
+        is_quantized = any(hasattr(module, "packed") for module in self.modules())
+        if getattr(self, "hf_quantizer", None) is None and is_quantized:
             expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
             raise ValueError(f"save_pretrained: found a quantized model, {expected}")
-        super().save_pretrained(*args, **kwargs)
+        if is_quantized and state_dict is not None:
+            allowed = "allowed is None, since codes are saved with their layers' parameters"
+            instead = "call save_pretrained of the model that has that state"
+            raise ValueError(f"state_dict: found one for a quantized model, {allowed}; {instead}")
+        target = Path(save_directory)
+        before = written_times(target)
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+        if not is_main_process:
+            return
+        after = written_times(target)
+        if len(after) == 2 and len(after.items() - before.items()) == 1:  # one is of an earlier model
+            for name in after.keys() & before.keys():
+                if after[name] == before[name]:
+                    (target / name).unlink()
+        if self.folder is not None:
+            copy_tokenizer(self.folder, target)
+
+
+def checkpoint_folder(files: Sequence[str] | None, config: PreTrainedConfig) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint, and its files.
+
+    Args:
+        files: that ``transformers`` found, the shards by what the index calls them.
+        config: of the model, with the name of its folder, or a hub id; then the folder is that of the first file.
+
+    Raises:
+        ValueError: no files, one that isn't safetensors, or one that isn't inside the folder.
+    """
+    if not files:
+        raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
+    paths = [Path(file) for file in files]
+    folder = Path(config.name_or_path) if Path(config.name_or_path).is_dir() else paths[0].parent
+    check_inside(paths, folder)
+    return folder, paths
+
+
+def check_checkpoint(files: Sequence[str], config: PreTrainedConfig) -> tuple[Path, dict[str, Tensor]]:
+    """Check the files of a full-precision checkpoint as ``load_model`` does, but for NaN and infinity.
+
+    Args:
+        files: that ``transformers`` found.
+        config: of the model.
+
+    Returns:
+        The folder, and what ``read_headers`` has found in it.
+
+    Raises:
+        ValueError: what ``checkpoint_folder``, ``read_headers`` and ``check_shapes`` raise, a type that isn't of full
+            precision, or codes without a ``quantization_config``.
+    """
+    folder, paths = checkpoint_folder(files, config)
+    found = read_headers(paths)
+    if codes := sorted(name for name in found if name.endswith(".packed")):
+        required = f"required by tensors {', '.join(codes[:5])} ({len(codes)} in all)"
+        raise ValueError(f"{folder / 'config.json'}: quantization_config: found none, {required}")
+    expected = skeleton(config).state_dict()
+    names = stored_names(found, config, expected)
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, folder)
+    for name, tensor in found.items():
+        check_full_precision(tensor.dtype, name, folder)
+    return folder, found
 
 
 def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -133,7 +247,7 @@ class Published:
         if found is not None and not isinstance(found, dict):
             raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
         kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
-        values = _parse(ARCHITECTURES[cls.model_type], _flat_rope(config_dict))
+        values = parse(ARCHITECTURES[cls.model_type], flat_rope(config_dict))
         return super().from_dict(values | kept, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -166,6 +280,8 @@ class LLaDAConfig(Published, LlamaConfig):
     model_type = "llada"
     is_causal = False
     mask_token_id: int | None = None
+    bos_token_id: int | None = None  # where a file doesn't say it, Llama's is wrong
+    eos_token_id: int | list[int] | None = None
 
 
 class LLaDAModel(MaskPredictor, LlamaForCausalLM):
@@ -175,41 +291,11 @@ class LLaDAModel(MaskPredictor, LlamaForCausalLM):
     is_shifted = False
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """How a published checkpoint says what this library builds.
-
-    Attributes:
-        config, model: the classes that are built.
-        published_as: the class in ``architectures`` of ``config.json``.
-        sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
-            attribute must agree.
-        settings: the same for what isn't a size.
-        required: the settings that must be there, because no default is the published one.
-        fixed: key of ``config.json`` to the only values that the modules can compute, None where the key may be
-            left out.
-        tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
-    """
-
-    config: type[PreTrainedConfig]
-    model: type[MaskPredictor]
-    published_as: str
-    sizes: Mapping[str, str]
-    settings: Mapping[str, str]
-    required: tuple[str, ...] = ()
-    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
-
-
-def _same(*keys: str) -> dict[str, str]:
-    return {key: key for key in keys}
-
-
 _DREAM = Architecture(
     config=DreamConfig,
     model=DreamModel,
     published_as="DreamModel",
-    sizes=_same(
+    sizes=same(
         "vocab_size",
         "hidden_size",
         "intermediate_size",
@@ -218,7 +304,8 @@ _DREAM = Architecture(
         "num_key_value_heads",
         "mask_token_id",
     ),
-    settings=_same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act"),
+    settings=same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
+    | TOKEN_IDS,
     fixed={
         "rope_scaling": (None,),
         "use_mrope": (False, None),
@@ -245,6 +332,7 @@ _LLADA = Architecture(
         "rope_theta": "rope_theta",
         "weight_tying": "tie_word_embeddings",
         "activation_type": "hidden_act",
+        **TOKEN_IDS,
     },
     required=("rms_norm_eps", "rope_theta", "weight_tying", "activation_type"),
     fixed={
@@ -279,15 +367,24 @@ _LLADA = Architecture(
         "post_attention_layernorm": "ff_norm",
     },
 )
-# Of what would take all memory or all time before a tensor of the wrong shape is found.
-_MOST = 2**24
-_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (_DREAM, _LLADA)}
 
 
 def build_model(config: PreTrainedConfig) -> MaskPredictor:
-    """The model of a configuration, randomly initialized."""
-    return ARCHITECTURES[config.model_type].model(config)
+    """The model of a configuration, randomly initialized, float32."""
+    with _float32():
+        return ARCHITECTURES[config.model_type].model(config)
+
+
+@contextmanager
+def _float32() -> Iterator[None]:
+    """Parameters that are made are float32: modules of ``transformers`` take the process's default and no dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def skeleton(config: PreTrainedConfig) -> MaskPredictor:
@@ -301,6 +398,15 @@ def tensor_name(config: PreTrainedConfig, name: str) -> str:
     for ours, theirs in ARCHITECTURES[config.model_type].tensors.items():
         name = name.replace(ours, theirs)
     return name
+
+
+def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
+    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
+    names = {tensor_name(config, name): name for name in expected}
+    head = tensor_name(config, HEAD)
+    if config.tie_word_embeddings and head not in found:
+        names.pop(head, None)
+    return names
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
@@ -319,72 +425,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
     try:
         architecture = ARCHITECTURES[model_type]
-        return architecture.config(**_parse(architecture, _flat_rope(content)))
+        return architecture.config(**parse(architecture, flat_rope(content)))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def _flat_rope(content: dict[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
-    return rope | content
-
-
-def _parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
-    """The attributes of the configuration."""
-    missing = [key for key in (*architecture.sizes, *architecture.required) if content.get(key) is None]
-    if missing:
-        raise ValueError(f"missing {', '.join(missing)}")
-    for key, allowed in architecture.fixed.items():
-        # 0 == False and 1 == True in Python, but not in a configuration.
-        if not any(content.get(key) == value and type(content.get(key)) is type(value) for value in allowed):
-            raise ValueError(f"{key}: found {content.get(key)!r}, allowed is {allowed[0]!r}")
-    values: dict[str, Any] = {}
-    for key, attribute in architecture.sizes.items():
-        found = content[key]
-        least, most = _LIMITS.get(attribute, (1, _MOST))
-        _check_whole(key, found, least, most)
-        if values.setdefault(attribute, found) != found:
-            raise ValueError(f"{key}: found {found}, allowed is {attribute} = {values[attribute]}")
-    _check_sizes({attribute: key for key, attribute in reversed(architecture.sizes.items())}, values)
-    for key, attribute in architecture.settings.items():
-        if key in content:
-            _check_setting(key, attribute, content[key])
-            values[attribute] = content[key]
-    return values
-
-
-def _check_whole(key: str, found: Any, least: int, most: int) -> None:
-    if type(found) is not int or not least <= found <= most:
-        raise ValueError(f"{key}: found {found!r:.80}, allowed are whole numbers from {least} to {most}")
-
-
-def _check_setting(key: str, attribute: str, found: Any) -> None:
-    if attribute in ("rope_theta", "rms_norm_eps"):
-        if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
-            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
-    elif attribute == "max_position_embeddings":
-        _check_whole(key, found, 1, 2**31)
-    elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
-        raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
-    elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
-        raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
-
-
-def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
-    for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
-        if values[part] < 1 or values[whole] % values[part]:
-            allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
-            raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
-    head_size = values["hidden_size"] // values["num_attention_heads"]
-    if head_size % 2:  # rotary embeddings turn pairs of features
-        found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"
-        raise ValueError(f"{keys['num_attention_heads']}: {found}, allowed are those of an even size")
-    if values["mask_token_id"] >= values["vocab_size"]:
-        allowed = f"allowed is below {keys['vocab_size']} = {values['vocab_size']}"
-        raise ValueError(f"{keys['mask_token_id']}: found {values['mask_token_id']}, {allowed}")
 
 
 def config_json(config: PreTrainedConfig, **more: Any) -> str:
@@ -394,10 +437,11 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     def value(attribute: str) -> Any:
         return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
 
+    stated = {key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()}
     content = {
         "architectures": [architecture.published_as],
         "model_type": config.model_type,
-        **{key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()},
+        **{key: found for key, found in stated.items() if found is not None},
         **{key: allowed[0] for key, allowed in architecture.fixed.items() if None not in allowed},
         **more,
     }

@@ -4,7 +4,7 @@ Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), f
 """
 
 import itertools
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,19 +18,27 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_finite, check_full_precision, check_tensors, read_tensors
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import (
+    HEAD,
     DreamConfig,
     DreamModel,
     MaskPredictor,
+    build_model,
     config_json,
     read_config,
     skeleton,
+    stored_names,
     tensor_name,
 )
-from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.models.tokenization import (
+    ChatTemplate,
+    read_carried,
+    read_chat_template,
+    read_tokenizer,
+    save_tokenizer,
+)
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
-HEAD = "lm_head.weight"
-NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence
+NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
 
 @dataclass
@@ -43,6 +51,7 @@ class DiffusionLM:
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
         chat_template: how to write a conversation; None for a model that wasn't tuned on any.
+        carried: settings of tokenizer and generation that are saved as they were loaded, see ``read_carried``.
     """
 
     model: MaskPredictor
@@ -50,6 +59,7 @@ class DiffusionLM:
     mask_token_id: int
     name: str
     chat_template: ChatTemplate | None = field(default=None, kw_only=True)
+    carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
@@ -72,15 +82,8 @@ class DiffusionLM:
         return self.tokenizer.decode(list(itertools.takewhile(lambda token: token not in special, ids.tolist())))
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
-        """Tell every time-aware layer which denoising step comes next.
-
-        Args:
-            timestep: ``i`` in ``0..timesteps-1``.
-            timesteps: ``T`` of the run; layers calibrated with another T take the step at the same mask ratio.
-        """
-        for module in self.model.modules():
-            if hasattr(module, "set_timestep"):
-                module.set_timestep(timestep, timesteps)
+        """See ``MaskPredictor.set_timestep``."""
+        self.model.set_timestep(timestep, timesteps)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -94,11 +97,11 @@ class DiffusionLM:
             attention_mask: bool ``(batch, length)``, False at padding on the left; None where there is none.
 
         Returns:
-            ``(n, vocabulary)`` in row-major order of ``at``, on the device of ``ids``, which may be another than the
-            model's.
+            ``(n, vocabulary)`` in row-major order of ``at``, float32 also of a model in bfloat16 or float16, on the
+            device of ``ids``, which may be another than the model's.
 
         Raises:
-            ValueError: ids outside the vocabulary.
+            ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
         device, vocab_size = self.model.device, self.model.config.vocab_size
         is_unknown = (ids < 0) | (ids >= vocab_size)
@@ -106,12 +109,44 @@ class DiffusionLM:
             raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
         visible = None if attention_mask is None else attention_mask.to(device)
         logits = self.model.lm_head(self.model.hidden(ids.to(device), visible)[at.to(device)])
-        logits[:, self.mask_token_id] = NO_PROBABILITY
-        return logits.to(ids.device)
+        return token_logits(logits, self.mask_token_id).to(ids.device)
+
+
+def token_logits(logits: Tensor, mask_token_id: int) -> Tensor:
+    """A head's output as logits of the tokens that may be written: the mask token gets no probability.
+
+    Args:
+        logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
+        mask_token_id: the id that stands for a masked position.
+
+    Returns:
+        ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
+        probabilities are lost in float16 and bfloat16.
+
+    Raises:
+        ValueError: logits that are NaN or infinite, as after an overflow of float16.
+    """
+    check_logits(logits)
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    precise[:, mask_token_id] = NO_PROBABILITY
+    return precise
+
+
+def check_logits(logits: Tensor) -> None:
+    """Raise ValueError if logits, any shape, are NaN or infinite: no token could be told from another."""
+    if not logits.numel():
+        return
+    low, high = logits.detach().aminmax()  # NaN if there is any; two numbers, where ``isfinite`` takes memory
+    if not (low.isfinite() & high.isfinite()):
+        found = "NaN" if low.isnan() else "infinity"
+        raise ValueError(
+            f"logits: found {found} in {logits.dtype}, expected finite numbers; float16 overflows beyond 65504, "
+            "load the model with dtype bfloat16 or float32 then"
+        )
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
-    """A randomly initialized reference model; equal seeds give equal weights."""
+    """A randomly initialized reference model, float32; equal seeds give equal weights."""
     torch.manual_seed(seed)
     config = DreamConfig(
         vocab_size=vocab_size,
@@ -126,7 +161,7 @@ def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], 
         bos_token_id=None,
         attention_dropout=0.0,
     )
-    return DreamModel(config)
+    return build_model(config)
 
 
 def take_expected(
@@ -146,15 +181,6 @@ def take_expected(
     names = stored_names(found, config, expected)
     check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
     return {name: found[stored] for stored, name in names.items()}
-
-
-def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
-    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
-    names = {tensor_name(config, name): name for name in expected}
-    head = tensor_name(config, HEAD)
-    if config.tie_word_embeddings and head not in found:
-        names.pop(head, None)
-    return names
 
 
 def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -183,14 +209,15 @@ def model_folder(name: str) -> Path:
         return REFERENCE_DIR
     if name and Path(name).is_dir():  # Path("") is the working directory
         return Path(name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
-        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({type(error).__name__})") from error
+        reason = f"{type(error).__name__}; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
+        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({reason})") from error
 
 
 def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
@@ -208,6 +235,7 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
     config = read_config(folder)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
+    carried = read_carried(folder)
     model = skeleton(config)
     found = read_tensors(folder)
     for key, tensor in found.items():
@@ -217,7 +245,7 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
         tensors[key] = tensors[key].to(dtype)
         check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
     fill(model, tensors, dtype)
-    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template)
+    return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 
 
 def check_unquantized(folder: Path) -> None:
@@ -238,7 +266,7 @@ def save_model(
     dtype: torch.dtype = torch.bfloat16,
     extra: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a full-precision model as ``config.json``, ``model.safetensors`` and ``tokenizer.json``.
+    """Write a full-precision model as ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its settings.
 
     An earlier folder of that name stays as it was until the new one is complete.
 
@@ -258,7 +286,7 @@ def save_model(
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
-        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+        save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
         for name, text in (extra or {}).items():
             (target / name).write_text(text, encoding="utf-8")
 

@@ -6,9 +6,11 @@ A chat template is a Jinja template; it comes from the checkpoint and is rendere
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from jinja2 import TemplateError
@@ -20,6 +22,11 @@ from thermo_lib.files.text import read_object
 
 SETTINGS_NAME = "tokenizer_config.json"
 TEMPLATE_NAME = "chat_template.jinja"
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
+# What is carried over to a model's next folder as it is; transformers reads it, this library the first two alone.
+_SETTINGS = (SETTINGS_NAME, TEMPLATE_NAME, "special_tokens_map.json")
+CARRIED = (*_SETTINGS, "generation_config.json")
+TOKENIZER_FILES = (*_VOCABULARIES, *CARRIED)
 QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
 
@@ -140,10 +147,7 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         ValueError: damaged JSON, a template that isn't text, or a special token that isn't.
     """
     settings, path = _read_settings(folder), folder / TEMPLATE_NAME
-    try:
-        source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found no UTF-8 ({error})") from error
+    source = _read_template(path) if path.is_file() else settings.get("chat_template")
     if source is None:
         return None
     if not isinstance(source, str):
@@ -151,6 +155,13 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         raise ValueError(f"{folder / SETTINGS_NAME}: chat_template: {found}")
     tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None}
     return ChatTemplate(source, {name: _text_of(token, name, folder) for name, token in tokens.items()})
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found no UTF-8 ({error})") from error
 
 
 def _text_of(token: Any, name: str, folder: Path) -> str:
@@ -162,9 +173,71 @@ def _text_of(token: Any, name: str, folder: Path) -> str:
     return text
 
 
-def save_tokenizer(tokenizer: Tokenizer, chat_template: ChatTemplate | None, folder: Path) -> None:
-    """Write ``tokenizer.json`` and, where there is a chat template, the ``tokenizer_config.json`` to read it from."""
+def read_carried(folder: Path) -> dict[str, str]:
+    """The settings of tokenizer and generation in a model folder, to be written again as they are.
+
+    Returns:
+        File name, of ``CARRIED``, to text; without keys that ask for remote code.
+
+    Raises:
+        ValueError: a file that isn't text, or damaged JSON.
+    """
+    carried = {}
+    for path in (folder / name for name in CARRIED):
+        if path.suffix == ".json" and path.is_file():
+            content = read_object(path)
+            content.pop("auto_map", None)
+            carried[path.name] = json.dumps(content, indent=2) + "\n"
+        elif path.is_file():
+            carried[path.name] = _read_template(path)
+    return carried
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer,
+    chat_template: ChatTemplate | None,
+    folder: Path,
+    carried: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Write ``tokenizer.json`` and the settings beside it.
+
+    Args:
+        tokenizer: to write.
+        chat_template: the model's; where it isn't the one that was carried over, it takes its place.
+        folder: to write into.
+        carried: of ``read_carried``.
+    """
     tokenizer.save(str(folder / "tokenizer.json"))
+    for name, text in carried.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if read_chat_template(folder) == chat_template:
+        return
+    (folder / TEMPLATE_NAME).unlink(missing_ok=True)
+    content = _read_settings(folder)
+    content.pop("chat_template", None)
     if chat_template is not None:
-        content = {**chat_template.special_tokens, "chat_template": chat_template.source}
-        (folder / SETTINGS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        content |= {**chat_template.special_tokens, "chat_template": chat_template.source}
+    (folder / SETTINGS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy a model folder's tokenizer, where it has one, and its settings.
+
+    Args:
+        source: a model folder, which may be the target itself.
+        target: an existing folder; files of another tokenizer in it are removed.
+
+    Raises:
+        ValueError: what ``read_carried`` raises.
+        OSError: no space left, or no right to write.
+    """
+    vocabularies = [source / name for name in _VOCABULARIES if (source / name).is_file()]
+    if not vocabularies or source.samefile(target):
+        return
+    carried = read_carried(source)
+    for name in (*_VOCABULARIES, *_SETTINGS):
+        (target / name).unlink(missing_ok=True)
+    for path in vocabularies:
+        shutil.copyfile(path, target / path.name)
+    for name in carried.keys() & set(_SETTINGS):
+        (target / name).write_text(carried[name], encoding="utf-8")

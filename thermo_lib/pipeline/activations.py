@@ -9,12 +9,12 @@ from tqdm import tqdm
 from thermo_lib.diffusion.inputs import shared_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM, copied, install_activations, install_weights
+from thermo_lib.pipeline.model import QuantizedLM, copied, install_activations, install_weights, smoother
+from thermo_lib.pipeline.parts import Static, TimeGrouping
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.ranges import InputSample, clipped_ranges, input_samples
-from thermo_lib.time_aware.smoothing import BoundarySmoother
+from thermo_lib.time_aware.smoothing import WINDOWED, BoundarySmoother
 from thermo_lib.transition.chains import CalibrationDraws
 from thermo_lib.transition.fit import fit_to_output, fit_to_path_kl, output_error
 from thermo_lib.transition.loss import TransitionLoss
@@ -29,14 +29,15 @@ def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[s
         calibration: the states.
     """
     sites = shared_inputs(lm, list(lm.quantized_layers()))
-    tokens, seed = default("ranges.tokens"), default("seed")
-    samples = input_samples(lm, calibration, [site[0] for site in sites], lm.config.timesteps, tokens, seed)
+    config = lm.config
+    tokens = config.activations.tokens if config.has_static_ranges else Static().tokens
+    samples = input_samples(lm, calibration, [site[0] for site in sites], config.timesteps, tokens, config.seed)
     return [(site, samples[site[0]]) for site in sites]
 
 
 def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -> TrainableRanges:
-    matrix = BoundarySmoother(config.method, config.smoothing_window).weights(config.time_groups.ranges)
-    return TrainableRanges(scale, zero_point, matrix, config.activation_bits, config.activation_group_size)
+    matrix = smoother(config).weights(config.groups.intervals)
+    return TrainableRanges(scale, zero_point, matrix, config.activations.bits, config.activations.group_size)
 
 
 def present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
@@ -54,29 +55,29 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
 
     Layers that share an input share them.
     """
-    config, settings = lm.config, default("ranges")
+    config, how = lm.config, lm.config.activations
     layers = lm.quantized_layers()
     sites = site_samples(lm, calibration)
     ranges: dict[str, TrainableRanges] = {}
     for site, sample in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
             sample,
-            config.time_groups,
-            config.activation_bits,
-            token_states=config.activation_token_states,
-            group_size=config.activation_group_size,
+            config.groups,
+            how.bits,
+            token_states=how.by_token_state,
+            group_size=how.group_size,
         )
         fitted = _trainable_ranges(*start, config)
-        if config.range_objective == "output":
+        if how.fit_to == "output":
             weight = torch.cat([layers[name].weight() for name in site])
             fit_to_output(
                 fitted,
                 sample,
                 weight,
-                steps=settings["output_steps"],
-                batch=settings["output_batch"],
-                lr=settings["output_lr"],
-                seed=default("seed"),
+                steps=how.steps,
+                batch=how.batch,
+                lr=how.lr,
+                seed=config.seed,
             )
         ranges |= dict.fromkeys(site, fitted)
     return ranges
@@ -85,24 +86,27 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
 def quantize_activations(
     lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration | None, progress: bool
 ) -> None:
-    if lm.config.activation_ranges == "static":
-        ranges, settings = _clip_ranges(lm, calibration, progress), default("ranges")
-        if lm.config.range_objective == "path_kl":
+    how = lm.config.activations
+    if isinstance(how, Static):
+        ranges = _clip_ranges(lm, calibration, progress)
+        if how.fit_to == "path_kl":
             loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
             fit_to_path_kl(
                 loss,
-                {p: rate for r in ranges.values() for p, rate in r.rates(settings["path_kl_lr"]).items()},
-                CalibrationDraws(loss, calibration, settings["path_kl_batch"], default("seed")),
-                steps=settings["path_kl_steps"],
+                {p: rate for r in ranges.values() for p, rate in r.rates(how.lr).items()},
+                CalibrationDraws(loss, calibration, how.batch, lm.config.seed),
+                steps=how.steps,
                 progress=f"path KL {lm.config.precision}" if progress else None,
             )
-        lm.activation_params |= {name: fitted.params(lm.config.time_groups) for name, fitted in ranges.items()}
+        lm.activation_params |= {name: fitted.params(lm.config.groups) for name, fitted in ranges.items()}
     for name, layer in lm.quantized_layers().items():
         install_activations(layer, lm.activation_params.get(name, []), lm.config)
 
 
 _ACTIVATIONS = frozenset(
     {
+        "activations",
+        "time_groups",
         "activation_bits",
         "activation_ranges",
         "activation_clip",
@@ -130,25 +134,25 @@ def requantize_activations(
         calibration: states to fit static ranges on.
         reference: the full-precision model, needed to fit to path KL.
         progress: show a bar.
-        changes: new values of the activation settings, the time groups and smoothing.
+        changes: ``activations`` and ``time_groups`` of ``ThermoConfig``, or flat names of their settings.
 
     Raises:
         ValueError: a field that belongs to the weights, time-dependent weights, missing calibration or reference.
     """
     _check_changes(changes, _ACTIVATIONS | _SMOOTHING)
-    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
     check_constant_weights(lm)
-    if config.activation_bits == 16 and config.num_time_groups > 1:
+    config = lm.config.replace(**changes)
+    if config.activations is None and config.time_groups is not None:
         raise ValueError(_TIME_DEPENDENT)
-    if config.activation_bits < 16 and config.activation_ranges == "static" and calibration is None:
+    if config.has_static_ranges and calibration is None:
         raise ValueError("calibration: found None, required by static activation ranges")
-    if config.activation_bits < 16 and config.range_objective == "path_kl" and reference is None:
-        raise ValueError("reference: found None, required by range_objective='path_kl'")
+    if config.has_static_ranges and config.activations.fit_to == "path_kl" and reference is None:
+        raise ValueError("reference: found None, required by fit_to='path_kl'")
     changed = copied(lm, config, {})
     for layer in changed.quantized_layers().values():
         layer.activation_bits = 16
-        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1))
-    if config.activation_bits < 16:
+        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1), dtype=torch.float32)
+    if config.activations is not None:
         with torch.no_grad():
             quantize_activations(changed, reference, calibration, progress)
     return changed
@@ -158,6 +162,7 @@ _TIME_DEPENDENT = "num_time_groups: found time-dependent weights, expected weigh
 
 
 def check_constant_weights(lm: QuantizedLM) -> None:
+    """Raise ValueError if the parameters of the weights depend on the timestep."""
     if any(len(params) > 1 for params in lm.weight_params.values()):
         raise ValueError(_TIME_DEPENDENT)
 
@@ -176,24 +181,33 @@ def resmooth(lm: QuantizedLM, method: str | None, window: int | None = None) -> 
 
     Args:
         lm: a quantized model.
-        method: ``linear``, ``cubic``, ``sigmoid`` or None.
-        window: timesteps on each side; by default as before.
+        method: ``linear``, ``cubic``, ``sigmoid``, ``spline`` or None.
+        window: number of timesteps on each side; by default as before, or 5 where nothing was smoothed.
 
     Raises:
-        ValueError: unknown method or window out of range.
+        ValueError: a model without time groups, an unknown method or a window out of range.
     """
-    changes = {
-        "enable_boundary_smoothing": method is not None,
-        "smoothing_method": method or lm.config.smoothing_method,
-        "smoothing_window": lm.config.smoothing_window if window is None else window,
-    }
-    config = ThermoConfig(**{**lm.config.model_dump(), **changes})
+    config = resmoothed(lm.config, method, window)
     changed = copied(lm, config, lm.activation_params)
     for name, layer in changed.quantized_layers().items():
         install_weights(layer, lm.weight_params[name], config)
-        if config.activation_bits < 16:
+        if config.activations is not None:
             install_activations(layer, lm.activation_params.get(name, []), config)
     return changed
+
+
+def resmoothed(config: ThermoConfig, method: str | None, window: int | None = None) -> ThermoConfig:
+    """The configuration with other boundary smoothing; arguments as for ``resmooth``."""
+    grouping = config.time_groups
+    if grouping is None:
+        if method is None:
+            return config
+        raise ValueError(f"smoothing: found {method!r}, allowed is None without time groups")
+    windowed = method in WINDOWED
+    kept = grouping.window if windowed and window is None else window if windowed else None
+    return config.replace(
+        time_groups=TimeGrouping(count=grouping.count, starts=grouping.starts, smoothing=method, window=kept)
+    )
 
 
 @torch.no_grad()
@@ -204,6 +218,7 @@ def smooth_each_layer(
     windows: Sequence[int],
     *,
     reference: DiffusionLM | None = None,
+    most_states: int = 48,
     progress: bool = False,
 ) -> QuantizedLM:
     """Give every layer input the method and window, or no smoothing, that costs least.
@@ -215,8 +230,8 @@ def smooth_each_layer(
         calibration: states to choose on.
         methods, windows: what to choose from.
         reference: the full-precision model: what costs least path KL is chosen, layer after layer, on
-            ``ranges.choice_states`` states of each part of the calibration. Without it, what costs the layers'
-            output least.
+            some states of each part of the calibration. Without it, what costs the layers' output least.
+        most_states: number of these states at most.
         progress: show a bar.
     """
     config, layers, ranges = lm.config, lm.quantized_layers(), present_ranges(lm)
@@ -224,16 +239,13 @@ def smooth_each_layer(
         BoundarySmoother(None, 1),
         *(BoundarySmoother(method, window) for method in methods for window in windows),
     ]
-    matrices = [smoother.weights(config.time_groups.ranges).float() for smoother in smoothers]
+    matrices = [each.weights(config.groups.intervals).float() for each in smoothers]
     distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
     samples = site_samples(lm, calibration)
     if reference is not None:
         loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
-        generator = torch.Generator().manual_seed(default("seed"))
-        states = [
-            part[torch.randperm(len(part.ids), generator=generator)[: default("ranges.choice_states")]]
-            for part in calibration.parts
-        ]
+        generator = torch.Generator().manual_seed(config.seed)
+        states = [part[torch.randperm(len(part.ids), generator=generator)[:most_states]] for part in calibration.parts]
         targets = [loss.targets(drawn) for drawn in states]
     chosen: dict[str, list[TimeGroupParams]] = {}
     for site, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
@@ -250,8 +262,8 @@ def smooth_each_layer(
         best = min(distinct, key=cost)
         fitted.weights = matrices[best]
         chosen |= dict.fromkeys(site, smoothers[best].smooth(lm.activation_params[site[0]]))
-    every = {"num_time_groups": config.timesteps, "time_group_starts": None, "enable_boundary_smoothing": False}
-    changed = copied(lm, ThermoConfig(**{**config.model_dump(), **every}), chosen)
+    every = TimeGrouping(count=config.timesteps, smoothing=None)
+    changed = copied(lm, config.replace(time_groups=every), chosen)
     for name, layer in changed.quantized_layers().items():
         install_activations(layer, chosen[name], changed.config)
     return changed

@@ -1,81 +1,56 @@
-"""Configuration of a quantized model; every default comes from ``params.yaml``."""
+"""How to quantize a diffusion language model: everything that decides the result, and nothing that doesn't.
 
+``parts`` has the parts of a configuration, ``presets`` named ones, and ``flat`` the flat names of earlier versions.
+"""
+
+import hashlib
+import json
+import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from thermo_lib.params import default
-from thermo_lib.quant.trellis import MOST_BITS
+from thermo_lib.pipeline.flat import FLAT, is_single, nested
+from thermo_lib.pipeline.parts import (
+    GPTQ,
+    Activations,
+    Blocks,
+    Dynamic,
+    OneLine,
+    PathKL,
+    Phase,
+    Sequential,
+    SmoothingMethod,
+    Static,
+    TimeGrouping,
+    Trellis,
+    Weights,
+    Whole,
+    nearest,
+)
+from thermo_lib.pipeline.presets import DEFAULT, PRESETS
 from thermo_lib.time_aware.groups import TimeGroups
 
-Quantizer = Literal["rtn", "least_squares", "gptq", "trellis"]
-SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
-RangeObjective = Literal["activation", "output", "path_kl"]
-Reconstruction = Literal["none", "blocks", "sequential"]
-Transitions = Literal["none", "parameters", "codes", "network"]
-TrainingStates = Literal["calibration", "chains"]
 MOST_TIMESTEPS = 2**16
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a whole number")  # what is allowed; the field and what was found are known later
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]  # to Python and pydantic, True is 1
-
-
-def _from_params(key: str, **limits: Any) -> Any:
-    return Field(default_factory=lambda: default(f"quant.{key}"), validate_default=True, **limits)
 
 
 class ThermoConfig(BaseModel, QuantizationConfigMixin):
     """How to quantize a diffusion language model; also a ``quantization_config`` of ``transformers``.
 
+    Without arguments it is the preset ``gptq``. The flat names of earlier versions still work, for example
+    ``ThermoConfig(bit_width=2, activation_bits=4, num_time_groups=3, smoothing_method="linear")``.
+
     Attributes:
-        bit_width: bits of a weight code: 2, 4 or 8.
-        quantizer: ``rtn`` (round to nearest), ``least_squares`` (scale and zero point of each group fitted for least
-            squared weight error), ``gptq`` (arXiv 2210.17323; needs calibration) or ``trellis`` (see ``trellis``; needs
-            calibration).
-        average_bits: for ``trellis``, the mean number of bits of a code, each column having as many as it is worth;
-            None gives every column ``bit_width`` bits.
-        hessian: tokens count in ``gptq`` and ``trellis`` all the same (``uniform``) or by what an error there costs in
-            path KL (``transition``, see ``transition.token_importance``).
-        group_size: weights along the input dimension that share scale and zero point; a row's last group may be
-            shorter.
-        embedding_bits: 16 leaves embeddings and head as they are; 8 stores codes in groups of ``group_size``, by
-            ``rtn`` where that is the quantizer and else by ``least_squares``, once everything else is done.
-        activation_bits: 16 leaves activations as they are; 2-8 quantizes the inputs of the quantized linears.
-        activation_ranges: ``static`` (fitted on calibration states, per time group) or ``dynamic`` (per token,
-            min-max).
-        activation_clip: how far a ``dynamic`` range reaches, as a share of the way from zero to the token's extremes;
-            what lies beyond is clipped (to 0.9 of it in QuaRot, arXiv 2404.00456).
-        activation_group_size: neighbouring input channels that share a static range; None for all of them.
-        activation_token_states: static ranges of their own for masked and for unmasked tokens.
-        range_objective: what static ranges are fitted to: the ``activation``'s squared error (each time group for
-            itself), the squared error of the layer's ``output``, or the model's ``path_kl`` (both after smoothing).
-        reconstruction: ``none``, or training for the output of each block, see ``reconstruction``: in ``blocks``, of
-            the scales, zero points and codes of all its weights, in ``sequential``, of its weights that are not
-            quantized yet, each time after some of them are.
-        transitions: ``none``, or what is trained for least path KL once everything is quantized: the ``parameters``
-            (weights' scales and zero points, static activation ranges), the weights' ``codes`` too, or with the
-            parameters the unquantized rest of the ``network`` (norms, biases, embeddings, head), as precise as before.
-        markov_weight: of the Markov term that is added to path KL, in nats, where ``transitions`` trains static ranges
-            of several time groups: the squared steps of their parameters from group to group.
-        training_states: what reconstruction and transitions are trained on: the ``calibration`` states, or fresh
-            ``chains``, which the full-precision model makes itself.
-        own_share: share of the chains of code in ``transitions`` that take the steps of the quantized model, as it is
-            then, instead of the full-precision model's.
+        weights: ``RoundToNearest``, ``LeastSquares``, ``GPTQ`` or ``Trellis``.
+        activations: ``Static``, ``Dynamic``, or None to leave the inputs of the quantized linears as they are.
+        time_groups: a ``TimeGrouping``, or None for parameters that don't depend on the timestep.
+        training: phases in order: ``Sequential`` or ``Blocks``, then ``PathKL``.
+        embedding_bits: 16 leaves embeddings and head as they are; 8 stores codes in groups of the weights' size, by
+            ``rtn`` where that is the method and else by ``least_squares``, once everything else is done.
         timesteps: number of denoising steps ``T`` that the time groups divide, at most 65536.
-        num_time_groups: contiguous groups of timesteps with parameters of their own. They hold the activation
-            parameters where activations are quantized, otherwise the weights' scales and zero points.
-        time_group_starts: the first timestep of every time group but the first; None for groups of equal width.
-        enable_boundary_smoothing: interpolate the parameters across the edges of time groups.
-        smoothing_method: ``linear``, ``cubic``, ``sigmoid``, or ``spline`` (over all timesteps, without a window).
-        smoothing_window: timesteps smoothed on each side of a boundary, 1-20.
+        seed: seeds every random choice.
 
     Raises:
         ValueError: in one line, names every wrong field, what was found and what is allowed.
@@ -83,83 +58,114 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     quant_method: ClassVar[str] = "thermo"
-    format_version: ClassVar[int] = 2  # of quantized folders; 1 had neighbours in a byte
+    format_version: ClassVar[int] = 3  # of quantized folders; 2 had flat fields, 1 had neighbours in a byte
 
-    bit_width: Literal[2, 4, 8] = _from_params("bit_width")
-    quantizer: Quantizer = _from_params("quantizer")
-    average_bits: float | None = _from_params("average_bits", ge=1, le=MOST_BITS)
-    hessian: Literal["uniform", "transition"] = _from_params("hessian")
-    group_size: Whole = _from_params("group_size", ge=1)
-    embedding_bits: Literal[16, 8] = _from_params("embedding_bits")
-    activation_bits: Literal[16, 8, 7, 6, 5, 4, 3, 2] = _from_params("activation_bits")
-    activation_ranges: Literal["static", "dynamic"] = _from_params("activation_ranges")
-    activation_clip: float = _from_params("activation_clip", gt=0, le=1)
-    activation_group_size: Whole | None = _from_params("activation_group_size", ge=1)
-    activation_token_states: bool = _from_params("activation_token_states")
-    range_objective: RangeObjective = _from_params("range_objective")
-    reconstruction: Reconstruction = _from_params("reconstruction")
-    transitions: Transitions = _from_params("transitions")
-    markov_weight: float = _from_params("markov_weight", ge=0)
-    training_states: TrainingStates = _from_params("training_states")
-    own_share: float = _from_params("own_share", ge=0, le=1)
-    timesteps: Whole = _from_params("timesteps", ge=1, le=MOST_TIMESTEPS)
-    num_time_groups: Whole = _from_params("num_time_groups", ge=1)
-    time_group_starts: tuple[Whole, ...] | None = _from_params("time_group_starts")
-    enable_boundary_smoothing: bool = _from_params("enable_boundary_smoothing")
-    smoothing_method: SmoothingMethod = _from_params("smoothing_method")
-    smoothing_window: Whole = _from_params("smoothing_window", ge=1, le=20)
+    weights: Weights = Field(default_factory=GPTQ)
+    activations: Activations | None = None
+    time_groups: TimeGrouping | None = None
+    training: tuple[Phase, ...] = ()
+    embedding_bits: Literal[16, 8] = 16
+    timesteps: Whole = Field(16, ge=1, le=MOST_TIMESTEPS)
+    seed: Whole = Field(0, ge=0, lt=2**63)
 
     def __init__(self, **fields: Any):
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            lines = (_in_words(found) for found in error.errors(include_url=False))
-            raise ValueError("; ".join(lines)) from None
+        names = {FLAT[name]: name for name in fields if name in FLAT}
+        with OneLine(type(self), names):
+            single = any(map(is_single, fields))
+            super().__init__(**_tagged(nested(fields) if single else fields))
 
     @model_validator(mode="after")
-    def _groups_fit(self) -> Self:
-        if self.num_time_groups > self.timesteps:
-            raise ValueError(
-                f"num_time_groups: found {self.num_time_groups}, allowed is at most the number of timesteps, "
-                f"{self.timesteps}"
-            )
-        if self.activation_ranges == "dynamic" and self.num_time_groups > 1:
-            raise ValueError(
-                f"num_time_groups: found {self.num_time_groups}, allowed is 1 with activation_ranges='dynamic', "
-                "which has no parameters to group"
-            )
-        if self.activation_ranges == "static" and self.activation_clip != 1:
-            raise ValueError(
-                f"activation_clip: found {self.activation_clip}, allowed is 1 with activation_ranges='static', "
-                "whose ranges are fitted"
-            )
-        if self.num_time_groups > 1 and self.activation_bits == 16:
-            for name in ("reconstruction", "transitions"):
-                if getattr(self, name) != "none":
-                    raise ValueError(
-                        f"{name}: found {getattr(self, name)!r}, allowed is 'none' with weights that depend on the "
-                        f"timestep (num_time_groups={self.num_time_groups} at activation_bits=16)"
-                    )
-        if self.quantizer == "trellis":
+    def _parts_fit(self) -> Self:
+        phases = [phase.phase for phase in self.training]
+        if any(phase != "path_kl" for phase in phases[1:]):
+            allowed = "allowed are sequential or blocks, then path_kl"
+            raise ValueError(f"training: found {', '.join(phases)}, {allowed}")
+        if isinstance(self.weights, Trellis):
             self._check_trellis()
-        elif self.average_bits is not None:
-            raise ValueError(
-                f"average_bits: found {self.average_bits}, allowed is None with quantizer={self.quantizer!r}"
-            )
-        _ = self.time_groups  # refuses starts that don't fit
+        if self.time_groups is not None:
+            self._check_time_groups()
+        heaviest = max((phase.markov_weight for phase in self.training if isinstance(phase, PathKL)), default=0)
+        if heaviest > 0 and not (self.has_static_ranges and self.time_groups):
+            found = f"found {heaviest}"
+            raise ValueError(f"training.markov_weight: {found}, allowed is 0 without static ranges in time groups")
         return self
 
     def _check_trellis(self) -> None:
-        time_dependent = self.num_time_groups > 1 and self.activation_bits == 16
-        for name, wrong, allowed in (
-            ("bit_width", self.bit_width > MOST_BITS, "2 and 4"),
-            ("num_time_groups", time_dependent, "1 at activation_bits=16"),
-            ("reconstruction", self.reconstruction == "blocks", "none and sequential"),
-            ("transitions", self.transitions == "codes", "none, parameters and network"),
-        ):
-            if wrong:
-                found = f"found {getattr(self, name)!r}, allowed are {allowed} with quantizer='trellis'"
-                raise ValueError(f"{name}: {found}")
+        if self.phase("blocks") is not None:
+            raise ValueError("training: found blocks, allowed are sequential and path_kl with trellis weights")
+        if any(isinstance(phase, PathKL) and phase.what == "codes" for phase in self.training):
+            raise ValueError(
+                "training.what: found 'codes', allowed are 'parameters' and 'network' with trellis weights"
+            )
+        if self.time_groups is not None and self.activations is None:
+            raise ValueError(
+                "time_groups: found some, allowed is None with trellis weights and no quantized activations"
+            )
+
+    def _check_time_groups(self) -> None:
+        grouping = self.time_groups
+        if isinstance(self.activations, Dynamic):
+            found = f"found {grouping.count} groups"
+            raise ValueError(f"time_groups: {found}, allowed is None with dynamic ranges, which have no parameters")
+        if self.activations is None and self.training:
+            raise ValueError(
+                "training: found "
+                + ", ".join(phase.phase for phase in self.training)
+                + ", allowed is none with weights that depend on the timestep (time_groups without activations)"
+            )
+        acting = grouping.acting_window(self.timesteps)  # refuses starts that don't fit
+        if grouping.window is not None and grouping.window != acting:
+            used = f"used is {acting}: a window takes at most half of a group"
+            warnings.warn(f"time_groups.window: found {grouping.window}, {used}", stacklevel=5)
+        if acting == 0:  # every group is a single timestep: nothing is left to smooth
+            self.__dict__["time_groups"] = TimeGrouping(count=grouping.count, starts=grouping.starts, smoothing=None)
+        elif grouping.window != acting:
+            stored = grouping.model_copy()
+            stored.__dict__["window"] = acting
+            self.__dict__["time_groups"] = stored
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> Self:
+        """A named configuration, perhaps with changes.
+
+        Args:
+            name: one of ``presets.PRESETS``.
+            changes: see ``replace``.
+
+        Raises:
+            ValueError: no preset of that name (the nearest is offered), or a wrong change.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"preset: found {name!r}, allowed are {', '.join(PRESETS)}{nearest(name, PRESETS)}")
+        return cls(**PRESETS[name]).replace(**changes)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same configuration with other fields.
+
+        Args:
+            changes: fields; a mapping changes single settings of a part (``weights={"bits": 4}``), unless it names
+                another method, which starts from that method's defaults. Flat names are taken too.
+
+        Raises:
+            ValueError: as the configuration itself.
+        """
+        if not changes:
+            return self
+        single = {name: value for name, value in changes.items() if is_single(name)}
+        fields = {name: value for name, value in changes.items() if name not in single}
+        merged = self.model_dump(exclude_unset=True)
+        for name, tag in (("weights", "method"), ("activations", "ranges"), ("time_groups", None)):
+            present = getattr(self, name)
+            if present is not None:
+                merged[name] = present.model_dump(exclude_unset=True) | ({tag: getattr(present, tag)} if tag else {})
+            if isinstance(fields.get(name), Mapping):
+                change = dict(fields[name])
+                same = present is not None and (tag is None or change.get(tag, merged[name][tag]) == merged[name][tag])
+                fields[name] = merged[name] | change if same else change
+        if self.training:
+            merged["training"] = tuple(p.model_dump(exclude_unset=True) | {"phase": p.phase} for p in self.training)
+        merged |= fields
+        return type(self)(**(nested(single, merged) if single else merged))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as ``config.json`` holds them, with ``quant_method`` and ``format_version``."""
@@ -168,7 +174,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """The inverse of ``to_dict``; other arguments are given back, if asked for.
+        """The inverse of ``to_dict``; other arguments are given back, if asked for. Version 2 is read too.
 
         Raises:
             ValueError: another method, another version of the format, or a wrong field.
@@ -178,53 +184,102 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
             raise ValueError(f"quantization_config: found {config_dict!r:.80}, {expected}")
         fields = dict(config_dict)
         del fields["quant_method"]
-        if (version := fields.pop("format_version", 1)) != cls.format_version:
-            found = f"found {version!r}, allowed is {cls.format_version}: quantize the model again"
+        version = fields.pop("format_version", 1)
+        if version not in (2, cls.format_version):
+            found = f"found {version!r}, allowed are 2 and {cls.format_version}: quantize the model again"
             raise ValueError(f"quantization_config.format_version: {found}")
-        config = cls(**fields)
+        config = cls.from_flat(fields) if version == 2 else cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config
 
+    @classmethod
+    def from_flat(cls, fields: Mapping[str, Any]) -> Self:
+        """The configuration that version 0.1 wrote as these flat fields, without those that had no meaning."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # windows were cut in silence then
+            return cls(**nested(fields, lenient=True))
+
+    def digest(self) -> str:
+        """What this configuration decides, in 16 hexadecimal digits: equal for equal configurations."""
+        text = json.dumps([self.format_version, self.model_dump(mode="json")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def phase(self, name: str) -> Sequential | Blocks | PathKL | None:
+        """The phase of training of that name, None where there is none."""
+        return next((phase for phase in self.training if phase.phase == name), None)
+
     @property
-    def time_groups(self) -> TimeGroups:
-        """The time groups."""
-        return TimeGroups(self.timesteps, self.num_time_groups, self.time_group_starts)
+    def groups(self) -> TimeGroups:
+        """The time groups, a single one where nothing depends on the timestep."""
+        return TimeGroups(self.timesteps, 1) if self.time_groups is None else self.time_groups.over(self.timesteps)
 
     @property
     def weight_groups(self) -> TimeGroups:
         """The time groups of the weights' parameters: a single one where the activations' depend on the timestep."""
-        return self.time_groups if self.activation_bits == 16 else TimeGroups(self.timesteps, 1)
-
-    @property
-    def method(self) -> SmoothingMethod | None:
-        """The smoothing method, None where smoothing is off."""
-        return self.smoothing_method if self.enable_boundary_smoothing else None
+        return self.groups if self.activations is None else TimeGroups(self.timesteps, 1)
 
     @property
     def has_static_ranges(self) -> bool:
         """Whether ranges of activations are stored."""
-        return self.activation_bits < 16 and self.activation_ranges == "static"
+        return isinstance(self.activations, Static)
 
     @property
-    def needs_calibration(self) -> bool:
-        """Whether any part of this configuration is fitted on calibration states."""
-        trained = self.reconstruction != "none" or self.transitions != "none"
-        return self.quantizer in ("gptq", "trellis") or self.num_time_groups > 1 or self.has_static_ranges or trained
+    def needs_calibration(self) -> str:
+        """The parts that are fitted on calibration states, in words; empty where there are none."""
+        needs = [repr(self.weights.method)] if isinstance(self.weights, GPTQ | Trellis) else []
+        needs += ["static activation ranges"] if self.has_static_ranges else []
+        needs += ["time groups"] if self.time_groups else []
+        return ", ".join([*needs, *(f"training {phase.phase!r}" for phase in self.training)])
 
     @property
     def precision(self) -> str:
         """For example ``W2A16``."""
         return f"W{self.bit_width}A{self.activation_bits}"
 
+    @property
+    def bit_width(self) -> int:
+        """Whole bits of a weight code."""
+        return int(self.weights.bits)
 
-def _in_words(error: Mapping[str, Any]) -> str:
-    """One of pydantic's errors in this library's form."""
-    if not error["loc"]:
-        return str(error["ctx"]["error"])  # of ``_groups_fit``
-    field = ".".join(map(str, error["loc"]))
-    if error["type"] == "extra_forbidden":
-        allowed = f"allowed are the fields {', '.join(ThermoConfig.model_fields)}"
-    elif error["type"] == "value_error":
-        allowed = f"allowed is {error['ctx']['error']}"
-    else:
-        allowed = error["msg"].replace("Input should be", "allowed is")
-    return f"{field}: found {error['input']!r:.80}, {allowed}"
+    @property
+    def quantizer(self) -> str:
+        """The method of the weights."""
+        return self.weights.method
+
+    @property
+    def group_size(self) -> int | None:
+        """Weights that share a scale; None for a whole row."""
+        return self.weights.group_size
+
+    @property
+    def activation_bits(self) -> int:
+        """Bits of an activation code, 16 where activations aren't quantized."""
+        return 16 if self.activations is None else self.activations.bits
+
+    @property
+    def num_time_groups(self) -> int:
+        """Number of time groups."""
+        return 1 if self.time_groups is None else self.time_groups.count
+
+    @property
+    def smoothing_method(self) -> SmoothingMethod | None:
+        """The smoothing method, None where nothing is smoothed."""
+        return None if self.time_groups is None else self.time_groups.smoothing
+
+    @property
+    def smoothing_window(self) -> int | None:
+        """The window that acts, None where there is none."""
+        return None if self.time_groups is None else self.time_groups.window
+
+    @property
+    def enable_boundary_smoothing(self) -> bool:
+        """Whether parameters are smoothed across boundaries."""
+        return self.smoothing_method is not None
+
+
+def _tagged(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields with the default method where a mapping doesn't name any."""
+    result = dict(fields)
+    for name, tag, default in (("weights", "method", DEFAULT), ("activations", "ranges", "static")):
+        if isinstance(result.get(name), Mapping):
+            result[name] = {tag: default, **result[name]}
+    return result

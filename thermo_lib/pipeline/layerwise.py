@@ -16,7 +16,8 @@ from thermo_lib.files.snapshots import Snapshot, named, part_of
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
 from thermo_lib.pipeline.storage import stored_tensors
-from thermo_lib.pipeline.weights import quantize_layer
+from thermo_lib.pipeline.weights import counts_tokens, quantize_layer
+from thermo_lib.quant.calls import denoising
 
 _NUMBERS = 2**27  # in the widest activations of a batch
 _BATCH = 64  # states of a batch at most, as in ``run_states``
@@ -24,15 +25,16 @@ _BATCH = 64  # states of a batch at most, as in ``run_states``
 
 def check_layerwise(config: ThermoConfig) -> None:
     """Raise ValueError unless a configuration needs nothing but the inputs of one linear after another."""
-    for name, wrong, allowed in (
-        ("hessian", config.hessian != "uniform", "uniform"),
-        ("average_bits", config.average_bits is not None, "None"),
-        ("reconstruction", config.reconstruction != "none", "none"),
-        ("transitions", config.transitions != "none", "none"),
-        ("activation_ranges", config.has_static_ranges, "dynamic, or 16 activation bits"),
+    spread = getattr(config.weights, "spread", False)
+    phases = ", ".join(phase.phase for phase in config.training)
+    for name, wrong, found, allowed in (
+        ("weights.token_weights", counts_tokens(config), "path_kl", "uniform"),
+        ("weights.spread", spread, spread, False),
+        ("training", phases, phases, "no phase"),
+        ("activations.ranges", config.has_static_ranges, "static", "dynamic, or activations=None"),
     ):
         if wrong:
-            found = f"found {getattr(config, name)!r}, allowed block by block is {allowed}"
+            found = f"found {found!r}, allowed block by block is {allowed!r}"
             raise ValueError(f"{name}: {found}; load the model as a whole for anything else")
 
 
@@ -54,9 +56,10 @@ class _Doorstep:
     def outputs(self, block: nn.Module) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The block's output on batch after batch: ``(part, rows, (batch, length, hidden))``."""
         for part, timestep, rows in self.calibration.batches(self._batch):
-            self.lm.set_timestep(timestep, self.calibration.timesteps)
             self.timestep = timestep
-            yield part, rows, block(self.hidden[part][rows], **self._arguments[part])
+            with denoising((timestep, self.calibration.timesteps)):
+                output = block(self.hidden[part][rows], **self._arguments[part])
+            yield part, rows, output
 
     def hessians(self, block: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
         """``sum x x^T`` of the linears' inputs by time group, float64 ``(groups, in_features, in_features)``.

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.parts import Dynamic, Trellis
 from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear
 from thermo_lib.time_aware.groups import TimeGroupParams
-from thermo_lib.time_aware.smoothing import BoundarySmoother
+from thermo_lib.time_aware.smoothing import WINDOWS, BoundarySmoother
 
 TABLES = ("model.embed_tokens", "lm_head")
 
@@ -37,13 +38,13 @@ class QuantizedLM(DiffusionLM):
     @property
     def time_params(self) -> dict[str, list[TimeGroupParams]]:
         """The parameters that depend on the timestep, per layer and time group; empty with one time group."""
-        if self.config.num_time_groups == 1:
+        if self.config.time_groups is None:
             return {}
-        return self.activation_params if self.config.activation_bits < 16 else self.weight_params
+        return self.weight_params if self.config.activations is None else self.activation_params
 
     def smoothed_params(self) -> dict[str, list[TimeGroupParams]]:
         """The time-dependent parameters after smoothing: per layer one entry a timestep."""
-        whole = self.config.activation_bits < 16
+        whole = self.config.activations is not None
         return {name: _smooth(params, self.config, whole) for name, params in self.time_params.items()}
 
     def stored_bits(self, name: str) -> int:
@@ -84,7 +85,8 @@ def names_by_block(names: list[str]) -> dict[str, list[str]]:
 
 
 def layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
-    return TrellisLinear if config.quantizer == "trellis" else QuantizedLinear
+    """The class of the quantized linears."""
+    return TrellisLinear if isinstance(config.weights, Trellis) else QuantizedLinear
 
 
 def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> None:
@@ -100,7 +102,7 @@ def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> N
         linear.in_features,
         linear.out_features,
         bits=lm.config.bit_width,
-        group_size=lm.config.group_size,
+        group_size=lm.config.group_size or linear.in_features,
         bias=linear.bias is not None,
         timesteps=lm.config.timesteps,
     )
@@ -109,11 +111,11 @@ def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> N
     if linear.bias is not None:
         layer.bias = linear.bias.detach().clone()
     install_weights(layer, lm.weight_params[name], lm.config)
-    parent, _, child = name.rpartition(".")
-    setattr(lm.model.get_submodule(parent), child, layer)
+    lm.model.set_submodule(name, layer)
 
 
 def install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
+    """Give a layer its scales and zero points, smoothed, as tables of distinct rows."""
     rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=False)
     like = {"device": layer.packed.device, "dtype": torch.float16}
     layer.scale = torch.stack([row.scale for row in rows]).to(**like)
@@ -122,9 +124,13 @@ def install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], confi
 
 
 def install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    layer.activation_bits, layer.activation_clip = config.activation_bits, config.activation_clip
-    layer.activation_group_size = config.activation_group_size or layer.in_features
-    if config.activation_ranges == "static":
+    """Let a layer quantize its input; ``params`` are the static ranges of the time groups, before smoothing."""
+    how = config.activations
+    layer.activation_bits = how.bits
+    if isinstance(how, Dynamic):
+        layer.activation_clip = how.clip
+    else:
+        layer.activation_group_size = how.group_size or layer.in_features
         rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=True)
         like = {"device": layer.packed.device, "dtype": torch.float32}
         layer.activation_scale = torch.stack([row.scale for row in rows]).to(**like)
@@ -134,7 +140,7 @@ def install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], c
 
 def install_dynamic_ranges(lm: QuantizedLM) -> None:
     """Quantize the inputs of all quantized linears in ranges of each token, if the configuration says so."""
-    if lm.config.activation_bits < 16 and not lm.config.has_static_ranges:
+    if isinstance(lm.config.activations, Dynamic):
         for layer in lm.quantized_layers().values():
             install_activations(layer, [], lm.config)
 
@@ -145,8 +151,13 @@ def _smooth(params: list[TimeGroupParams], config: ThermoConfig, whole_zero_poin
     Activations keep whole zero points after smoothing, so that an activation of zero stays exactly zero: with a
     fraction, every one of the many near-zero activations is off by the same amount, which more than doubled path KL.
     """
-    steps = BoundarySmoother(config.method, config.smoothing_window).smooth(params)
+    steps = smoother(config).smooth(params)
     return _rounded_zero_points(steps) if whole_zero_points else steps
+
+
+def smoother(config: ThermoConfig) -> BoundarySmoother:
+    """The boundary smoothing of a configuration."""
+    return BoundarySmoother(config.smoothing_method, config.smoothing_window or WINDOWS[0])
 
 
 def _rounded_zero_points(params: list[TimeGroupParams]) -> list[TimeGroupParams]:
@@ -172,8 +183,8 @@ def _rows_by_timestep(
 
 def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
-    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size}
     rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
+    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size or columns}
     for table in TABLES if lm.model.config.tie_word_embeddings else (name,):
         if table == "lm_head":
             module = QuantizedLinear(columns, rows, bias=False, **how)
@@ -181,28 +192,24 @@ def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtyp
             module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
         module.packed = stored["packed"]
         module.scale, module.zero_point = stored["weight_scale"], stored["weight_zero_point"]
-        parent, _, child = table.rpartition(".")
-        setattr(lm.model.get_submodule(parent), child, module)
+        lm.model.set_submodule(table, module)
 
 
 def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
-    model = copy.deepcopy(lm.model)
-    parameters = dict(lm.weight_params), dict(activation_params)
-    return QuantizedLM(
-        model,
-        lm.tokenizer,
-        lm.mask_token_id,
-        lm.name,
-        config,
-        *parameters,
-        dict(lm.losses),
-        chat_template=lm.chat_template,
+    """A copy of a quantized model, with another configuration and other static activation ranges."""
+    return replace(
+        lm,
+        model=copy.deepcopy(lm.model),
+        config=config,
+        weight_params=dict(lm.weight_params),
+        activation_params=dict(activation_params),
+        losses=dict(lm.losses),
     )
 
 
 def parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
     """The parameters of weights or activations that are stored."""
-    symmetric = kind == "weight" and config.quantizer == "trellis"
+    symmetric = kind == "weight" and isinstance(config.weights, Trellis)
     return ("scale",) if symmetric else ("scale", "zero_point")
 
 

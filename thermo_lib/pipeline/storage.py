@@ -12,9 +12,9 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_tensors
 from thermo_lib.files.text import read_object
-from thermo_lib.models.architectures import MaskPredictor, config_json, read_config, skeleton, tensor_name
-from thermo_lib.models.lm import HEAD, DiffusionLM, fill, load_model, model_folder, take_expected
-from thermo_lib.models.tokenization import read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.models.architectures import HEAD, MaskPredictor, config_json, read_config, skeleton, tensor_name
+from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
+from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     TABLES,
@@ -23,10 +23,12 @@ from thermo_lib.pipeline.model import (
     install_activations,
     install_layer,
     install_table,
+    install_weights,
     layer_type,
     linear_names,
     parameter_names,
 )
+from thermo_lib.pipeline.parts import Trellis
 from thermo_lib.quant.codes import unpack
 from thermo_lib.quant.trellis import MOST_BITS
 from thermo_lib.time_aware.groups import TimeGroupParams
@@ -43,8 +45,34 @@ def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: 
 def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
     """What is stored of a quantized layer's weights: codes, and parameters of the time groups before smoothing."""
     layer = lm.model.get_submodule(name)
+    _check_held(lm, name)
     codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
     return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
+
+
+def _check_held(lm: QuantizedLM, name: str) -> None:
+    """Raise ValueError if a layer computes with other parameters than those that would be stored of it.
+
+    Layers hold smoothed rows, the model what they come from; ``load_state_dict`` changes only the first.
+    """
+    layer, params = lm.model.get_submodule(name), lm.weight_params[name]
+    fresh = {key: getattr(layer, key) for key in ("scale", "zero_point", "weight_row")}
+    install_weights(layer, params, lm.config)
+    kinds = {"weights": fresh}
+    if lm.config.has_static_ranges:
+        kinds["activations"] = {
+            key: getattr(layer, key) for key in ("activation_scale", "activation_zero_point", "activation_row")
+        }
+        install_activations(layer, lm.activation_params[name], lm.config)
+    for kind, held in kinds.items():
+        differs = [key for key, tensor in held.items() if not tensor.equal(getattr(layer, key))]
+        for key, tensor in held.items():
+            setattr(layer, key, tensor)
+        if differs:
+            raise ValueError(
+                f"{name}: found {differs[0]} of other {kind} than this model was quantized to, as after "
+                "load_state_dict; save the model that they come from instead"
+            )
 
 
 def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
@@ -91,7 +119,7 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         (target / WEIGHTS_NAME).chmod(0o644)
         text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)
         (target / "config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(lm.tokenizer, lm.chat_template, target)
+        save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
 
     write_folder(Path(folder), write)
 
@@ -121,6 +149,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
         str(path),
         thermo,
         chat_template=read_chat_template(folder),
+        carried=read_carried(folder),
     )
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
     check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
@@ -163,7 +192,7 @@ def expected_tensors(
         expected |= _expected_codes(name, *sizes, thermo, thermo.embedding_bits)
     for name in names:
         expected |= _expected_tensors(name, model.get_submodule(name), thermo, thermo.has_static_ranges)
-        if thermo.quantizer == "trellis":
+        if isinstance(thermo.weights, Trellis):
             expected |= _expected_streams(name, model.get_submodule(name), model.config, found, folder)
     return expected
 
@@ -209,21 +238,22 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
     for name in linear_names(lm.model):
         linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
+        group_size = thermo.group_size or linear.in_features
         for kind, layers in kinds.items():
-            ranges = (thermo.weight_groups if kind == "weight" else thermo.time_groups).ranges
+            intervals = (thermo.weight_groups if kind == "weight" else thermo.groups).intervals
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in parameter_names(kind, thermo)}
             scales = values["scale"]
             _check_positive(scales, f"{stored_name}.{kind}_scale", folder)
             zeros = values.get("zero_point", torch.zeros_like(scales))
             layers[name] = [
-                TimeGroupParams(time_range, scale, zero, thermo.group_size if kind == "weight" else None)
-                for time_range, scale, zero in zip(ranges, scales, zeros, strict=True)
+                TimeGroupParams(time_range, scale, zero, group_size if kind == "weight" else None)
+                for time_range, scale, zero in zip(intervals, scales, zeros, strict=True)
             ]
         stored = {key: tensors.pop(f"{name}.{key}") for key in layer_type(thermo).STORED}
         if linear.bias is not None:
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         install_layer(lm, name, stored)
-        if thermo.activation_bits < 16:
+        if thermo.activations is not None:
             install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
     for name in coded_tables(lm.model, thermo):
         stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
@@ -237,9 +267,9 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
     if linear.bias is not None:
         expected[f"{name}.bias"] = linear.bias
     if static:
-        channel_groups = -(-columns // (config.activation_group_size or columns))
-        shape = (config.num_time_groups, 1 + config.activation_token_states, channel_groups)
-        per_group = torch.empty(shape, device="meta")
+        channel_groups = -(-columns // (config.activations.group_size or columns))
+        shape = (config.num_time_groups, 1 + config.activations.by_token_state, channel_groups)
+        per_group = torch.empty(shape, device="meta", dtype=torch.float32)
         expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
 
@@ -247,8 +277,9 @@ def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static
 def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
     groups = config.weight_groups.num_groups if name not in TABLES else 1
     names = parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
-    parameters = torch.empty((groups, rows, -(-columns // config.group_size)), device="meta")
-    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta")
+    shape = groups, rows, -(-columns // (config.group_size or columns))
+    parameters = torch.empty(shape, device="meta", dtype=torch.float16)
+    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta", dtype=torch.uint8)
     return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
 
 
@@ -258,7 +289,7 @@ def _expected_streams(
     """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
     rows, columns = linear.weight.shape
     key = f"{name}.packed_column_bits"
-    expected = {key: torch.empty(-(-columns // 2), device="meta")}
+    expected = {key: torch.empty(-(-columns // 2), device="meta", dtype=torch.uint8)}
     named = tensor_name(config, key)
     packed = found.get(named)
     if packed is not None and packed.shape == expected[key].shape:
@@ -267,5 +298,5 @@ def _expected_streams(
         if column_bits.max() > MOST_BITS:
             raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
         width = -(-int(column_bits.sum()) // 8)
-        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta")
+        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta", dtype=torch.uint8)
     return expected

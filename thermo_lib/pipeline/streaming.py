@@ -21,8 +21,9 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
-from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
-from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, writing
+from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.extras import needs
+from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, unfinished, writing
 from thermo_lib.files.snapshots import Snapshot, digest
 from thermo_lib.files.tensors import (
     INDEX_NAME,
@@ -33,16 +34,15 @@ from thermo_lib.files.tensors import (
     weight_files,
 )
 from thermo_lib.files.text import read_object, write_json
-from thermo_lib.models.architectures import MaskPredictor, read_config, skeleton, tensor_name
-from thermo_lib.models.lm import HEAD, DiffusionLM, check_unquantized, model_folder, stored_names
+from thermo_lib.models.architectures import HEAD, MaskPredictor, read_config, skeleton, stored_names, tensor_name
+from thermo_lib.models.lm import DiffusionLM, check_unquantized, model_folder
 from thermo_lib.models.tokenization import (
-    SETTINGS_NAME,
-    TEMPLATE_NAME,
+    TOKENIZER_FILES,
+    read_carried,
     read_chat_template,
     read_tokenizer,
     save_tokenizer,
 )
-from thermo_lib.params import default
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.layerwise import check_layerwise, coded_blocks
 from thermo_lib.pipeline.model import TABLES, QuantizedLM, linear_names
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 RUN_NAME = "run.json"
 STATES_NAME = "states.safetensors"
 _KEPT = "complete shards are kept, the same call goes on after them"
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", SETTINGS_NAME, TEMPLATE_NAME)
 _SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
 _WORKER_SECONDS = 60  # for the first worker of a cluster to come
@@ -120,8 +119,7 @@ def quantize_checkpoint(
         check_layerwise(config)
         if calibration is None:
             raise ValueError(
-                f"calibration: found None, required by quantizer={config.quantizer!r}, "
-                f"num_time_groups={config.num_time_groups}; without it use rtn or least_squares and one time group"
+                f"calibration: found None, required by {config.needs_calibration}; the preset 'fast' needs none"
             )
         if client is not None:
             raise ValueError(f"client: found one, allowed is None with quantizer={config.quantizer!r}, block by block")
@@ -145,7 +143,8 @@ def _quantize(
     check_unquantized(folder)
     tasks = _tasks(folder, model_config, config)
     tokenizer, chat_template = read_tokenizer(folder, model_config.vocab_size), read_chat_template(folder)
-    partial = output.with_name(f".{output.name}.partial")
+    carried = read_carried(folder)
+    partial = unfinished(output, "partial")
     run = _run(folder, config, calibration) | {"shard size": shard_bytes}
     if _is_done(output, run):
         _finish(output, partial)
@@ -159,7 +158,7 @@ def _quantize(
         total=sum(t.size for t in tasks), desc="quantize", unit="B", unit_scale=True, disable=not progress
     ) as bar:
         if not all(path.is_file() for path in paths[: len(blocks)]):
-            rough = ThermoConfig(**{**config.model_dump(), "enable_boundary_smoothing": False})  # as ``quantize`` fits
+            rough = config.replace(enable_boundary_smoothing=False)  # as ``quantize`` fits
             lm = QuantizedLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(folder), rough)
             snapshot = Snapshot(partial / STATES_NAME, digest(run))
             for number, tensors in coded_blocks(lm, _reader(tasks), calibration, snapshot):
@@ -179,7 +178,7 @@ def _quantize(
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         text = quantized_config_json(model_config, config, _reader(tasks)("model.norm.weight").dtype)
         (partial / "config.json").write_text(text, encoding="utf-8")
-        save_tokenizer(tokenizer, chat_template, partial)
+        save_tokenizer(tokenizer, chat_template, partial, carried)
         for leftover in [partial / STATES_NAME, *partial.glob("*.tmp"), *partial.glob(".*.tmp"), output / RUN_NAME]:
             leftover.unlink(missing_ok=True)
         replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
@@ -208,25 +207,27 @@ def _skeleton(model_config: PreTrainedConfig) -> MaskPredictor:
     return model.eval()
 
 
-def calibration_states(source: str | Path, timesteps: int, count: int, seed: int) -> Calibration:
-    """Calibration states that need no weights: code, masked by the forward process at every timestep's ratio.
+def calibration_states(source: str | Path, timesteps: int, count: int | None = None, seed: int = 0) -> Calibration:
+    """Calibration states that need no weights: text, masked by the forward process at every timestep's ratio.
 
     Args:
         source: a folder in the layout of Dream or LLaDA, or a hub id.
         timesteps: ``T``.
-        count: states, spread evenly over the timesteps.
+        count: number of states of each length, spread evenly over the timesteps; None for all there are.
         seed: of the text and of the masks.
     """
-    most = timesteps * default("calibration.code_sequences")
-    if not 1 <= count <= most:
-        raise ValueError(f"states: found {count}, allowed are 1..{most}")
     folder = model_folder(str(source))
     model_config = read_config(folder)
     tokenizer = read_tokenizer(folder, model_config.vocab_size)
     lm = DiffusionLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(source))
-    code, *_ = calibration_batches(lm, seed)
-    (states,) = calibrate(lm, [code], timesteps=timesteps, source="forward", seed=seed).parts
-    return Calibration((states[torch.arange(count) * len(states.ids) // count],), timesteps, "forward")
+    whole = calibrate(lm, timesteps=timesteps, source="forward", seed=seed)
+    most = min(len(part.ids) for part in whole.parts)
+    if count is None:
+        return whole
+    if not 1 <= count <= most:
+        raise ValueError(f"states: found {count}, allowed are 1..{most}")
+    parts = (part[torch.arange(count) * len(part.ids) // count] for part in whole.parts)
+    return Calibration(tuple(parts), timesteps, "forward")
 
 
 def _by_block(tasks: list[_Task]) -> list[list[_Task]]:
@@ -276,7 +277,7 @@ def _tasks(folder: Path, model_config: PreTrainedConfig, config: ThermoConfig) -
         for length in shape:
             count *= length
         bits = config.bit_width if name in linears else config.embedding_bits if name in tables else None
-        size = count * itemsize if bits is None else count * bits // 8 + 4 * count // config.group_size
+        size = count * itemsize if bits is None else count * bits // 8 + 4 * count // (config.group_size or shape[-1])
         tasks.append(_Task(key, name, path, tuple(shape), bits, size))
     return tasks
 
@@ -357,7 +358,7 @@ def _written(
             _write_shard(path, shard, model_config, config)
             yield number
         return
-    from distributed import as_completed
+    as_completed = needs("distributed").as_completed
     from distributed.comm import CommClosedError
     from distributed.scheduler import KilledWorker
 
@@ -394,10 +395,9 @@ def _run(folder: Path, config: ThermoConfig, calibration: Calibration | None) ->
     run: dict[str, Any] = {"configuration": config.model_dump(mode="json"), "format version": config.format_version}
     if calibration is not None:
         run["calibration"] = [digest(calibration.tensors()), calibration.timesteps, calibration.source]
-        run |= {key: default(key) for key in ("quant.damping", "quant.ridge", "trellis")}
         run["number of threads"] = torch.get_num_threads()  # sums are added up in another order
         run["torch version"] = str(torch.__version__)
-    for path in [folder / "config.json", *(folder / name for name in _TOKENIZER_FILES)]:
+    for path in [folder / "config.json", *(folder / name for name in TOKENIZER_FILES)]:
         if path.is_file():
             run[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     for path in weight_files(folder):

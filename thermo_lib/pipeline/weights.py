@@ -13,7 +13,6 @@ from tqdm import tqdm
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     QuantizedLM,
@@ -23,6 +22,7 @@ from thermo_lib.pipeline.model import (
     linear_names,
     names_by_block,
 )
+from thermo_lib.pipeline.parts import GPTQ, Trellis
 from thermo_lib.quant.codes import check_weight, pack
 from thermo_lib.quant.gptq import gptq, refit
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
@@ -47,21 +47,22 @@ def _coded_layer(
         column_bits: of the trellis.
     """
     check_weight(weight, name)
-    ridge, damping = default("quant.ridge"), default("quant.damping")
-    ranges = config.weight_groups.ranges
-    if config.quantizer == "trellis":
-        coded = trellis(weight, hessians.sum(0), column_bits, config.group_size, damping, default("trellis.beam"))
-        params = TimeGroupParams(ranges[0], coded.scale, torch.zeros_like(coded.scale), coded.group_size)
+    how, intervals = config.weights, config.weight_groups.intervals
+    group_size = how.group_size or weight.shape[1]
+    if isinstance(how, Trellis):
+        coded = trellis(weight, hessians.sum(0), column_bits, group_size, how.damping, how.beam)
+        params = TimeGroupParams(intervals[0], coded.scale, torch.zeros_like(coded.scale), coded.group_size)
         return {"packed": coded.packed, "packed_column_bits": pack(coded.column_bits, 4)}, [params]
-    if config.quantizer == "gptq":
-        base = gptq(weight, hessians.sum(0), config.bit_width, config.group_size, damping, ridge)
+    if isinstance(how, GPTQ):
+        base = gptq(weight, hessians.sum(0), how.bits, group_size, how.damping, how.ridge)
     else:
-        base = _ROUNDING[config.quantizer](weight, config.bit_width, config.group_size)
-    fitted = [base] if len(ranges) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
-    stored = {"packed": pack(base.codes, config.bit_width, config.group_size)}
+        base = _ROUNDING[how.method](weight, how.bits, group_size)
+    ridge = how.ridge if isinstance(how, GPTQ) else GPTQ().ridge
+    fitted = [base] if len(intervals) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
+    stored = {"packed": pack(base.codes, how.bits, group_size)}
     return stored, [
         TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
-        for time_range, f in zip(ranges, fitted, strict=True)
+        for time_range, f in zip(intervals, fitted, strict=True)
     ]
 
 
@@ -72,15 +73,16 @@ def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> 
         weight: some rows of it, ``(rows, in_features)``.
         name: for errors.
         config: how to quantize.
-        bits: of a code.
+        bits: number of bits of a code.
 
     Returns:
         ``packed`` ``(rows, bytes)``, ``weight_scale`` and ``weight_zero_point`` ``(1, rows, groups)``.
     """
     check_weight(weight, name)
-    found = _ROUNDING.get(config.quantizer, least_squares)(weight, bits, config.group_size)
+    group_size = config.group_size or weight.shape[1]
+    found = _ROUNDING.get(config.quantizer, least_squares)(weight, bits, group_size)
     parameters = {"weight_scale": found.scale[None], "weight_zero_point": found.zero_point[None]}
-    return {"packed": pack(found.codes, bits, config.group_size), **parameters}
+    return {"packed": pack(found.codes, bits, group_size), **parameters}
 
 
 def code_tables(lm: QuantizedLM) -> None:
@@ -119,6 +121,7 @@ def input_hessians(
     weights = {name: _in_batches(importance[name], calibration) for name in names if name in importance}
 
     def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
+        x = x.float()  # float16 doesn't reach the squares of its numbers
         weighted = x * next(weights[name]) if name in weights else x
         hessians[name][groups.group_of(timestep * groups.timesteps // calibration.timesteps)] += x.T @ weighted
 
@@ -142,8 +145,8 @@ def quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress:
 
     importance: dict[str, list[Tensor]] = {}
     sites = shared_inputs(lm, names)
-    if config.hessian == "transition":
-        importance = token_importance(lm, calibration, names, default("seed"), "importance" if progress else None)
+    if counts_tokens(config):
+        importance = token_importance(lm, calibration, names, config.seed, "importance" if progress else None)
         sites = [[name] for name in names]  # the same input counts by what the output is worth
     column_bits = bits_by_column(lm, calibration, importance)
     for block in tqdm(names_by_block(names).values(), desc=label, disable=not progress, leave=False):
@@ -171,12 +174,17 @@ def bits_by_column(
         calibration: the states.
         importance: of the tokens, as for ``input_hessians``.
     """
-    config = lm.config
-    if config.quantizer != "trellis":
+    how = lm.config.weights
+    if not isinstance(how, Trellis):
         return {}
     linears = {name: lm.model.get_submodule(name) for name in linear_names(lm.model)}
-    if config.average_bits is None:
-        return {n: torch.full((linear.in_features,), config.bit_width) for n, linear in linears.items()}
-    hessians = input_hessians(lm, calibration, list(linears), config.weight_groups, importance)
-    costs = {n: column_costs(linear.weight, hessians[n][0], default("quant.damping")) for n, linear in linears.items()}
-    return allocate_bits(costs, {n: linear.out_features for n, linear in linears.items()}, config.average_bits)
+    if not how.spread:
+        return {n: torch.full((linear.in_features,), int(how.bits)) for n, linear in linears.items()}
+    hessians = input_hessians(lm, calibration, list(linears), lm.config.weight_groups, importance)
+    costs = {n: column_costs(linear.weight, hessians[n][0], how.damping) for n, linear in linears.items()}
+    return allocate_bits(costs, {n: linear.out_features for n, linear in linears.items()}, how.bits)
+
+
+def counts_tokens(config: ThermoConfig) -> bool:
+    """Whether the tokens of the Hessians count by what an error there costs in path KL."""
+    return getattr(config.weights, "token_weights", "uniform") == "path_kl"

@@ -26,10 +26,13 @@ def pack(codes: Tensor, bits: int, group_size: int = 1) -> Tensor:
     holds the group's codes ``j``, ``j + w``, ``j + 2 w``, ..., the first in the lowest bits, so that unpacking by
     shifts and masks gives runs of neighbours. Otherwise a byte holds neighbours, as with ``w = 1``.
 
+    A group that is wider than the row isn't whole, so its bytes hold neighbours. What computes with groups takes it for
+    as wide as the row; here it must stay as it is, or the bytes would lie otherwise than in the folders that exist.
+
     Args:
         codes: uint8 ``(..., n)`` with values below ``2**bits``.
         bits: 2, 4 or 8: four, two or one code a byte.
-        group_size: codes of a group.
+        group_size: codes of a group; may be more than ``n``.
 
     Returns:
         uint8 ``(..., ceil(n * bits / 8))``; unused bits of the last byte are zero.
@@ -67,7 +70,8 @@ class QuantizedWeight:
         scale: float16 ``(out_features, groups)``, positive.
         zero_point: float16 ``(out_features, groups)``.
         bits: bits of a code.
-        group_size: weights of a group; ``groups = ceil(in_features / group_size)``.
+        group_size: weights of a group; ``groups = ceil(in_features / group_size)``. It may be more than
+            ``in_features``: ``pack`` needs it as it was asked for.
     """
 
     codes: Tensor
@@ -87,9 +91,10 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor, group_size: int
     Args:
         codes: ``(out_features, in_features)``, whole numbers or others.
         scale, zero_point: ``(out_features, ceil(in_features / group_size))``.
-        group_size: weights that share a scale.
+        group_size: weights that share a scale; a group beyond the row is the row.
     """
     in_features = codes.shape[-1]
+    group_size = min(group_size, in_features)
     padded = F.pad(codes, (0, -in_features % group_size)) if in_features % group_size else codes
     grouped = padded.unflatten(-1, (-1, group_size)).float()
     weight = (grouped - zero_point.float()[..., None]) * scale.float()[..., None]
@@ -120,12 +125,33 @@ def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Quantize and dequantize activations; ``scale`` and ``zero_point`` broadcast to ``x``."""
-    return quantize_codes(x, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+    """Quantize and dequantize activations; ``scale`` and ``zero_point`` broadcast to ``x``.
+
+    Returns:
+        As ``x``, and of its dtype. It is computed in float32 at least: steps are lost in bfloat16 and float16.
+    """
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    found = quantize_codes(precise, scale, zero_point, bits).sub_(zero_point).mul_(scale)
+    if found.dtype == x.dtype:
+        return found
+    limits = torch.finfo(x.dtype)  # half a step beyond the largest float16 would be infinite
+    return found.clamp_(limits.min, limits.max).to(x.dtype)
 
 
 def fake_quantize_per_token(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """Quantize and dequantize each token in its own min-max range, times ``clip`` (dynamic ranges, nothing stored)."""
-    low, high = clip * x.amin(-1, keepdim=True).clamp(max=0), clip * x.amax(-1, keepdim=True).clamp(min=0)
+    """Quantize and dequantize each token in its own min-max range, times ``clip`` (dynamic ranges, nothing stored).
+
+    Args:
+        x: ``(..., channels)``.
+        bits: of a code.
+        clip: share of the way from zero to the token's extremes.
+
+    Returns:
+        As ``x``, and of its dtype; ranges are float32 at least, since one in float16 may be wider than its largest
+        number.
+    """
+    precise = torch.promote_types(x.dtype, torch.float32)
+    low, high = (extreme.to(precise) for extreme in (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)))
+    low, high = clip * low.clamp(max=0), clip * high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=SMALLEST_SCALE)
     return fake_quantize(x, scale, (-low / scale).round(), bits)

@@ -65,13 +65,17 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse, ``Hinv`` in GPTQ's algorithm, float64.
 
     Args:
-        hessian: ``sum x x^T``, ``(in_features, in_features)``.
+        hessian: ``sum x x^T``, ``(in_features, in_features)``. A channel that is always zero (a dead one) takes the
+            mean diagonal of the others: its weights don't matter, but they must not make the damping of the others
+            depend on the scale of the inputs.
         damping: share of the mean diagonal that is added to the diagonal.
     """
     # By columns, as LAPACK has it, so that each step is in place.
     H = torch.empty_like(hessian, dtype=torch.float64).mT.copy_(hessian)
     diagonal = H.diagonal()
-    diagonal[diagonal == 0] = 1.0  # an input that is always zero: its weight doesn't matter
+    is_dead = diagonal == 0
+    if is_dead.any():
+        diagonal[is_dead] = 1.0 if is_dead.all() else diagonal[~is_dead].mean()
     diagonal += damping * diagonal.mean()
     torch.linalg.cholesky(H, out=H)
     torch.cholesky_inverse(H, out=H)
@@ -107,7 +111,8 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     """
     check_hessian(hessian, weight.shape[1])
     groups = quantized.scale.shape[1]
-    pad = groups * quantized.group_size - weight.shape[1]
+    group_size = min(quantized.group_size, weight.shape[1])
+    pad = groups * group_size - weight.shape[1]
     H = F.pad(hessian.double(), (0, pad, 0, pad)) if pad else hessian.double()
     rows = max(1, _REFITTED // H[0].numel() // groups)
     tensors = (weight, quantized.codes, quantized.scale, quantized.zero_point)

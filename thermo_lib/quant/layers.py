@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thermo_lib.quant import planes
+from thermo_lib.quant.calls import CALL
 from thermo_lib.quant.codes import check_bits, dequantize, fake_quantize, fake_quantize_per_token, unpack
 from thermo_lib.quant.trellis import read_codes
 
@@ -78,11 +79,10 @@ class QuantizedLinear(_Coded):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
         self.activation_clip = 1.0  # of dynamic ranges
-        self.timesteps, self.timestep = timesteps, 0
+        self.timesteps = timesteps
         self.has_planes = planes.width(in_features, bits, group_size) > 0
         self.compiled = False
         self.activation_group_size = activation_group_size or in_features
-        self.is_masked: Tensor | None = None
         self._rows: dict[str, tuple[Tensor, list[int]]] = {}  # what ``_row`` has read
         groups = -(-in_features // group_size)
         packed_width = -(-in_features * bits // 8)
@@ -90,23 +90,13 @@ class QuantizedLinear(_Coded):
         self.register_buffer("scale", torch.ones((1, out_features, groups), dtype=torch.float16))
         self.register_buffer("zero_point", torch.zeros((1, out_features, groups), dtype=torch.float16))
         self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
-        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
-        self.register_buffer("activation_scale", torch.empty((0, 1, 1)))
-        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1)))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
+        self.register_buffer("activation_scale", torch.empty((0, 1, 1), dtype=torch.float32))
+        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1), dtype=torch.float32))
         self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
 
-    def set_timestep(self, timestep: int, timesteps: int) -> None:
-        """Use the parameters of denoising step ``timestep`` of ``timesteps``.
-
-        Raises:
-            ValueError: the timestep is outside ``0..timesteps-1``.
-        """
-        if not 0 <= timestep < timesteps:
-            raise ValueError(f"timestep: found {timestep}, allowed are 0..{timesteps - 1}")
-        self.timestep = timestep * self.timesteps // timesteps
-
     def _row(self, table: str) -> int:
-        """The row of the current timestep in ``weight_row`` or ``activation_row``.
+        """The row of the call's timestep in ``weight_row`` or ``activation_row``.
 
         A table is read once: an index that is a tensor on a GPU is waited for, at every call of every layer.
         """
@@ -115,21 +105,22 @@ class QuantizedLinear(_Coded):
         if read is not tensor:
             rows = tensor.tolist()
             self._rows[table] = tensor, rows
-        return rows[self.timestep]
+        timestep, timesteps = CALL.step
+        return rows[timestep * self.timesteps // timesteps]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self._rows.clear()  # a table may have been overwritten where it is
 
-    def set_token_state(self, is_masked: Tensor) -> None:
-        """Say which tokens of the next input are masked, bool ``(batch, length)``."""
-        self.is_masked = is_masked if self.activation_scale.shape[1] == 2 else None
-
     def _per_value(self, parameter: Tensor) -> Tensor:
         """One row's parameters ``(token states, channel groups)``, broadcast to the input."""
         if parameter.shape[1] > 1:
             parameter = parameter.repeat_interleave(self.activation_group_size, 1)[:, : self.in_features]
-        return parameter if self.is_masked is None else parameter[self.is_masked.long()]
+        if len(parameter) == 1:
+            return parameter[0]
+        if CALL.is_masked is None:
+            raise ValueError("token states: found none, expected a call that says which tokens are masked")
+        return parameter[CALL.is_masked.long()]
 
     def codes(self, rows: slice = _ALL) -> Tensor:
         """The weights before zero point and scale, of some rows, ``(out_features, in_features)``."""
@@ -140,8 +131,8 @@ class QuantizedLinear(_Coded):
         row = self._row("weight_row")
         scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
         if not self.has_planes:
-            return dequantize(self.codes(rows), scale, zero_point, min(self.group_size, self.in_features))
-        weight = torch.empty((len(scale), self.in_features), device=scale.device)
+            return dequantize(self.codes(rows), scale, zero_point, self.group_size)
+        weight = torch.empty((len(scale), self.in_features), device=scale.device, dtype=torch.float32)
         planes.plane_weight(self.packed[rows], scale.float(), zero_point.float(), self.bits, weight)
         return weight
 
@@ -153,7 +144,7 @@ class QuantizedLinear(_Coded):
             return fake_quantize_per_token(x, self.activation_bits, self.activation_clip)
         row = self._row("activation_row")
         scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
-        return fake_quantize(x, scale, zero_point, self.activation_bits).to(x.dtype)
+        return fake_quantize(x, scale, zero_point, self.activation_bits)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
@@ -207,8 +198,7 @@ class QuantizedEmbedding(_Coded):
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids, any shape, to embeddings ``(..., embedding_dim)``."""
         codes = unpack(self.packed[ids], self.bits, self.embedding_dim, self.group_size)
-        group_size = min(self.group_size, self.embedding_dim)
-        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], group_size).to(self.dtype)
+        return dequantize(codes, self.scale[0, ids], self.zero_point[0, ids], self.group_size).to(self.dtype)
 
 
 class TrellisLinear(QuantizedLinear):

@@ -46,7 +46,7 @@ def plane_weight(
             new memory takes as long as the work.
     """
     if dense is None:
-        dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device)
+        dense = out if out.dtype == torch.float32 else torch.empty(out.shape, device=out.device, dtype=torch.float32)
     shifts = bits * torch.arange(8 // bits, dtype=torch.uint8, device=out.device)[:, None, None]
     codes = torch.bitwise_right_shift(packed, shifts, out=codes)  # plane by plane, so that each pass is over long rows
     codes &= 2**bits - 1
@@ -113,12 +113,12 @@ def _fused(
     def fused(packed: Tensor, scale: Tensor, zero_point: Tensor, out: Tensor) -> None:
         lowest = 2 ** (bits * torch.arange(8 // bits, device=device))[:, None]
         # Masked where they are, then scaled down, which is exact: bytes are slow to shift.
-        codes = (packed.view(-1, 1, group_bytes) & (lowest * (2**bits - 1)).to(torch.uint8)) * (1 / lowest)
+        codes = (packed.view(-1, 1, group_bytes) & (lowest * (2**bits - 1)).to(torch.uint8)) * (1 / lowest.float())
         weight = (codes - zero_point.view(-1, 1, 1)) * scale.view(-1, 1, 1)
         out.copy_(weight.view(rows, -1))
 
     packed = torch.zeros((rows, groups * group_bytes), dtype=torch.uint8, device=device)
-    scale, zero_point = torch.ones((2, rows, groups), device=device)
+    scale, zero_point = torch.ones((2, rows, groups), dtype=torch.float32, device=device)
     dense = torch.empty((rows, groups * group_bytes * 8 // bits), dtype=dtype, device=device)
     examples = [packed, scale, zero_point, dense]
     with torch.no_grad():
@@ -159,7 +159,7 @@ def packed_linear(
     work = []
     if not compiled:
         codes = torch.empty((8 // bits, rows, packed.shape[1]), dtype=torch.uint8, device=x.device)
-        work = [codes, torch.empty(weight.shape, device=x.device)]
+        work = [codes, torch.empty_like(weight, dtype=torch.float32)]
 
     def product(*some: Tensor) -> Tensor:
         dense, *rest = (tensor[..., : len(some[0]), :] for tensor in (weight, *work))

@@ -169,7 +169,7 @@ def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tupl
     scale, zero_point = (torch.empty((len(groups), 1), dtype=torch.float16) for _ in range(2))
     step = min(max(1, _AT_A_TIME // groups.shape[1]), len(groups))
     # Five rows apart: buffers whose distance is a power of two get in each other's way in the processor's cache.
-    buffers = torch.empty((4, step + 5, groups.shape[1]))
+    buffers = torch.empty((4, step + 5, groups.shape[1]), dtype=torch.float32)
     for start in range(0, len(groups), step):
         rows = slice(start, start + step)
         block, found, *work = buffers[:, : len(groups[rows])]

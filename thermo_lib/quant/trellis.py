@@ -127,14 +127,15 @@ def column_costs(weight: Tensor, hessian: Tensor, damping: float) -> Tensor:
     """What an error of the size of the weights would cost in each column, float64 ``(in_features,)``.
 
     GPTQ's squared output error is the sum of the columns' squared errors over ``Hinv_ii^2``, once each column's error
-    is pushed onto the later ones.
+    is pushed onto the later ones. A column whose input is always zero costs nothing.
 
     Args:
         weight: ``(out_features, in_features)``.
         hessian: ``sum x x^T``, ``(in_features, in_features)``.
         damping: see ``gptq``.
     """
-    return weight.double().square().sum() / weight.shape[1] / inverse_factor(hessian, damping).diagonal().square()
+    costs = weight.double().square().sum() / weight.shape[1] / inverse_factor(hessian, damping).diagonal().square()
+    return torch.where(hessian.diagonal() == 0, 0.0, costs)
 
 
 def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_bits: float) -> dict[str, Tensor]:
@@ -158,7 +159,8 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
     if not 1 <= average_bits <= MOST_BITS:
         raise ValueError(f"average_bits: found {average_bits}, allowed are 1..{MOST_BITS}")
     more = MOST_BITS - 1  # than the first bit
-    saved = torch.cat([(costs[name] / rows[name])[:, None] * 0.25 ** torch.arange(more) for name in costs]).flatten()
+    share = 0.25 ** torch.arange(more, dtype=torch.float64)  # of its cost, that each of them saves
+    saved = torch.cat([(costs[name] / rows[name])[:, None] * share for name in costs]).flatten()
     weights = torch.cat([torch.full((len(costs[name]) * more,), rows[name]) for name in costs])
     order = saved.argsort(descending=True, stable=True)
     budget = int((average_bits - 1) * sum(len(costs[name]) * rows[name] for name in costs))
@@ -197,12 +199,13 @@ def trellis(
         raise ValueError(f"column_bits: found {found}, allowed is ({in_features},) in 0..{MOST_BITS}")
     if beam < 1:
         raise ValueError(f"beam: found {beam}, allowed is at least 1")
+    width = min(group_size, in_features)  # of a group
     Hinv = inverse_factor(hessian, damping).float()
-    padded = F.pad(weight.float(), (0, -in_features % group_size)).unflatten(1, (-1, group_size))
-    sizes = torch.full((padded.shape[1],), group_size)
-    sizes[-1] = in_features - group_size * (len(sizes) - 1)
-    scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1))
-    of_column = scale.float().repeat_interleave(group_size, 1)[:, :in_features] * gains(column_bits)
+    padded = F.pad(weight.float(), (0, -in_features % width)).unflatten(1, (-1, width))
+    sizes = torch.full((padded.shape[1],), width)
+    sizes[-1] = in_features - width * (len(sizes) - 1)
+    scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1, dtype=torch.float32))
+    of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(column_bits)
     at_a_time = max(1, _SEARCHED // (beam * in_features))
     symbols = [
         _search(rows, reach, Hinv, column_bits.tolist(), beam)
@@ -226,7 +229,7 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
     rows, in_features = weight.shape
     values = codebook()
     W = weight[:, None]  # (rows, kept, columns from the block's first)
-    state, cost = torch.zeros((rows, 1), dtype=torch.int64), torch.zeros((rows, 1))
+    state, cost = (torch.zeros((rows, 1), dtype=dtype) for dtype in (torch.int64, torch.float32))
     steps: list[tuple[Tensor, Tensor]] = []  # of each column: the parents of what is kept, and their new symbols
     for start in range(0, in_features, _BLOCK):
         width = min(_BLOCK, in_features - start)
@@ -274,9 +277,9 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     Returns:
         The same codes with new scales; a scale that wouldn't be positive stays as it was.
     """
-    groups = quantized.scale.shape[1]
+    groups, width = quantized.scale.shape[1], min(quantized.group_size, weight.shape[1])
     codes, H = quantized.codes().double(), hessian.double()
-    member = torch.arange(weight.shape[1]) // quantized.group_size == torch.arange(groups)[:, None]  # (groups, in)
+    member = torch.arange(weight.shape[1]) // width == torch.arange(groups)[:, None]  # (groups, in)
     by_group = codes[:, None] * member  # (out, groups, in)
     A = by_group @ H @ by_group.transpose(1, 2)
     b = by_group @ (weight.double() @ H)[..., None]
@@ -284,6 +287,6 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     start = quantized.scale.double()[..., None]
     regular = A + torch.diag_embed(strength[:, None].expand(-1, groups))
     fitted = torch.linalg.solve(regular, b + strength[:, None, None] * start).squeeze(-1)
-    scale, _ = storable(fitted.float(), torch.zeros(1))
+    scale, _ = storable(fitted.float(), torch.zeros(1, dtype=torch.float32))
     scale = torch.where(fitted > SMALLEST_SCALE, scale, quantized.scale)
     return TrellisWeight(quantized.packed, quantized.column_bits, scale, quantized.group_size)

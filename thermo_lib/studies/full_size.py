@@ -25,9 +25,9 @@ from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import DreamConfig, LLaDAConfig, config_json, skeleton, tensor_name
 from thermo_lib.models.lm import HEAD, REFERENCE_DIR
 from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
-from thermo_lib.params import default
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
+from thermo_lib.pipeline.parts import GPTQ
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.planes import compile_linears
@@ -82,9 +82,9 @@ def stored_sizes(config: PreTrainedConfig, thermo: ThermoConfig) -> list[dict[st
     Returns:
         For each ``part`` its ``weights``, ``bfloat16`` and ``quantized`` bytes.
     """
-    parameters = 32 / thermo.group_size  # bits of scale and zero point for each weight
+    parameters = 32 / (thermo.group_size or config.hidden_size)  # bits of scale and zero point for each weight
     bits = dict.fromkeys(["embeddings", "head"], 16 if thermo.embedding_bits == 16 else 8 + parameters)
-    bits |= {"linears": thermo.bit_width + parameters, "rest": 16}
+    bits |= {"linears": thermo.weights.bits + parameters, "rest": 16}
     rows = [
         {"part": part, "weights": count, "bfloat16": 2 * count, "quantized": count * bits[part] / 8}
         for part, count in weight_counts(config).items()
@@ -231,7 +231,7 @@ def gptq_costs(lm: QuantizedLM, *, tokens: int = 4096, progress: bool = False) -
         x = torch.randn(tokens, layer.in_features, generator=torch.Generator().manual_seed(0))
         with cost() as found:
             hessian = (x.T @ x).double()
-            gptq(weight, hessian, layer.bits, layer.group_size, default("quant.damping"), default("quant.ridge"))
+            gptq(weight, hessian, layer.bits, layer.group_size, GPTQ().damping, GPTQ().ridge)
         rows.append({"size": size, "count": count, "seconds": found.seconds, "peak_mib": found.peak_mib})
         del hessian
     return rows

@@ -1,12 +1,13 @@
 """A grid of configurations on the reference model, resumable, every point with paired scores.
 
-A point is a set of ``ThermoConfig`` fields and the seed of its calibration data. All points see the same evaluation
-inputs, so any two can be compared sequence by sequence.
+A point is a configuration and the seed of its calibration data. All points see the same evaluation inputs, so any two
+can be compared sequence by sequence.
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,67 +16,78 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.diffusion.path_kl import path_kl
-from thermo_lib.diffusion.states import Calibration, calibrate
-from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, markov, masked_token_scores
+from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
+from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
+from thermo_lib.evaluation.summary import markov
 from thermo_lib.files.snapshots import digest
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, site_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.parts import PathKL, TimeGrouping
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.training import optimize_transitions
-from thermo_lib.time_aware.groups import TimeGroups
 from thermo_lib.time_aware.ranges import best_starts
 
-Point = dict[str, Any]
 Recipe = Literal["best starts", "best per layer", "best per layer by path KL"]
-SEED, RECIPE = "calibration_seed", "recipe"
+RECIPE_METHODS = ("linear", "cubic", "sigmoid")  # what a layer chooses from
+RECIPE_WINDOWS = (1, 2, 3, 5)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration on the grid.
+
+    Attributes:
+        config: how the model is quantized.
+        calibration_seed: seed of the calibration data.
+        recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every layer
+            choose method and window on the calibration states for its output's error, ``best per layer by path KL`` for
+            the model's path KL.
+    """
+
+    config: ThermoConfig
+    calibration_seed: int = 0
+    recipe: Recipe | None = None
+
+    @property
+    def key(self) -> str:
+        """A text that is equal for points that mean the same."""
+        return json.dumps([self.config.digest(), self.calibration_seed, self.recipe])
+
+    def to_dict(self) -> dict[str, Any]:
+        """As the JSON file holds it."""
+        seeds = {"calibration_seed": self.calibration_seed, "recipe": self.recipe}
+        return {"config": self.config.model_dump(mode="json"), **seeds}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Point":
+        """The inverse of ``to_dict``."""
+        return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"])
 
 
 def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None, **fields: Any) -> Point:
-    """A point of the grid: what ``study.base`` of ``params.yaml`` says, without smoothing, changed by ``fields``.
+    """A point of the grid: the default configuration, changed by ``fields``, without smoothing unless it is asked for.
 
     Args:
         seed: seed of the calibration data.
         method: smoothing method, None for none.
-        recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every
-            layer choose method and window on the calibration states for its output's error, ``best per layer by
-            path KL`` for the model's path KL.
-        fields: ``ThermoConfig`` fields.
+        recipe: see ``Point``.
+        fields: of ``ThermoConfig``, nested or flat, or dotted as in ``{"activations.fit_to": "output"}``.
     """
-    config = ThermoConfig(
-        **{
-            **default("study.base"),
-            "enable_boundary_smoothing": method is not None,
-            "smoothing_method": method or "linear",
-            **fields,
-        }
-    )
-    return {SEED: seed, RECIPE: recipe, **config.model_dump()}
-
-
-def key(point: Point) -> str:
-    """A point as text; two points that mean the same have the same."""
-    relevant = dict(point)
-    windowed = point["smoothing_method"] != "spline"
-    if windowed and point[RECIPE] is None:  # a window takes at most half of a group
-        groups = TimeGroups(point["timesteps"], point["num_time_groups"], point["time_group_starts"])
-        longest = max(stop - start for start, stop in groups.ranges)
-        relevant["smoothing_window"] = min(point["smoothing_window"], longest // 2)
-    if not point["enable_boundary_smoothing"] or point["num_time_groups"] == 1 or relevant["smoothing_window"] == 0:
-        relevant |= {"enable_boundary_smoothing": False, "smoothing_method": None, "smoothing_window": None}
-    if not windowed or (point[RECIPE] or "").startswith("best per layer"):
-        relevant["smoothing_window"] = None
-    if point["activation_bits"] == 16 or point["activation_ranges"] == "dynamic":
-        for name in ("activation_group_size", "activation_token_states", "range_objective"):
-            relevant[name] = None
-    if point["activation_bits"] == 16:
-        relevant["activation_clip"] = None
-    if point["transitions"] == "none" or point["num_time_groups"] == 1:
-        relevant["markov_weight"] = None
-    return json.dumps(relevant, sort_keys=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "time_groups.window")  # the study asks for windows that are cut
+        config = ThermoConfig(**fields)
+        if config.time_groups is None and method is not None:
+            raise ValueError(f"method: found {method!r}, allowed is None with one time group, which has no boundary")
+        if config.time_groups is not None:
+            window = fields.get("smoothing_window") if method not in (None, "spline") else None
+            groups = config.time_groups
+            config = config.replace(
+                time_groups=TimeGrouping(count=groups.count, starts=groups.starts, smoothing=method, window=window)
+            )
+    return Point(config, seed, recipe)
 
 
 @dataclass(frozen=True)
@@ -112,7 +124,7 @@ class Row:
         return float(np.mean(self.path_kl_per_sequence))
 
 
-def score(lm: DiffusionLM, point: Point, suite: Suite) -> Row:
+def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> Row:
     """Measure a model on a suite."""
     correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
     path = path_kl(suite.reference, lm, suite.trajectories, suite.timesteps, reference_outputs=suite.reference_outputs)
@@ -134,26 +146,21 @@ def score(lm: DiffusionLM, point: Point, suite: Suite) -> Row:
     )
 
 
-# Points are measured in this order, so that neighbours share calibration data, weights and ranges.
-_SHARED = (
-    "timesteps",
-    SEED,
-    "quantizer",
-    "activation_bits",
-    "transitions",
-    "range_objective",
-    "activation_ranges",
-    "activation_group_size",
-    "activation_token_states",
-    RECIPE,
-)
-_ACTIVATIONS = (
-    "activation_bits",
-    "activation_ranges",
-    "activation_group_size",
-    "activation_token_states",
-    "range_objective",
-)
+@dataclass(frozen=True)
+class Inputs:
+    """What every point of a grid is calibrated and evaluated on.
+
+    Attributes:
+        sequences, trajectories: see ``build_suite``.
+        source: see ``calibrate``.
+        code_sequences, puzzles: see ``calibration_batches``.
+    """
+
+    sequences: int = 40
+    trajectories: int = 16
+    source: Literal["forward", "trajectory"] = "trajectory"
+    code_sequences: int = 32
+    puzzles: int = 16
 
 
 class Grid:
@@ -162,56 +169,56 @@ class Grid:
     Args:
         path: the file; points that it holds are not measured again.
         reference: the full-precision model.
+        inputs: what the points are calibrated and evaluated on.
 
     Attributes:
         rows: the points by key.
-        current: whether they were measured on this model with the present parameters.
+        current: whether they were measured on this model with these inputs.
     """
 
-    def __init__(self, path: str | Path, reference: DiffusionLM):
-        self.path, self.reference = Path(path), reference
-        self.made_of = {
-            "weights": digest(reference.model.state_dict()),
-            "evaluation": default("evaluation"),
-            "ranges": default("ranges"),
-            "transition": default("transition"),
-            "calibration": default("calibration"),
-            "quantizers": [default("quant.damping"), default("quant.ridge")],
-        }
+    def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Inputs = Inputs()):
+        self.path, self.reference, self.inputs = Path(path), reference, inputs
+        self.made_of = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
         self.rows: dict[str, Row] = {}
         self.current = True
         if self.path.is_file():
             content = read_json(self.path)
             self.current = content["made_of"] == self.made_of
-            for row in content["rows"]:
-                row["point"] = point() | row["point"]  # a field that is newer than the file had its default
-            self.rows = {key(row["point"]): Row(**row) for row in content["rows"]}
+            rows = (Row(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
+            self.rows = {row.point.key: row for row in rows}
 
     def save(self) -> None:
         """Write all rows; the earlier file stays whole until the new one is."""
-        rows = [vars(self.rows[k]) for k in sorted(self.rows)]
+        rows = [vars(self.rows[key]) | {"point": self.rows[key].point.to_dict()} for key in sorted(self.rows)]
         write_json(self.path, {"made_of": self.made_of, "rows": rows})
 
     def __getitem__(self, point: Point) -> Row:
-        if key(point) not in self.rows:
-            raise ValueError(f"{self.path}: the point {key(point)} has not been measured")
-        return self.rows[key(point)]
+        if point.key not in self.rows:
+            raise ValueError(f"{self.path}: the point {json.dumps(point.to_dict())} has not been measured")
+        return self.rows[point.key]
 
     def run(self, points: Iterable[Point], *, progress: bool = True) -> None:
         """Measure the points that are missing.
 
         Raises:
-            ValueError: the file holds points of another model or of other parameters.
+            ValueError: the file holds points of another model or of other inputs.
         """
         if not self.current:
-            raise ValueError(f"{self.path}: found points of other weights or parameters, delete it to start anew")
-        missing = list({key(p): p for p in points if key(p) not in self.rows}.values())
-        missing.sort(key=lambda p: (*(str(p[name]) for name in _SHARED), p["num_time_groups"], key(p)))
-        models = _Models(self.reference)
+            raise ValueError(f"{self.path}: found points of other weights or inputs, delete it to start anew")
+        missing = list({p.key: p for p in points if p.key not in self.rows}.values())
+        missing.sort(key=_shared)
+        models = _Models(self.reference, self.inputs)
         for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
-            suite = models.suite(p["timesteps"])
-            self.rows[key(p)] = score(models.build(p), p, suite)
+            suite = models.suite(p.config.timesteps)
+            self.rows[p.key] = score(models.build(p), p, suite)
             self.save()
+
+
+def _shared(point: Point) -> tuple[str, ...]:
+    """Sorts points so that neighbours share calibration data, weights and ranges."""
+    config = point.config.model_dump(mode="json")
+    parts = (config[name] for name in ("timesteps", "weights", "training", "activations"))
+    return (*map(json.dumps, parts), str(point.calibration_seed), str(point.recipe), json.dumps(config["time_groups"]))
 
 
 @dataclass
@@ -219,6 +226,7 @@ class _Models:
     """Builds the models of points; what neighbouring points share is made once."""
 
     reference: DiffusionLM
+    inputs: Inputs = Inputs()
     made: dict[str, Any] = field(default_factory=dict)
 
     def _once(self, kind: str, what: Any, make: Callable[[], Any]) -> Any:
@@ -227,62 +235,60 @@ class _Models:
         return self.made[kind][1]
 
     def suite(self, timesteps: int) -> Suite:
-        return self._once("suite", timesteps, lambda: build_suite(self.reference, timesteps=timesteps))
+        size = {"sequences": self.inputs.sequences, "trajectories": self.inputs.trajectories, "sudoku": 0}
+        return self._once("suite", timesteps, lambda: build_suite(self.reference, timesteps=timesteps, **size))
 
     def calibration(self, p: Point) -> Calibration:
-        make = lambda: calibrate(self.reference, timesteps=p["timesteps"], seed=p[SEED], progress=False)  # noqa: E731
-        return self._once("calibration", (p["timesteps"], p[SEED]), make)
+        seed, inputs, timesteps = p.calibration_seed, self.inputs, p.config.timesteps
+
+        def make() -> Calibration:
+            size = {"sequences": inputs.code_sequences, "puzzles": inputs.puzzles}
+            batches = calibration_batches(self.reference, seed, **size)
+            how = {"timesteps": timesteps, "source": inputs.source, "seed": seed, "progress": False}
+            return calibrate(self.reference, batches, **how)
+
+        return self._once("calibration", (timesteps, seed), make)
 
     def build(self, p: Point) -> QuantizedLM:
-        if p["transitions"] != "none":
-            start = self.build({**p, "transitions": "none"})
-            return optimize_transitions(start, self.reference, self.calibration(p), what=p["transitions"])
-        config = configuration(p)
-        plain = {"enable_boundary_smoothing": False, "smoothing_method": "linear", "smoothing_window": 1}
-        unsmoothed = config.model_dump() | plain
-        weights_only = {"num_time_groups": 1, "time_group_starts": None}
-        calibration = self.calibration(p)
-        what = (p["timesteps"], p[SEED])
+        if p.config.training and isinstance(p.config.training[-1], PathKL):
+            *before, phase = p.config.training
+            config = p.config.replace(
+                training=tuple(before), time_groups=p.config.time_groups and p.config.time_groups.model_copy()
+            )
+            start = self.build(Point(config, p.calibration_seed, p.recipe))
+            settings = phase.model_dump(exclude={"phase"})
+            return optimize_transitions(start, self.reference, self.calibration(p), **settings)
+        calibration, groups = self.calibration(p), p.config.time_groups
+        unsmoothed = p.config.replace(enable_boundary_smoothing=False) if groups else p.config
+        seed = p.calibration_seed
 
-        def make(fields: dict[str, Any]) -> QuantizedLM:
-            return quantize(self.reference, ThermoConfig(**fields), calibration)
+        def make(config: ThermoConfig) -> QuantizedLM:
+            return quantize(self.reference, config, calibration)
 
-        if config.activation_bits == 16:
-            grouped = self._once("grouped", (*what, unsmoothed), lambda: make(unsmoothed))
-            return resmooth(grouped, config.method, config.smoothing_window)
-        base = unsmoothed | weights_only | {name: default("study.base")[name] for name in _ACTIVATIONS}
-        weights = self._once("weights", (*what, base), lambda: make(base))
+        if p.config.activations is None:
+            grouped = self._once("grouped", (seed, unsmoothed), lambda: make(unsmoothed))
+            return resmooth(grouped, p.config.smoothing_method, p.config.smoothing_window)
+        base = p.config.replace(activations=None, time_groups=None)
+        weights = self._once("weights", (seed, base), lambda: make(base))
 
-        def fit(fields: dict[str, Any]) -> QuantizedLM:
-            changes = {name: value for name, value in fields.items() if value != weights.config.model_dump()[name]}
+        def fit(config: ThermoConfig) -> QuantizedLM:
+            changes = {"activations": config.activations, "time_groups": config.time_groups}
             return requantize_activations(weights, calibration, reference=self.reference, **changes)
 
-        if p[RECIPE] == "best starts":
-            starts = self._once(
-                "starts",
-                (*what, base, config.num_time_groups, config.activation_bits),
-                lambda: self._starts(weights, calibration, config),
-            )
-            unsmoothed["time_group_starts"] = starts
-        if config.range_objective != "activation" or config.activation_ranges == "dynamic":
-            return fit(config.model_dump() | {"time_group_starts": unsmoothed["time_group_starts"]})
-        ranges = self._once("ranges", (*what, unsmoothed), lambda: fit(unsmoothed))
-        if p[RECIPE] in ("best per layer", "best per layer by path KL"):
-            return smooth_each_layer(
-                ranges,
-                calibration,
-                default("study.full.methods"),
-                default("study.full.windows"),
-                reference=self.reference if p[RECIPE].endswith("path KL") else None,
-            )
-        return resmooth(ranges, config.method, config.smoothing_window)
+        if p.recipe == "best starts":
+            about = (seed, base, groups.count, p.config.activation_bits)
+            starts = self._once("starts", about, lambda: self._starts(weights, calibration, p.config))
+            unsmoothed = unsmoothed.replace(time_groups={"starts": starts})
+        if not p.config.has_static_ranges or p.config.activations.fit_to != "activation":
+            grouping = None if groups is None else groups.model_copy(update={"starts": unsmoothed.time_groups.starts})
+            return fit(p.config.replace(time_groups=grouping))
+        ranges = self._once("ranges", (seed, unsmoothed), lambda: fit(unsmoothed))
+        if p.recipe in ("best per layer", "best per layer by path KL"):
+            reference = self.reference if p.recipe.endswith("path KL") else None
+            return smooth_each_layer(ranges, calibration, RECIPE_METHODS, RECIPE_WINDOWS, reference=reference)
+        return resmooth(ranges, p.config.smoothing_method, p.config.smoothing_window)
 
     @staticmethod
     def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
         samples = [sample for _, sample in site_samples(weights, calibration)]
-        return best_starts(samples, config.timesteps, config.num_time_groups, config.activation_bits)
-
-
-def configuration(point: Point) -> ThermoConfig:
-    """How the model of a point is quantized."""
-    return ThermoConfig(**{name: value for name, value in point.items() if name not in (SEED, RECIPE)})
+        return best_starts(samples, config.timesteps, config.time_groups.count, config.activation_bits)

@@ -3,14 +3,14 @@
 import itertools
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from thermo_lib.evaluation.smoothing import target_row
+from thermo_lib.evaluation.smoothing import CLAIMED, Targets, target_row
 from thermo_lib.evaluation.statistics import interval
-from thermo_lib.params import default
-from thermo_lib.studies.grid import SEED, Grid, Point, Row, configuration, key, point
+from thermo_lib.studies.grid import Grid, Point, Row, point
 
 
 def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
@@ -21,7 +21,11 @@ def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
 
 
 def verdicts(
-    grid: Grid, fields: Mapping[str, Any], methods: Sequence[str], seeds: Sequence[int]
+    grid: Grid,
+    fields: Mapping[str, Any],
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    claims: Targets = CLAIMED,
 ) -> list[dict[str, Any]]:
     """The earlier project's claims about one configuration against itself unsmoothed, seeds averaged.
 
@@ -30,6 +34,7 @@ def verdicts(
         fields: what ``point`` takes, without a method.
         methods: smoothing methods.
         seeds: seeds of the calibration data.
+        claims: the bounds of the verdicts.
 
     Returns:
         Rows of a table of targets. The accuracy's intervals are over sequences, the others' over seeds, low to high.
@@ -38,15 +43,14 @@ def verdicts(
     rows = []
     for method in methods:
         smooth = [grid[point(seed, method, **fields)] for seed in seeds]
-        config = configuration(smooth[0].point)
+        config = smooth[0].point.config
         value, ci = gain(smooth, rough)
-        rows.append(target_row("relative accuracy gain", config, method, default("targets.accuracy_gain"), value, ci))
+        rows.append(target_row("relative accuracy gain", config, method, claims.accuracy_gain, value, ci))
         cuts = [1 - s.mean_jump / r.mean_jump for s, r in zip(smooth, rough, strict=True)]
-        for name, values in (
-            ("Markov score", [row.markov_score for row in smooth]),
-            ("cut of the mean parameter jump", cuts),
+        for name, values, bound in (
+            ("Markov score", [row.markov_score for row in smooth], claims.markov_score),
+            ("cut of the mean parameter jump", cuts, claims.jump_cut),
         ):
-            bound = default("targets.markov_score" if name == "Markov score" else "targets.jump_cut")
             spread = (min(values), max(values))
             rows.append(target_row(name, config, method, bound, float(np.mean(values)), spread))
     return rows
@@ -91,8 +95,8 @@ def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:
     """Every configuration that was measured with all of the seeds: its point with the first and its mean scores."""
     found = []
     for row in grid.rows.values():
-        keys = [key({**row.point, SEED: seed}) for seed in seeds]
-        if row.point[SEED] != seeds[0] or any(k not in grid.rows for k in keys):
+        keys = [replace(row.point, calibration_seed=seed).key for seed in seeds]
+        if row.point.calibration_seed != seeds[0] or any(k not in grid.rows for k in keys):
             continue
         rows = [grid.rows[k] for k in keys]
         scores = [r.markov_score for r in rows]
@@ -200,20 +204,21 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             for fields in axes["objectives"][objective]
             for p in crosses(
                 [fields],
-                range_objective=[objective],
+                **{"activations.fit_to": [objective]},
                 num_time_groups=few,
                 method=[*linear, "spline"] if fields == {} else linear,
             )
         ],
-        "transitions": crosses(axes["transitions"], transitions=["parameters"]),
+        "transitions": crosses(axes["transitions"], **{"path_kl.what": ["parameters"]}),
         "markov": cross(
             activation_bits=[low],
-            transitions=["parameters"],
             num_time_groups=axes["markov"]["num_time_groups"],
-            markov_weight=axes["markov"]["weights"],
+            **{"path_kl.markov_weight": axes["markov"]["weights"]},
         ),
         "ceiling": cross(
-            activation_bits=[low], range_objective=["output", "path_kl"], num_time_groups=axes["ceiling_groups"]
+            activation_bits=[low],
+            num_time_groups=axes["ceiling_groups"],
+            **{"activations.fit_to": ["output", "path_kl"]},
         ),
     }
 

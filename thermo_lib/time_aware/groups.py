@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ class TimeGroups:
                 )
 
     @property
-    def ranges(self) -> list[tuple[int, int]]:
+    def intervals(self) -> list[tuple[int, int]]:
         """Half-open ``(start, stop)`` of each group."""
         if self.starts is not None:
             return list(itertools.pairwise((0, *self.starts, self.timesteps)))
@@ -50,14 +51,21 @@ class TimeGroups:
     @property
     def boundaries(self) -> list[int]:
         """The first timestep of every group but the first."""
-        return [start for start, _ in self.ranges[1:]]
+        return [start for start, _ in self.intervals[1:]]
 
     def group_of(self, timestep: int) -> int:
         """The number of the group that holds a timestep."""
-        for number, (start, stop) in enumerate(self.ranges):
+        for number, (start, stop) in enumerate(self.intervals):
             if start <= timestep < stop:
                 return number
         raise ValueError(f"timestep: found {timestep}, allowed are 0..{self.timesteps - 1}")
+
+
+def _tensor(values: Any) -> Tensor:
+    """As a tensor; of Python's numbers, torch would take the process's default type."""
+    found = torch.as_tensor(values)
+    is_typed = hasattr(values, "dtype") or not found.is_floating_point()
+    return found if is_typed else torch.as_tensor(values, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ class TimeGroupParams:
     Attributes:
         time_range: half-open ``(start, stop)`` of timesteps; a ``range`` is accepted.
         scale: positive tensor: of weights ``(out_features, groups)``, of activations ``(token states, channel
-            groups)``; any shape is taken.
+            groups)``; any shape is taken, and Python's numbers, which become float32.
         zero_point: tensor of the same shape.
         group_size: weights that share a scale; None where the parameters belong to a whole tensor.
     """
@@ -84,7 +92,7 @@ class TimeGroupParams:
         if not 0 <= start < stop:
             raise ValueError(f"time_range: found {self.time_range}, allowed is (start, stop) with 0 <= start < stop")
         for name in ("scale", "zero_point"):
-            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)))
+            object.__setattr__(self, name, _tensor(getattr(self, name)))
             if not getattr(self, name).isfinite().all():
                 raise ValueError(f"{name}: found NaN or infinity, expected finite numbers")
         if self.scale.shape != self.zero_point.shape:

@@ -55,7 +55,7 @@ def input_samples(
     def keep(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
         chosen = torch.randint(len(x), (max(1, tokens * len(x) // most),), generator=generator)
         step = timestep * timesteps // calibration.timesteps
-        kept[name].append(InputSample(x[chosen], is_masked[chosen], torch.full((len(chosen),), step)))
+        kept[name].append(InputSample(x[chosen].float(), is_masked[chosen], torch.full((len(chosen),), step)))
 
     run_states(lm, calibration, list(names), keep)
     return {
@@ -93,8 +93,8 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError("activations: found NaN or infinity, expected finite numbers")
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     if low == high:
-        return torch.tensor(1.0), torch.tensor(0.0)
-    shares = torch.logspace(0, -2, 41)
+        return torch.ones((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)
+    shares = torch.logspace(0, -2, 41, dtype=torch.float32)
 
     def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
         return _spanning(low * low_share, high * high_share, bits)
@@ -133,14 +133,16 @@ def clipped_ranges(
         ValueError: a time group without an input.
     """
     scales, zeros = [], []
-    for start, stop in groups.ranges:
+    channels = sample.x.shape[1]
+    width = min(group_size or channels, channels)
+    for start, stop in groups.intervals:
         inside = sample.select((sample.timestep >= start) & (sample.timestep < stop))
         if not len(inside.x):
             raise ValueError(f"calibration: found no state in timesteps {start}..{stop - 1}")
         for state in (False, True) if token_states else (None,):
             rows = inside.x if state is None else inside.x[inside.is_masked == state]
             rows = rows if len(rows) else inside.x
-            fitted = [fit_range(part, bits) for part in rows.split(group_size or rows.shape[1], dim=1)]
+            fitted = [fit_range(part, bits) for part in rows.split(width, dim=1)]
             scales += [scale for scale, _ in fitted]
             zeros += [zero for _, zero in fitted]
     shape = (groups.num_groups, 2 if token_states else 1, -1)
@@ -163,7 +165,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
         The first timestep of every group but the first.
     """
     cost = np.zeros((timesteps, timesteps + 1))
-    shares = torch.logspace(0, -2, 16)
+    shares = torch.logspace(0, -2, 16, dtype=torch.float32)
     for sample in samples:
         low, high = sample.x.min().clamp(max=0), sample.x.max().clamp(min=0)
         error = torch.zeros((timesteps, len(shares) ** 2), dtype=torch.float64)

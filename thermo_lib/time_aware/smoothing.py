@@ -7,7 +7,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from scipy.interpolate import CubicSpline
 from torch import Tensor
 
 from thermo_lib.quant.codes import SMALLEST_SCALE
@@ -96,12 +95,14 @@ class BoundarySmoother:
             middles = np.array([(start + stop - 1) / 2 for start, stop in ranges])
             if len(ranges) == 1:
                 return torch.ones((ranges[0][1], 1), dtype=torch.float64)
+            from scipy.interpolate import CubicSpline  # takes a while to import, and no other method needs it
+
             at = np.arange(ranges[-1][1]).clip(middles[0], middles[-1])
             return torch.from_numpy(CubicSpline(middles, np.eye(len(ranges)), bc_type="natural")(at))
         columns = []
         for number in range(len(ranges)):
             unit = [
-                TimeGroupParams(time_range, torch.tensor(1.0), torch.tensor(float(k == number), dtype=torch.float64))
+                TimeGroupParams(time_range, *torch.tensor([1.0, k == number], dtype=torch.float64))
                 for k, time_range in enumerate(ranges)
             ]
             columns.append(torch.stack([step.zero_point for step in self.smooth(unit)]))

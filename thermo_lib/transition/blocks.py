@@ -60,10 +60,10 @@ class BlockStream:
         linears = {name: self.quantized.model.get_submodule(name) for name in importance}
         found = {n: torch.zeros((m.in_features, m.in_features), dtype=torch.float64) for n, m in linears.items()}
         *_, last = importance
-        at: tuple[int, Tensor] = (0, torch.empty(0))
+        at: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
         def receive(name: str, x: Tensor) -> None:
-            x, weights = x.flatten(0, 1), importance[name]
+            x, weights = x.flatten(0, 1).float(), importance[name]  # float16 doesn't reach the squares of its numbers
             weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
             found[name] += x.T @ weighted
             if name == last:

@@ -42,7 +42,7 @@ class CalibrationDraws:
 
     def step(self) -> Batch:
         """See ``Draws``."""
-        sizes = torch.tensor([float(len(part.ids)) for part in self.parts])
+        sizes = torch.tensor([len(part.ids) for part in self.parts], dtype=torch.float32)
         part = self.parts[int(torch.multinomial(sizes, 1, generator=self.generator))]
         rows = torch.randint(len(part.ids), (min(self.batch, len(part.ids)),), generator=self.generator)
         return [(part[rows], self.loss.targets(part[rows]))]
@@ -100,7 +100,7 @@ class Chains:
             drawn = torch.multinomial(likely.exp(), 1, generator=self.generator).squeeze(-1)
             filled = self.ids.masked_scatter(states.is_masked, drawn)
         rho = unmask_probabilities(loss.timesteps)[self.timestep]
-        chosen = torch.rand(self.ids.shape, generator=self.generator) < rho[:, None]
+        chosen = torch.rand(self.ids.shape, generator=self.generator, dtype=torch.float32) < rho[:, None]
         self.ids = torch.where(states.is_masked & chosen, filled, self.ids)
         self.timestep = (self.timestep + 1) % loss.timesteps
         for row in (self.timestep == 0).nonzero().flatten().tolist():

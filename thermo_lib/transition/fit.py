@@ -101,7 +101,7 @@ def fit_block(
     """
     generator = torch.Generator().manual_seed(seed)
     block = stream.quantized.model.model.layers[number]
-    sizes = torch.tensor([float(weight.numel()) for weight in importance])
+    sizes = torch.tensor([weight.numel() for weight in importance], dtype=torch.float32)
     optimizer, schedule = descent(rates, steps)
     losses: list[float] = []
     with torch.enable_grad():

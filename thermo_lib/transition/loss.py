@@ -9,12 +9,8 @@ from tqdm import tqdm
 
 from thermo_lib.diffusion.sampling import unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
-from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM
+from thermo_lib.models.lm import DiffusionLM, token_logits
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
-
-
-def without_mask_token(logits: Tensor, mask_token_id: int) -> Tensor:
-    return logits.index_fill(-1, torch.tensor([mask_token_id]), NO_PROBABILITY)
 
 
 class TransitionLoss(TrainableLayers):
@@ -43,14 +39,14 @@ class TransitionLoss(TrainableLayers):
         return self.reference.logits(states.ids, states.is_masked).log_softmax(-1)
 
     def log_probabilities(self, states: States) -> Tensor:
-        """The quantized model's, with gradients."""
+        """The quantized model's, float32 with gradients."""
         lm = self.quantized
         for layer in self.trained.values():
             step = states.timestep * layer.layer.timesteps // self.timesteps
             layer.is_masked = states.ids == lm.mask_token_id
             layer.timestep = step[:, None].expand_as(states.ids)
         logits = lm.model.lm_head(lm.model.hidden(states.ids)[states.is_masked])
-        return without_mask_token(logits, lm.mask_token_id).log_softmax(-1)
+        return token_logits(logits, lm.mask_token_id).log_softmax(-1)
 
     def __call__(self, states: States, targets: Tensor) -> Tensor:
         """Path KL estimated on states of any timesteps, nats per sequence."""
@@ -82,11 +78,11 @@ def token_importance(
     """
     generator = torch.Generator().manual_seed(seed)
     model, rho = reference.model, unmask_probabilities(calibration.timesteps)
-    found = {name: [torch.zeros(part.ids.shape) for part in calibration.parts] for name in names}
-    at: tuple[int, Tensor] = (0, torch.empty(0))
+    found = {name: [torch.zeros(part.ids.shape, dtype=torch.float32) for part in calibration.parts] for name in names}
+    at: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
     def keep(name: str, gradient: Tensor) -> None:
-        found[name][at[0]][at[1]] = gradient.square().mean(-1)
+        found[name][at[0]][at[1]] = gradient.float().square().mean(-1)  # in float16 the square would be lost
 
     def watch(name: str, output: Tensor) -> None:
         output.register_hook(lambda gradient: keep(name, gradient))
@@ -104,7 +100,7 @@ def token_importance(
                 logits = model.lm_head(model.hidden(part.ids[rows])[part.is_masked[rows]])
                 if not len(logits):
                     continue
-                log_p = without_mask_token(logits, reference.mask_token_id).log_softmax(-1)
+                log_p = token_logits(logits, reference.mask_token_id).log_softmax(-1)
                 drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
                 weight = float(calibration.timesteps * rho[timestep]) ** 0.5
                 (weight * log_p.gather(-1, drawn).sum()).backward()

@@ -75,7 +75,9 @@ class TrainableRanges(nn.Module):
         """The time groups' parameters before smoothing."""
         return [
             TimeGroupParams(time_range, scale.clone(), zero_point.clone())
-            for time_range, scale, zero_point in zip(groups.ranges, self.log_scale.exp(), self.zero_point, strict=True)
+            for time_range, scale, zero_point in zip(
+                groups.intervals, self.log_scale.exp(), self.zero_point, strict=True
+            )
         ]
 
 
@@ -98,7 +100,7 @@ class TrainableWeight(nn.Module):
             self.register_buffer("position", codes)
         else:
             scale, zero_point = (
-                p[0].float().repeat_interleave(self.group_size, 1)[:, : layer.in_features]
+                p[0].float().repeat_interleave(min(self.group_size, layer.in_features), 1)[:, : layer.in_features]
                 for p in (layer.scale, layer.zero_point)
             )
             wanted = target.float() / scale + zero_point
@@ -136,7 +138,7 @@ class _TrainableLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, ranges: TrainableRanges | None, weight: TrainableWeight | None):
         super().__init__()
         self.layer, self.ranges, self.weight = layer, ranges, weight
-        self.is_masked = self.timestep = torch.empty(0)
+        self.is_masked = self.timestep = torch.empty(0, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ranges is not None:

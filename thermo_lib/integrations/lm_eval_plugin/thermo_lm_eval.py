@@ -14,10 +14,12 @@ class _Finder:
     def find_spec(self, name: str, path: object = None, target: object = None) -> object:
         if name != "lm_eval.models":
             return None
-        sys.meta_path.remove(self)
+        sys.meta_path.remove(self)  # before the search for others, which asks this one too
         from importlib.util import find_spec
 
         spec = find_spec(name)
+        if spec is None or spec.loader is None:  # another package of that name
+            return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: object) -> None:

@@ -32,7 +32,6 @@ from thermo_lib.files.tensors import check_tensors, read_safetensors
 from thermo_lib.files.text import read_json, read_object, write_json
 from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.codes import fake_quantize_per_token
 from thermo_lib.studies.grid import score
@@ -196,7 +195,7 @@ def _scores(lm: DiffusionLM, suite: Suite) -> dict[str, Any]:
         "accuracy_per_sequence": accuracy_per_sequence(evaluation.correct, evaluation.masked).tolist(),
         "nelbo": evaluation.nelbo,
         "path_kl": evaluation.path.total,
-        "path_kl_ci": list(path_kl_interval(evaluation.path)),
+        "path_kl_ci": list(path_kl_interval(evaluation.path, evaluation.resamples)),
         "path_kl_per_sequence": evaluation.path.per_sequence.sum(1).tolist(),
         "sudoku_solved": evaluation.puzzles.accuracy if evaluation.puzzles else None,
     }
@@ -216,11 +215,12 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     lm = with_weights(suite.reference, weights, f"{entry.method}, {entry.setting}")
     row = asdict(entry) | _scores(lm, suite)
     clip = entry.activation_clip
-    low = score(with_weights(suite.reference, weights, lm.name, activation_bits=4, activation_clip=clip), {}, suite)
+    low = score(with_weights(suite.reference, weights, lm.name, activation_bits=4, activation_clip=clip), None, suite)
     for key in ("accuracy", "path_kl"):
         values = torch.tensor(getattr(low, f"{key}_per_sequence"), dtype=torch.float64).numpy()
         row[f"{key}_a4"] = getattr(low, key)
-        row[f"{key}_a4_ci"] = list(interval(lambda index, v=values: float(v[index].mean()), len(values)))
+        mean = lambda index, v=values: float(v[index].mean())  # noqa: E731
+        row[f"{key}_a4_ci"] = list(interval(mean, len(values), suite.resamples))
         row[f"{key}_a4_per_sequence"] = values.tolist()
     return row
 
@@ -273,29 +273,30 @@ def _goal(name: str, measured: tuple[float, tuple[float, float]], bound: float, 
     return {"goal": name, "value": value, "ci": ci, "bound": bound, "verdict": verdict(ci, bound, at_least=at_least)}
 
 
-def accuracy_kept(row: Row, full_precision: Row, activation_bits: int = 16) -> dict[str, Any]:
+def accuracy_kept(row: Row, full_precision: Row, bound: float, activation_bits: int = 16) -> dict[str, Any]:
     """The goal on the share of the full-precision accuracy that is left.
 
     Args:
         row: of the report.
         full_precision: the report's ``full_precision``.
+        bound: the share, at least.
         activation_bits: 16 or 4.
     """
     suffix = _SUFFIXES[activation_bits]
     accuracies = row[f"accuracy{suffix}_per_sequence"], full_precision["accuracy_per_sequence"]
     measured = _paired(lambda new, full: float(new.mean() / full.mean()), *accuracies)
-    bound = default("peers.accuracy_kept" + suffix)
     return _goal(f"{row['setting']}: accuracy kept at W2A{activation_bits}", measured, bound, at_least=True)
 
 
-def shares_of(row: Row, peer: Row, full_precision: Row) -> list[dict[str, Any]]:
+def shares_of(row: Row, peer: Row, full_precision: Row, bound: float) -> list[dict[str, Any]]:
     """The goals on what is left of a peer's path KL and of its accuracy drop.
 
     Args:
         row, peer: of the report.
         full_precision: the report's ``full_precision``.
+        bound: the share, below.
     """
-    bound, name = default("peers.share"), f"{peer['method']} ({peer['bits_per_weight']:.2f} bits)"
+    name = f"{peer['method']} ({peer['bits_per_weight']:.2f} bits)"
     divergence = _paired(
         lambda a, b: float(a.mean() / b.mean()), row["path_kl_per_sequence"], peer["path_kl_per_sequence"]
     )

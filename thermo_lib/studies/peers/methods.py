@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thermo_lib.data.corpus import SEQUENCE_LENGTH
+from thermo_lib.data.puzzles import PuzzlePrompts
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
+from thermo_lib.diffusion.prompts import EmptyTexts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.params import default
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.pipeline.quantize import quantize
@@ -70,10 +72,10 @@ def _weights(lm: DiffusionLM) -> dict[str, Tensor]:
 
 
 def thermo(lm: DiffusionLM, calibration: Calibration, **fields: Any) -> Layers:
-    """This project's quantizers; ``fields`` of ``ThermoConfig``. Activation ranges, if any, are dynamic."""
-    plain = {"num_time_groups": 1, "enable_boundary_smoothing": False, "activation_ranges": "dynamic"}
-    config = ThermoConfig(**plain, **{"activation_bits": 16, **fields})
-    quantized = quantize(lm, config, calibration)
+    """This project's quantizers; ``fields`` of ``ThermoConfig``. Fresh states are those of code and new puzzles."""
+    config = ThermoConfig(**fields)
+    prompts = [EmptyTexts(SEQUENCE_LENGTH, lm.mask_token_id), PuzzlePrompts(lm.tokenizer)]
+    quantized = quantize(lm, config, calibration, prompts=prompts)
     before, after = lm.model.state_dict(), quantized.model.state_dict()
     trained = [name for name, tensor in before.items() if name in after and not tensor.equal(after[name])]
     layers = Layers({name: Layer(after[name], None) for name in trained})
@@ -295,7 +297,7 @@ def compare_gptq(lm: DiffusionLM, calibration: Calibration) -> list[dict[str, An
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    damping, ridge, group_size = default("quant.damping"), default("quant.ridge"), default("quant.group_size")
+    damping, ridge, group_size = GPTQ().damping, GPTQ().ridge, GPTQ().group_size
     names = linear_names(lm.model)
     hessians = input_hessians(lm, calibration, names, TimeGroups(calibration.timesteps, 1))
 

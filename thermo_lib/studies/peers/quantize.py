@@ -29,7 +29,8 @@ from thermo_lib.diffusion.states import Calibration, calibrate
 from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
-from thermo_lib.params import default
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, REPORT, Entry
 from thermo_lib.studies.peers.methods import METHODS, compare_gptq
 
@@ -87,36 +88,50 @@ def _llamacpp(setting: str, type: str, **options: Any) -> Job:
     return Job("llama.cpp", setting, "llamacpp", {"type": type, **options}, "llama-cpp-python", ("llama_cpp",))
 
 
-_HESSIAN = {"quantizer": "gptq", "hessian": "transition"}
-_CHAINS = {"training_states": "chains"}
-_ALL = {**_HESSIAN, "reconstruction": "blocks", "transitions": "network", **_CHAINS}
-_TRELLIS = {"quantizer": "trellis", "hessian": "transition", "group_size": 768}
-_SPREAD = {**_TRELLIS, "average_bits": 2.17}
-_SEQUENTIAL = {"reconstruction": "sequential", **_CHAINS}
-_NETWORK = {"transitions": "network", **_CHAINS}
-_WHOLE = {**_SPREAD, **_SEQUENTIAL, **_NETWORK}
+_A4 = {"ranges": "dynamic", "bits": 4}
+_GPTQ = {"method": "gptq", "token_weights": "path_kl"}
+_TRELLIS = {"method": "trellis", "bits": 2, "spread": False}
+_SPREAD = {"method": "trellis", "bits": 2.17}
+_SEQUENTIAL = {"phase": "sequential", "states": "fresh"}
+_BLOCKS = {"phase": "blocks", "states": "fresh"}
+_NETWORK = {"phase": "path_kl", "what": "network", "states": "fresh"}
+_ALL = {"weights": _GPTQ, "training": (_BLOCKS, _NETWORK)}
+_WHOLE = PRESETS["best"]
+
 # The settings come from each project's own documentation (its README, recipes and defaults in the pinned version);
 # where that leaves the group size open, groups of 128 are the ones nearest to this project's 2.25 bits per weight.
 JOBS = (
-    _thermo("round-to-nearest", "group 128", quantizer="rtn"),
-    _thermo("thermo_lib GPTQ", "group 128", quantizer="gptq"),
-    _thermo("thermo_lib GPTQ", "group 128, parameters trained", quantizer="gptq", transitions="parameters"),
+    _thermo("round-to-nearest", "group 128", weights={"method": "rtn"}),
+    _thermo("thermo_lib GPTQ", "group 128", weights={"method": "gptq"}),
+    _thermo("thermo_lib GPTQ", "group 128, parameters trained", training=({"phase": "path_kl"},)),
     _thermo("thermo_lib", "all phases", **_ALL),
-    _thermo("thermo_lib", "all phases at W2A4", **_ALL, activation_bits=4),
-    _thermo("thermo_lib", "all phases, group = row", **_ALL, group_size=768),
-    _thermo("thermo_lib", "transition Hessian", **_HESSIAN),
-    _thermo("thermo_lib", "transition Hessian, blocks on calibration states", **_HESSIAN, reconstruction="blocks"),
-    _thermo("thermo_lib", "transition Hessian, blocks", **_HESSIAN, reconstruction="blocks", **_CHAINS),
-    _thermo("thermo_lib", "transition Hessian, network", **_HESSIAN, transitions="network", **_CHAINS),
-    _thermo("thermo_lib trellis", "2 bits a column", **_TRELLIS),
-    _thermo("thermo_lib trellis", "spread bits", **_SPREAD),
-    _thermo("thermo_lib trellis", "spread bits, sequential", **_SPREAD, **_SEQUENTIAL),
-    _thermo("thermo_lib trellis", "spread bits, network", **_SPREAD, **_NETWORK),
-    _thermo("thermo_lib trellis", "spread bits, network, half own chains", **_SPREAD, **_NETWORK, own_share=0.5),
-    _thermo("thermo_lib trellis", "spread bits, network, own chains", **_SPREAD, **_NETWORK, own_share=1.0),
+    _thermo("thermo_lib", "all phases at W2A4", **_ALL, activations=_A4),
+    _thermo("thermo_lib", "all phases, group = row", **{**_ALL, "weights": {**_GPTQ, "group_size": 768}}),
+    _thermo("thermo_lib", "transition Hessian", weights=_GPTQ),
+    _thermo(
+        "thermo_lib", "transition Hessian, blocks on calibration states", weights=_GPTQ, training=({"phase": "blocks"},)
+    ),
+    _thermo("thermo_lib", "transition Hessian, blocks", weights=_GPTQ, training=(_BLOCKS,)),
+    _thermo("thermo_lib", "transition Hessian, network", weights=_GPTQ, training=(_NETWORK,)),
+    _thermo("thermo_lib trellis", "2 bits a column", weights=_TRELLIS),
+    _thermo("thermo_lib trellis", "spread bits", weights=_SPREAD),
+    _thermo("thermo_lib trellis", "spread bits, sequential", weights=_SPREAD, training=(_SEQUENTIAL,)),
+    _thermo("thermo_lib trellis", "spread bits, network", weights=_SPREAD, training=(_NETWORK,)),
+    _thermo(
+        "thermo_lib trellis",
+        "spread bits, network, half own chains",
+        weights=_SPREAD,
+        training=({**_NETWORK, "own_share": 0.5},),
+    ),
+    _thermo(
+        "thermo_lib trellis",
+        "spread bits, network, own chains",
+        weights=_SPREAD,
+        training=({**_NETWORK, "own_share": 1.0},),
+    ),
     _thermo("thermo_lib trellis", "all phases", **_WHOLE),
-    _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **{**_WHOLE, "average_bits": 2.02}),
-    _thermo("thermo_lib trellis", "all phases at W2A4", **_WHOLE, activation_bits=4, activation_clip=0.9),
+    _thermo("thermo_lib trellis", "all phases, below 2.1 bits", **PRESETS["small"]),
+    _thermo("thermo_lib trellis", "all phases at W2A4", **PRESETS["w2a4"]),
     _hqq("group 16, axis 0", 16, 0),
     _hqq("group 64, axis 0", 64, 0),
     _hqq("group 64, axis 1", 64, 1),
@@ -163,25 +178,9 @@ def made_of(job: Job) -> str:
     for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
         digest.update(path.read_bytes())
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
-    settings = {section: default(section) for section in _sections(job)}
+    settings = ThermoConfig(**job.options).digest() if job.adapter == "thermo" else {}
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
     return digest.hexdigest()[:16]
-
-
-def _sections(job: Job) -> list[str]:
-    """The sections of ``params.yaml`` that a result depends on."""
-    if job.package:
-        return []
-    phases = {name: job.options.get(name, "none") for name in ("reconstruction", "transitions")}
-    used = {
-        "quant": True,
-        "trellis": job.options["quantizer"] == "trellis",
-        "reconstruction": phases["reconstruction"] != "none",
-        "sequential": phases["reconstruction"] == "sequential",
-        "transition": phases["transitions"] != "none",
-        "chains": phases["transitions"] != "none" and job.options.get("training_states") == "chains",
-    }
-    return [section for section, is_used in used.items() if is_used]
 
 
 def _status(key: str) -> int:
@@ -192,7 +191,7 @@ def _status(key: str) -> int:
 
 def quantize(job: Job) -> None:
     """Run one job in this process and write its files, the JSON last."""
-    torch.manual_seed(default("seed"))
+    torch.manual_seed(0)
     lm = load_model("reference")
     calibration = calibration_states(lm)
     for module in job.modules:
@@ -214,7 +213,7 @@ def quantize(job: Job) -> None:
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
         made_of=made_of(job),
-        activation_clip=job.options.get("activation_clip", 1.0),
+        activation_clip=(job.options.get("activations") or {}).get("clip", 1.0),
         losses={phase: _means(losses) for phase, losses in layers.losses.items()},
     )
     write_json(FOLDER / f"{job.name}.json", asdict(entry))

@@ -1,0 +1,144 @@
+"""A full-precision folder that is damaged or ambiguous: from_pretrained refuses it as load_model does, by name."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from layouts import BOTH, DREAM, Layout, stored
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModel
+
+import thermo_lib  # noqa: F401 - registers the architectures
+from thermo_lib.models.lm import load_model
+
+INDEX = "model.safetensors.index.json"
+LOADERS: dict[str, Callable[[Path], object]] = {
+    "load_model": lambda folder: load_model(str(folder)),
+    "AutoModel": lambda folder: AutoModel.from_pretrained(folder, dtype=torch.float32),
+    "AutoModel in a subfolder": lambda folder: AutoModel.from_pretrained(folder.parent, subfolder=folder.name),
+}
+EVERY_LOADER = pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    return DREAM.write(tmp_path / "model", tokenizer)
+
+
+def one_file(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Puts these tensors into the folder's only file."""
+    for path in folder.glob("model*"):
+        path.unlink()
+    save_file({n: t.contiguous() for n, t in tensors.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@BOTH
+@EVERY_LOADER
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, name: t.pop(name), "missing tensors {}"),
+        (lambda t, name: t.update(more=torch.zeros(8)), "unexpected tensors more"),
+        (lambda t, name: t.update({name: t[name][:-1]}), "tensor {}: found shape"),
+        (lambda t, name: t.update({name: t[name].to(torch.int8)}), "tensor {}: found torch.int8, allowed are"),
+        (lambda t, name: t.update({name: t[name].view(torch.uint16)}), "tensor {}: found torch.uint16, allowed are"),
+        (lambda t, name: t[name][0, 0].fill_(torch.nan), "tensor {}( as .*)?: found NaN or infinity"),
+        (lambda t, name: t[name][0, 0].fill_(-torch.inf), "tensor {}( as .*)?: found NaN or infinity"),
+    ],
+    ids=["missing", "unexpected", "of another shape", "int8", "uint16", "NaN", "infinity"],
+)
+def test_a_tensor_that_is_not_the_models_is_named(
+    tmp_path: Path,
+    tokenizer: Tokenizer,
+    layout: Layout,
+    load: Callable[[Path], object],
+    change: Callable[[dict[str, Tensor], str], object],
+    message: str,
+) -> None:
+    folder = layout.write(tmp_path / "model", tokenizer)
+    tensors = stored(folder)
+    for name in (f"{layout.name('up', 1)}.weight", f"{layout.name('head')}.weight"):
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        change(changed, name)
+        one_file(folder, changed)
+        with pytest.raises(ValueError, match=message.format(name)):
+            load(folder)
+
+
+@EVERY_LOADER
+class TestFiles:
+    def test_a_shard_that_was_cut_is_named(self, folder: Path, load: Callable[[Path], object]) -> None:
+        shard = folder / "model-00002-of-00002.safetensors"
+        shard.write_bytes(shard.read_bytes()[:-1])
+        with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors: not a complete safetensors file"):
+            load(folder)
+
+    def test_shards_without_an_index_are_not_taken_for_pickles(
+        self, folder: Path, load: Callable[[Path], object]
+    ) -> None:
+        (folder / INDEX).unlink()
+        with pytest.raises(ValueError, match=r"found model-00001.* but no index; .*index\.json") as caught:
+            load(folder)
+        assert "pickle" not in str(caught.value)
+
+    def test_a_file_beside_an_index_is_ambiguous(self, folder: Path, load: Callable[[Path], object]) -> None:
+        other = {name: torch.zeros_like(tensor) for name, tensor in stored(folder).items()}
+        save_file(other, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"found both model\.safetensors and model\.safetensors\.index\.json"):
+            load(folder)
+
+    def test_pickles_are_not_read(self, folder: Path, load: Callable[[Path], object]) -> None:
+        tensors = stored(folder)
+        for path in folder.glob("model*"):
+            path.unlink()
+        torch.save(tensors, folder / "pytorch_model.bin")
+        with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
+            load(folder)
+
+    @pytest.mark.parametrize("where", ["absolute", "../"])
+    def test_files_outside_the_folder_are_not_opened(
+        self, folder: Path, load: Callable[[Path], object], where: str
+    ) -> None:
+        shard = folder.parent / "outside.safetensors"
+        save_file(stored(folder), shard, metadata={"format": "pt"})
+        index = json.loads((folder / INDEX).read_text())
+        name = str(shard) if where == "absolute" else f"../{shard.name}"
+        index["weight_map"] = dict.fromkeys(index["weight_map"], name)
+        (folder / INDEX).write_text(json.dumps(index))
+        with pytest.raises(ValueError, match=r"found shard '.*outside\.safetensors' outside the folder"):
+            load(folder)
+
+
+class TestAutoModelOnly:
+    def test_codes_without_a_configuration_are_said(self, folder: Path) -> None:
+        one_file(folder, stored(folder) | {"model.layers.0.mlp.up_proj.packed": torch.zeros(1, dtype=torch.uint8)})
+        with pytest.raises(ValueError, match=r"config\.json: quantization_config: found none, required by .*packed"):
+            AutoModel.from_pretrained(folder)
+
+    def test_pickles_are_not_asked_for(self, folder: Path) -> None:
+        with pytest.raises(ValueError, match="use_safetensors: found False, allowed is True"):
+            AutoModel.from_pretrained(folder, use_safetensors=False)
+
+    def test_parts_of_tensors_do_not_shadow_whole_ones(self, folder: Path) -> None:
+        save_file({"x": torch.zeros(1)}, folder / "shard-00000-model-00001-of-00001.safetensors")
+        with pytest.raises(ValueError, match="found shard-00000-model-00001-of-00001"):
+            AutoModel.from_pretrained(folder)
+
+    def test_a_number_too_large_for_the_type_is_refused(self, folder: Path) -> None:
+        tensors = stored(folder)
+        tensors["model.norm.weight"][0] = 1e6
+        one_file(folder, tensors)
+        AutoModel.from_pretrained(folder)
+        with pytest.raises(ValueError, match=r"model\.norm\.weight as torch\.float16: found NaN or infinity"):
+            AutoModel.from_pretrained(folder, dtype=torch.float16)
+
+    def test_a_variant_is_checked_too(self, folder: Path) -> None:
+        tensors = stored(folder)
+        tensors.pop("model.norm.weight")
+        save_file(tensors, folder / "model.small.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=r"missing tensors model\.norm\.weight"):
+            AutoModel.from_pretrained(folder, variant="small")

@@ -1,0 +1,176 @@
+"""``python -m thermo_lib quantize``: a checkpoint becomes a quantized folder, or one line says why not."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import Run, small_calibration
+
+from thermo_lib import (
+    ThermoConfig,
+    commands,
+    load_model,
+    load_quantized,
+    quantize,
+)
+from thermo_lib import __main__ as command_line
+from thermo_lib.pipeline import streaming
+from thermo_lib.pipeline.streaming import calibration_states
+
+FAST = ("preset=fast", "group_size=16")
+
+
+class TestQuantize:
+    """A checkpoint becomes a quantized folder."""
+
+    def test_without_data_it_is_streamed(self, run: Run, folder: Path) -> None:
+        status, out, err = run("quantize", "--model", folder, "--output", "small", *FAST)
+        assert status == 0
+        size = sum(path.stat().st_size for path in Path("small").glob("*.safetensors"))
+        assert out.startswith(f"small: {size / 1e6:.1f} MB of weights in ")
+        assert "quantize" in err  # progress
+        config = ThermoConfig(quantizer="least_squares", group_size=16, embedding_bits=8)
+        expected, found = quantize(load_model(str(folder)), config), load_quantized("small")
+        assert found.config == config
+        ids = torch.arange(12)[None]
+        assert torch.equal(found.model(ids), expected.model(ids))
+
+    @pytest.mark.parametrize(
+        ("words", "preset", "changes"),
+        [
+            ([], "gptq", {}),
+            (["preset=fast"], "fast", {}),
+            (["preset=w2a4", "activations.bits=6", "path_kl.what=parameters"], "w2a4",
+             {"activations.bits": 6, "path_kl.what": "parameters"}),
+            (["bit_width=4", "num_time_groups=3", "time_groups.starts=[2, 9]", "time_groups.smoothing=null"], "gptq",
+             {"weights.bits": 4, "time_groups": {"count": 3, "starts": [2, 9], "smoothing": None}}),
+            (["preset=fast", "weights.method=rtn", "embedding_bits=16", "seed=3", "timesteps=5"], "fast",
+             {"weights": {"method": "rtn"}, "embedding_bits": 16, "seed": 3, "timesteps": 5}),
+            (["preset=gptq", "weights.damping=1e-3", "activations.by_token_state=true"], "gptq",
+             {"weights.damping": 0.001, "activations.by_token_state": True}),
+        ],
+    )  # fmt: skip
+    def test_words_are_changes_of_a_preset(
+        self,
+        run: Run,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        words: list[str],
+        preset: str,
+        changes: dict[str, Any],
+    ) -> None:
+        asked: list[ThermoConfig] = []
+
+        def record(lm_or_source: object, *arguments: Any, **_: Any) -> None:
+            asked.append(next(each for each in arguments if isinstance(each, ThermoConfig)))
+            raise ValueError("enough")
+
+        monkeypatch.setattr(commands, "quantize", record)
+        monkeypatch.setattr(commands, "quantize_checkpoint", record)
+        assert run("quantize", "--model", folder, "--output", "small", *words)[0] == 2
+        assert asked == [ThermoConfig.preset(preset, **changes)]
+
+    def test_on_a_cluster_it_writes_the_same_bytes(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "alone", *FAST)[0] == 0
+        status, out, _ = run("quantize", "--model", folder, "--output", "many", "--scheduler", "local", *FAST)
+        assert status == 0
+        assert out.startswith("dashboard: http://")
+        alone, many = ({p.name: p.read_bytes() for p in Path(name).iterdir()} for name in ("alone", "many"))
+        assert many == alone
+
+    def test_with_data_it_is_calibrated_on_the_model_itself(self, run: Run, folder: Path) -> None:
+        fields = {"quantizer": "gptq", "group_size": 16, "activation_bits": 4, "num_time_groups": 2, "timesteps": 4}
+        words = [f"{name}={value}" for name, value in fields.items()]
+        assert run("quantize", "--model", folder, "--output", "calibrated", *words)[0] == 0
+        lm = load_model(str(folder))
+        expected = quantize(lm, ThermoConfig(**fields), small_calibration(lm, timesteps=4))
+        found = load_quantized("calibrated")
+        ids = torch.arange(12)[None]
+        for timestep in range(4):
+            for model in (expected, found):
+                model.set_timestep(timestep, 4)
+            assert torch.equal(found.model(ids), expected.model(ids))
+
+    @pytest.mark.parametrize(("word", "count"), [("6", 6), ("all", None)])
+    def test_layerwise_it_is_calibrated_on_the_forward_process(
+        self, run: Run, folder: Path, word: str, count: int | None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streaming, "calibrate", small_calibration)
+        fields = {"quantizer": "gptq", "group_size": 16, "timesteps": 4}
+        words = [f"{name}={value}" for name, value in fields.items()]
+        status, out, _ = run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", word, *words)
+        assert status == 0
+        assert "masked text and not to the model's own denoising" in out
+        states = calibration_states(folder, 4, count)
+        assert states.source == "forward"
+        assert len(states) == (2 * count if count else 4 * (4 + 2 * 2))
+        expected, found = (
+            quantize(load_model(str(folder)), ThermoConfig(**fields), states),
+            load_quantized("calibrated"),
+        )
+        ids = torch.arange(12)[None]
+        assert torch.equal(found.model(ids), expected.model(ids))
+
+    def test_more_states_than_there_are_is_refused(
+        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(streaming, "calibrate", small_calibration)
+        words = ("--layerwise", 17, "timesteps=4")
+        status, out, err = run("quantize", "--model", folder, "--output", "never", *words)
+        assert (status, out) == (2, "")
+        assert "states: found 17, allowed are 1..16" in err
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize("word", ["some", "0", "-1", "1.5", "", "٣"])
+    def test_states_that_are_no_number_end_with_the_usage(self, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as error:
+            command_line.main(["quantize", "--output", "never", f"--layerwise={word}"])
+        assert error.value.code == 2
+        assert f"--layerwise: found {word!r}, allowed are a whole number from 1 and all" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--scheduler", "local"], "scheduler: found 'local' with 'gptq'; allowed is what needs no calibration"),
+            (["--scheduler", "local", "preset=w2a4-static"],
+             "with 'gptq', static activation ranges, training 'path_kl'; allowed is what needs no calibration"),
+            (["--scheduler", "nowhere://x", "preset=fast"], "scheduler: found no dask scheduler at 'nowhere://x'"),
+            (["--layerwise", "4", "preset=fast"],
+             "layerwise: found weights.method='least_squares', which needs no calibration states"),
+            (["--layerwise", "4", "activation_bits=4"], "activations.ranges: found 'static'"),
+            (["--layerwise", "4", "preset=w2a4-static"], "training: found 'path_kl'"),
+            (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
+            (["colour=1"], "quantize: found 'colour=1', expected NAME=VALUE, NAME one of preset, embedding_bits"),
+            (["weights.colour=1"], "weights.colour: found 1, allowed are the fields method, bits, group_size"),
+            (["weights.grup_size=1"], "did you mean 'group_size'?"),
+            (["preset=fsat"], "preset: found 'fsat', allowed are fast, gptq, best, small, w2a4, w2a4-static; "
+             "did you mean 'fast'?"),
+            (["bit_width=3"], "weights.bits: found 3, allowed is 2, 4 or 8"),
+            (["weights.bits=3"], "weights.bits: found 3"),
+            (["group_size=["], "group_size: found '[', expected a number, a word or null"),
+            (["preset=fast", "--model", "/no/such/folder"], "model: found '/no/such/folder'"),
+            (["--model", "/no/such/folder"], "model: found '/no/such/folder'"),
+        ],
+    )  # fmt: skip
+    def test_a_wrong_value_is_named(self, run: Run, arguments: list[str], message: str) -> None:
+        status, out, err = run("quantize", "--output", "never", *arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert len([line for line in err.splitlines() if line]) == 1
+        assert list(Path().iterdir()) == []
+
+    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    def test_the_source_is_never_replaced(self, run: Run, folder: Path, quantizer: str) -> None:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        words = ("group_size=16", "timesteps=4", f"quantizer={quantizer}")
+        status, _, err = run("quantize", "--model", folder, "--output", folder, *words)
+        assert status == 2
+        assert "the source or a folder that holds it" in err
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def test_a_quantized_folder_is_not_quantized_again(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "small", *FAST)[0] == 0
+        status, _, err = run("quantize", "--model", "small", "--output", "smaller")
+        assert status == 2
+        assert "model: found 'small', which is quantized, allowed is a full-precision model" in err

@@ -1,0 +1,259 @@
+"""What the commands of ``python -m thermo_lib`` do."""
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.states import calibrate
+from thermo_lib.evaluation import report
+from thermo_lib.evaluation.scores import build_suite, evaluate
+from thermo_lib.evaluation.smoothing import (
+    check_comparable,
+    compare_smoothing,
+    identity_target,
+    overhead_targets,
+    same_outputs,
+    smoothing_overhead,
+)
+from thermo_lib.evaluation.summary import summarize
+from thermo_lib.extras import needs
+from thermo_lib.files.folders import output_folder
+from thermo_lib.files.tensors import weight_files
+from thermo_lib.files.text import write_json, write_text
+from thermo_lib.models.lm import DiffusionLM, load_model, model_folder
+from thermo_lib.notebooks import reproducible
+from thermo_lib.pipeline.activations import resmooth, resmoothed
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.flat import FLAT, PARTS, is_single
+from thermo_lib.pipeline.layerwise import check_layerwise
+from thermo_lib.pipeline.presets import DEFAULT
+from thermo_lib.pipeline.quantize import quantize
+from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
+from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
+from thermo_lib.studies.grid import Grid, point
+from thermo_lib.studies.params import default, grid_inputs
+from thermo_lib.studies.smoothing import COLUMNS, slices, summary
+from thermo_lib.time_aware.smoothing import WINDOWED
+
+_LAYERWISE = (
+    "Block by block, weights are fitted to masked text and not to the model's own denoising, which costs some path KL; "
+    "as a whole (without --layerwise) they are fitted to what the model sees."
+)
+
+
+def _read_fields(command: str, words: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
+    """Names and values of ``NAME=VALUE`` words: settings of ``ThermoConfig``, and ``more`` names.
+
+    A value is a number, ``true``, ``false`` or ``null`` as JSON has them, a list of numbers, or else a word.
+    """
+    fields: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        known = name in more or name in ThermoConfig.model_fields or is_single(name)
+        if not equals or not known:
+            parts = ", ".join(f"{part}.SETTING" for part in PARTS)
+            allowed = ", ".join([*more, "embedding_bits", "timesteps", "seed", parts, *FLAT])
+            raise ValueError(f"{command}: found {word!r}, expected NAME=VALUE, NAME one of {allowed}")
+        plain = re.fullmatch(r"[\w.+-]+( [\w.+-]+)*|\[ *(\d+ *(, *\d+ *)*)?\]", value)
+        if not plain:
+            raise ValueError(f"{name}: found {value!r}, expected a number, a word or null")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = value
+    return fields
+
+
+def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
+    """A model, full precision or quantized, on the device asked for.
+
+    Raises:
+        ValueError: there is no such device, or what loading the model raises.
+    """
+    wanted = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: found {wanted!r} ({reason}), allowed is cpu, or a GPU of this machine") from error
+    lm = load_any(name, dtype=getattr(torch, arguments.dtype))
+    lm.model.to(wanted)
+    return lm
+
+
+@contextmanager
+def cluster_client(address: str) -> Iterator[Any]:
+    """A client of the ``dask.distributed`` cluster at an address, or of a local one with a process for each core.
+
+    Raises:
+        OSError: no scheduler answers there.
+    """
+    distributed = needs("distributed")
+    if address == "local":
+        with distributed.LocalCluster(threads_per_worker=1) as cluster, distributed.Client(cluster) as client:
+            yield client
+    else:
+        try:
+            client = distributed.Client(address, timeout="10s")
+        except (ValueError, OSError) as error:
+            raise OSError(f"scheduler: found no dask scheduler at {address!r} ({error})") from error
+        with client:
+            yield client
+
+
+def run_quantize(arguments: argparse.Namespace) -> None:
+    """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
+    fields = _read_fields("quantize", arguments.fields, ["preset"])
+    config = ThermoConfig.preset(fields.pop("preset", DEFAULT), **fields)
+    if is_quantized(arguments.model):
+        raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
+    if arguments.scheduler is not None and config.needs_calibration:
+        found = f"found {arguments.scheduler!r} with {config.needs_calibration}"
+        raise ValueError(f"scheduler: {found}; allowed is what needs no calibration, such as preset=fast")
+    start = time.perf_counter()
+    if arguments.layerwise is not None:
+        if not config.needs_calibration:
+            raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
+        check_layerwise(config)
+        count = None if arguments.layerwise == "all" else int(arguments.layerwise)
+        calibration = calibration_states(arguments.model, config.timesteps, count, config.seed)
+        print(_LAYERWISE)
+        quantize_checkpoint(arguments.model, arguments.output, config, calibration, progress=True)
+    elif config.needs_calibration:
+        output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
+        reproducible()
+        lm = load_model(arguments.model)
+        calibration = calibrate(lm, timesteps=config.timesteps, seed=config.seed)
+        save_quantized(quantize(lm, config, calibration, progress=True), arguments.output)
+    elif arguments.scheduler is not None:
+        with cluster_client(arguments.scheduler) as client:
+            print(f"dashboard: {client.dashboard_link}")
+            quantize_checkpoint(arguments.model, arguments.output, config, client=client, progress=True)
+    else:
+        quantize_checkpoint(arguments.model, arguments.output, config, progress=True)
+    size = sum(path.stat().st_size for path in weight_files(arguments.output))
+    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s")
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    """Print a model's continuation of a text, up to the first special token."""
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
+    lm = _load(arguments.model, arguments)
+    text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
+    prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
+    filled = generate(
+        lm,
+        torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens]),
+        timesteps=arguments.timesteps,
+        sampler=arguments.sampler,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        top_k=arguments.top_k,
+        alg_temp=arguments.alg_temp,
+        block_length=arguments.block_length,
+        seed=arguments.seed,
+        progress="generate",
+    )
+    print(lm.decode(filled[0, len(prompt) :]))
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Print a model's scores on the project's held-out code, against the full-precision model's trajectories."""
+    quantized = is_quantized(arguments.model)
+    if quantized and arguments.reference is None:
+        raise ValueError(
+            "reference: found none, expected the full-precision model that the quantized one was made from"
+        )
+    reproducible()
+    lm = _load(arguments.model, arguments)
+    reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
+    if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+        raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
+    suite = build_suite(reference, timesteps=arguments.timesteps, progress=True)
+    row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))
+    if arguments.output is not None:
+        write_json(arguments.output, row)
+    print(report.table([row]))
+
+
+def run_benchmark(arguments: argparse.Namespace) -> None:
+    """Quantize, smooth, evaluate and write ``report.json``, ``report.txt`` and ``timings.json``."""
+    config = ThermoConfig(
+        bit_width=arguments.bits,
+        activation_bits=arguments.activation_bits,
+        quantizer=arguments.quantizer,
+        group_size=arguments.group_size,
+        timesteps=arguments.timesteps,
+        num_time_groups=arguments.num_time_groups,
+        enable_boundary_smoothing=False,
+    )
+    check_comparable(config)
+    methods = [arguments.smoothing_method] if arguments.smoothing_method else list(WINDOWED)
+    for method in methods:
+        resmoothed(config, method, arguments.smoothing_window)  # refuses a wrong window before the work
+    reproducible()
+    with tqdm(total=5, desc="benchmark", unit="stage") as bar:
+        lm = load_model(arguments.model)
+        calibration = calibrate(lm, timesteps=config.timesteps)
+        bar.update()
+        suite = build_suite(lm, timesteps=config.timesteps, progress=True)
+        full_precision = summarize("full precision", lm, evaluate(lm, suite, progress=True))
+        bar.update()
+        unsmoothed = quantize(lm, config, calibration, progress=True)
+        bar.update()
+        rows, targets, models = compare_smoothing(
+            unsmoothed, suite, methods, window=arguments.smoothing_window, progress=True
+        )
+        same = same_outputs(resmooth(models[methods[-1]], None), unsmoothed, suite)
+        targets.append(identity_target(same, config))
+        bar.update()
+        timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
+        targets += overhead_targets(timings, config, methods[0])
+        bar.update()
+    content = report.build_report(arguments.model, full_precision, rows, targets)
+    write_json(arguments.output / "report.json", content)
+    write_json(arguments.output / "timings.json", timings)
+    write_text(arguments.output / "report.txt", report.report_text(content))
+    print(report.report_text(content))
+
+
+def run_study(arguments: argparse.Namespace) -> None:
+    """Measure a grid; a run that was stopped goes on."""
+    reproducible()
+    points = [p for points in slices(default(f"study.{arguments.axes}")).values() for p in points]
+    Grid(arguments.output, load_model("reference"), grid_inputs()).run(points)
+
+
+def run_point(arguments: argparse.Namespace) -> None:
+    """Measure one configuration and print its scores, averaged over the seeds."""
+    fields = _read_fields("point", arguments.fields, ["method", "recipe"])
+    points = [point(seed, **fields) for seed in arguments.seeds]
+    reproducible()
+    grid = Grid(arguments.output, load_model("reference"))
+    grid.run(points)
+    name = " ".join(arguments.fields)
+    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Run the command that was parsed; raises ValueError or OSError with the reason on one line."""
+    transformers.logging.set_verbosity_error()
+    commands = {
+        "quantize": run_quantize,
+        "generate": run_generate,
+        "evaluate": run_evaluate,
+        "benchmark": run_benchmark,
+        "study": run_study,
+        "point": run_point,
+    }
+    commands[arguments.command](arguments)

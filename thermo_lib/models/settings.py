@@ -1,0 +1,115 @@
+"""The settings in a published ``config.json``: what an architecture needs of them, and whether they can be computed."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a published checkpoint says what this library builds.
+
+    Attributes:
+        config, model: the classes that are built.
+        published_as: the class in ``architectures`` of ``config.json``.
+        sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
+            attribute must agree.
+        settings: the same for what isn't a size.
+        required: the settings that must be there, because no default is the published one.
+        fixed: key of ``config.json`` to the only values that the modules can compute, None where the key may be
+            left out.
+        tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
+    """
+
+    config: type[PreTrainedConfig]
+    model: type[Any]
+    published_as: str
+    sizes: Mapping[str, str]
+    settings: Mapping[str, str]
+    required: tuple[str, ...] = ()
+    fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+
+def same(*keys: str) -> dict[str, str]:
+    """Keys that are attributes of the same name."""
+    return {key: key for key in keys}
+
+
+TOKEN_IDS = same("bos_token_id", "eos_token_id", "pad_token_id")
+# Of what would take all memory or all time before a tensor of the wrong shape is found.
+_MOST = 2**24
+
+
+_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
+
+
+def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
+    rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
+    return rope | content
+
+
+def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
+    """The attributes of the configuration."""
+    missing = [key for key in (*architecture.sizes, *architecture.required) if content.get(key) is None]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}")
+    for key, allowed in architecture.fixed.items():
+        # 0 == False and 1 == True in Python, but not in a configuration.
+        if not any(content.get(key) == value and type(content.get(key)) is type(value) for value in allowed):
+            raise ValueError(f"{key}: found {content.get(key)!r}, allowed is {allowed[0]!r}")
+    values: dict[str, Any] = {}
+    for key, attribute in architecture.sizes.items():
+        found = content[key]
+        least, most = _LIMITS.get(attribute, (1, _MOST))
+        _check_whole(key, found, least, most)
+        if values.setdefault(attribute, found) != found:
+            raise ValueError(f"{key}: found {found}, allowed is {attribute} = {values[attribute]}")
+    _check_sizes({attribute: key for key, attribute in reversed(architecture.sizes.items())}, values)
+    for key, attribute in architecture.settings.items():
+        if key in content:
+            _check_setting(key, attribute, content[key])
+            values[attribute] = content[key]
+    return values
+
+
+def _check_whole(key: str, found: Any, least: int, most: int) -> None:
+    if type(found) is not int or not least <= found <= most:
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are whole numbers from {least} to {most}")
+
+
+def _check_setting(key: str, attribute: str, found: Any) -> None:
+    if attribute in ("rope_theta", "rms_norm_eps"):
+        if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
+    elif attribute == "max_position_embeddings":
+        _check_whole(key, found, 1, 2**31)
+    elif attribute in TOKEN_IDS:
+        is_list = attribute == "eos_token_id" and isinstance(found, list)
+        for number in found if is_list else () if found is None else (found,):
+            _check_whole(key, number, 0, 2**31)
+    elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
+    elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
+        raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
+
+
+def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
+    for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+        if values[part] < 1 or values[whole] % values[part]:
+            allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
+            raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
+    head_size = values["hidden_size"] // values["num_attention_heads"]
+    if head_size % 2:  # rotary embeddings turn pairs of features
+        found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"
+        raise ValueError(f"{keys['num_attention_heads']}: {found}, allowed are those of an even size")
+    if values["mask_token_id"] >= values["vocab_size"]:
+        allowed = f"allowed is below {keys['vocab_size']} = {values['vocab_size']}"
+        raise ValueError(f"{keys['mask_token_id']}: found {values['mask_token_id']}, {allowed}")
