@@ -87,17 +87,49 @@ def test_python_is_3_11_everywhere(conda: dict) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert sys.version_info[:2] == (3, 11)
     assert "python=3.11" in conda["dependencies"]
-    assert project["requires-python"] == ">=3.11,<3.12"
+    assert project["requires-python"] == ">=3.11"  # the library itself also runs on later ones
 
 
 def test_torch_is_2_13_0(locked: dict[str, str]) -> None:
     assert locked["torch"] == "2.13.0"
 
 
-def test_every_direct_dependency_is_locked(locked: dict[str, str]) -> None:
+@pytest.fixture(scope="module")
+def direct() -> dict[str, list[tuple[str, str]]]:
+    """What pyproject.toml asks for: ``library`` or the name of an extra to pairs of name and oldest version."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    direct = {normalized(re.split(r"[<>=!~;\[ ]", requirement)[0]) for requirement in project["dependencies"]}
-    assert direct <= locked.keys()
+    lists = {"library": project["dependencies"]} | project["optional-dependencies"]
+    ours = normalized(project["name"])
+    found: dict[str, list[tuple[str, str]]] = {name: [] for name in lists}
+    for name, requirements in lists.items():
+        for requirement in requirements:
+            if normalized(requirement.partition("[")[0]) == ours:
+                named = requirement.partition("[")[2].removesuffix("]").split(",")
+                assert set(named) < lists.keys() - {name}, f"{name}: found {requirement}, allowed are {sorted(lists)}"
+                continue
+            match = re.fullmatch(r"([A-Za-z0-9._-]+)>=([0-9.]+)", requirement)
+            assert match, f"{name}: found {requirement!r}, allowed is NAME>=VERSION"
+            found[name].append((normalized(match[1]), match[2]))
+    return found
+
+
+def test_the_library_needs_none_of_what_an_extra_brings(direct: dict[str, list[tuple[str, str]]]) -> None:
+    named = [name for requirements in direct.values() for name, _ in requirements]
+    assert sorted(set(named)) == sorted(named)
+
+
+def test_every_direct_dependency_is_locked_at_a_version_that_is_allowed(
+    locked: dict[str, str], direct: dict[str, list[tuple[str, str]]]
+) -> None:
+    def number(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")]
+
+    for extra, requirements in direct.items():
+        for name, oldest in requirements:
+            assert name in locked, f"{extra}: {name} isn't in requirements.lock"
+            assert number(locked[name]) >= number(oldest), (
+                f"{extra}: {name} is locked at {locked[name]}, below {oldest}"
+            )
 
 
 def test_installed_versions_are_the_locked_ones(locked: dict[str, str]) -> None:

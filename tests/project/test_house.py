@@ -1,0 +1,218 @@
+"""The order of the library: which folder imports which, how long files get, and what an import brings along.
+
+``python tests/project/test_house.py`` prints the arrows between the folders.
+"""
+
+import ast
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "thermo_lib"
+# From the ground up. A folder imports from lower floors, and from its own as long as there is no circle.
+FLOORS = (
+    ("quant", "files", "extras", "notebooks"),
+    ("models", "data"),
+    ("diffusion",),
+    ("time_aware",),
+    ("transition",),
+    ("pipeline",),
+    ("evaluation", "integrations"),
+    ("studies",),
+    ("commands",),
+    ("__main__",),
+    ("__init__",),  # the names for users: nothing in the library imports them
+)
+LEVEL = {name: level for level, names in enumerate(FLOORS) for name in names}
+GROUND = {"quant": set(), "files": {"extras"}, "extras": set(), "notebooks": {"extras"}}  # what they may import
+MOST_LINES = 450
+PARAMS = "thermo_lib.studies.params"
+
+Arrows = dict[str, dict[str, list[str]]]
+
+
+def imported(path: Path, package: Path) -> Iterator[str]:
+    """The dotted names of the package that a file imports, also in functions, also relative ones."""
+    parents = path.relative_to(package.parent).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.partition(".")[0] == package.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join((*parents[: len(parents) + 1 - node.level], node.module or "")) if node.level else ""
+            module = (module or node.module).strip(".")
+            if module.partition(".")[0] == package.name:
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def arrows(package: Path = PACKAGE) -> Arrows:
+    """Folder (or single module) to each other one that it imports, to the files that do so."""
+    places = {path.stem for path in package.iterdir() if path.is_dir() or path.suffix == ".py"} - {"__pycache__"}
+    found: Arrows = {}
+    for path in sorted(package.rglob("*.py")):
+        inside = path.relative_to(package)
+        start = inside.parts[0].removesuffix(".py")
+        found.setdefault(start, {})
+        for name in imported(path, package):
+            end = name.partition(".")[2].partition(".")[0]
+            end = end if end in places else "__init__"  # the package itself, or a name of it
+            if end != start:
+                files = found[start].setdefault(end, [])
+                files.extend({inside.as_posix()} - set(files))
+    return found
+
+
+def wrong_arrows(found: Arrows) -> list[str]:
+    """What goes up, leaves the ground or goes round in a circle; every folder must have a floor."""
+    unknown = sorted((found.keys() | {end for ends in found.values() for end in ends}) - LEVEL.keys())
+    wrong = [f"{name} is on no floor" for name in unknown]
+    inside = {start: ends for start, ends in found.items() if start in LEVEL and start != "__init__"}
+    for start, ends in inside.items():
+        for end, files in ends.items():
+            if end not in LEVEL:
+                continue
+            if LEVEL[end] > LEVEL[start] or (start in GROUND and end not in GROUND[start]):
+                wrong.append(f"{start} imports {end}: {', '.join(files)}")
+    try:
+        TopologicalSorter({start: list(ends) for start, ends in inside.items()}).prepare()
+    except CycleError as error:
+        wrong.append("circle: " + ", ".join(sorted(set(error.args[1]))))
+    return wrong
+
+
+def table(found: Arrows) -> str:
+    """The arrows, a line a folder, from the ground up."""
+    lines = []
+    for start in sorted(found, key=lambda name: (LEVEL.get(name, len(FLOORS)), name)):
+        ends = sorted(found[start], key=lambda name: (LEVEL.get(name, len(FLOORS)), name))
+        lines.append(f"{LEVEL.get(start, '?'):>2}  {start:<12} -> {', '.join(ends) or '(nothing)'}")
+    return "\n".join(lines)
+
+
+def written(folder: Path, files: Mapping[str, str]) -> Path:
+    """A package with these files."""
+    for name, text in files.items():
+        path = folder / "thermo_lib" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return folder / "thermo_lib"
+
+
+def long_files(root: Path) -> dict[str, int]:
+    """Python files of the library and the tests that have too many lines."""
+    paths = [path for folder in ("thermo_lib", "tests") for path in sorted((root / folder).rglob("*.py"))]
+    count = {path.relative_to(root).as_posix(): len(path.read_text(encoding="utf-8").splitlines()) for path in paths}
+    return {name: lines for name, lines in count.items() if lines > MOST_LINES}
+
+
+def test_no_import_goes_up_or_round_in_a_circle() -> None:
+    found = arrows()
+    print(table(found))
+    assert wrong_arrows(found) == []
+
+
+@pytest.mark.parametrize(
+    ("files", "wrong"),
+    [
+        ({"models/lm.py": "from thermo_lib.quant.layers import X"}, []),
+        ({"quant/gptq.py": "from thermo_lib.quant import codes"}, []),
+        (
+            {"quant/gptq.py": "def f():\n    import thermo_lib.models.lm"},
+            ["quant imports models: quant/gptq.py"],
+        ),
+        ({"quant/a.py": "from ..files import text"}, ["quant imports files: quant/a.py"]),
+        ({"pipeline/a.py": "from thermo_lib import studies"}, ["pipeline imports studies: pipeline/a.py"]),
+        ({"commands.py": "from thermo_lib import load_model"}, ["commands imports __init__: commands.py"]),
+        ({"plots/a.py": ""}, ["plots is on no floor"]),
+        (
+            {"models/a.py": "import thermo_lib.data", "data/a.py": "import thermo_lib.models"},
+            ["circle: data, models"],
+        ),
+    ],
+)
+def test_wrong_imports_are_found(files: dict[str, str], wrong: list[str], tmp_path: Path) -> None:
+    folders = ("quant", "files", "models", "data", "pipeline", "studies")
+    package = written(tmp_path, {f"{name}/__init__.py": "" for name in folders} | files)
+    assert wrong_arrows(arrows(package)) == wrong
+
+
+def test_no_file_is_long() -> None:
+    assert long_files(ROOT) == {}
+
+
+def test_a_long_file_is_found(tmp_path: Path) -> None:
+    long = "x = 1\n" * (MOST_LINES + 1)
+    written(tmp_path, {"quant/long.py": long, "quant/short.py": long.removesuffix("x = 1\n"), "__init__.py": ""})
+    assert long_files(tmp_path) == {"thermo_lib/quant/long.py": MOST_LINES + 1}
+
+
+def test_params_are_read_in_one_place() -> None:
+    """Only what stands above the studies, and they themselves, see ``params.yaml``; nothing else opens it."""
+    importing, naming = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE).as_posix()
+        if any(f"{name}.".startswith(f"{PARAMS}.") for name in imported(path, PACKAGE)):
+            importing.add(inside)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.search(r"^\S*params\.yaml$", node.value)
+            ):
+                naming.add(inside)
+    assert naming == {"studies/params.py"}
+    below = {name for name in importing if LEVEL[name.partition("/")[0].removesuffix(".py")] < LEVEL["studies"]}
+    assert importing
+    assert below == set()
+
+
+def extra_modules() -> set[str]:
+    """The top-level modules of what the extras ask for, and some that those bring along."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    asked = {re.split(r"[<>=\[]", line)[0].lower().replace("_", "-") for lines in extras.values() for line in lines}
+    provided = importlib.metadata.packages_distributions()
+    modules = {m for m, names in provided.items() if {n.lower().replace("_", "-") for n in names} & asked}
+    return modules - {"thermo_lib", "thermo_lm_eval"} | {"IPython", "pandas", "nbconvert", "tornado", "datasets"}
+
+
+def test_import_brings_nothing_of_the_extras() -> None:
+    """What torch, transformers and the other dependencies import themselves isn't the library's doing."""
+    code = """
+import json, sys
+import jinja2.sandbox, numpy, pydantic, safetensors.torch, scipy, tokenizers, torch, tqdm
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaForCausalLM, Qwen2ForCausalLM
+before = set(sys.modules)
+import thermo_lib
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    new = json.loads(run.stdout)
+    assert {"thermo_lib.pipeline.config", "thermo_lib.quant.codes"} < set(new)
+    extras = extra_modules()
+    assert {"matplotlib", "yaml", "dvc", "papermill", "distributed", "lm_eval", "nbformat", "hypothesis"} < extras
+    assert {name for name in new if name.partition(".")[0] in extras} == set()
+    # Nor what takes long to import and is needed now and then only.
+    assert {name for name in new if name in ("scipy.stats", "scipy.interpolate", PARAMS)} == set()
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "thermo_lib", "--help"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0
+    assert run.stdout.startswith("usage: python -m thermo_lib")
+    names = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert {"argparse", "thermo_lib.pipeline.presets"} < names
+    heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "tokenizers", "safetensors"}
+    assert {name for name in names if name.partition(".")[0] in heavy} == set()
+
+
+if __name__ == "__main__":
+    print(table(arrows()))

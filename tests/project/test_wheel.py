@@ -1,0 +1,130 @@
+"""The wheel by itself: built from the tracked files, installed where no checkout is in sight, and used there."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = Path(__file__).with_name("installed_library.py")
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """The stdout of a command that succeeds, without what points Python at other packages."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    environ |= {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}: {done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy of the tracked files."""
+    source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in run("git", "ls-files", "-z", cwd=ROOT).split("\0"):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    how = ("--quiet", "--no-index", "--no-deps", "--no-build-isolation", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *how, source, cwd=folder)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of a fresh environment: the wheel's files first, then the packages of the running environment.
+
+    A folder that a .pth file names is searched, but the .pth files in it aren't read: the editable install is unseen.
+    """
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder, symlinks=True)
+    python = folder / "bin" / "python"
+    pip = ("-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps")
+    run(sys.executable, *pip, wheel, cwd=folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    running = dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+    (packages / "running_environment.pth").write_text("\n".join(running), encoding="utf-8")
+    return python
+
+
+@pytest.fixture(scope="module")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with nothing in it."""
+    return tmp_path_factory.mktemp("empty")
+
+
+@pytest.fixture(scope="module")
+def found(installed: Path, empty: Path) -> dict[str, Any]:
+    """What the script saw."""
+    return json.loads(run(installed, SCRIPT, cwd=empty).splitlines()[-1])
+
+
+def test_wheel_holds_every_tracked_file_of_the_library_and_the_plug_in(wheel: Path) -> None:
+    tracked = run("git", "ls-files", "-z", "thermo_lib", cwd=ROOT).split("\0")
+    expected = {name for name in tracked if (ROOT / name).is_file()}
+    plug_in = {name for name in expected if "/lm_eval_plugin/" in name}
+    assert {"thermo_lib/quant/planes.cpp", "thermo_lib/reference/model.safetensors"} < expected
+    files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    moved = {"thermo_lm_eval.pth", "thermo_lm_eval.py"}
+    assert moved == {Path(name).name for name in plug_in}
+    assert files - plug_in == expected - plug_in | moved
+
+
+def test_help_of_the_command_line(installed: Path, empty: Path) -> None:
+    text = run(installed, "-m", "thermo_lib", "--help", cwd=empty)
+    assert "usage: python -m thermo_lib" in text
+    assert "quantize" in text
+
+
+def test_library_is_the_installed_one(installed: Path, found: dict[str, Any]) -> None:
+    assert Path(found["file"]).is_relative_to(installed.parents[1])
+
+
+def test_configuration_is_made_without_a_checkout(found: dict[str, Any]) -> None:
+    assert found["default"] is True
+
+
+def test_models_are_quantized(found: dict[str, Any]) -> None:
+    assert found["states"] > 0
+    assert 0 < found["gptq"] < 1
+    assert 0 < found["data_free"] < 1
+
+
+def test_saved_model_is_loaded_bit_for_bit(found: dict[str, Any]) -> None:
+    assert found["loaded_is_the_same"] is True
+    assert found["auto_model"] == "DreamModel"
+    assert found["auto_model_is_the_same"] is True
+
+
+def test_generation_fills_the_masks_and_keeps_the_prompt(found: dict[str, Any]) -> None:
+    assert found["prompt_is_kept"] is True
+    assert found["masks_left"] == 0
+
+
+def test_plug_in_is_harmless_without_lm_eval(installed: Path, empty: Path) -> None:
+    """Without the packages of the running environment: only the wheel's."""
+    code = """
+import importlib, sys, types
+assert "thermo_lm_eval" in sys.modules
+assert not {"torch", "thermo_lib", "lm_eval"} & sys.modules.keys()
+sys.path[:] = [path for path in sys.path if not path.endswith("site-packages")]
+for parent in (None, types.ModuleType("lm_eval")):
+    if parent is not None:
+        parent.__path__ = []  # another package of that name, without models
+        sys.modules["lm_eval"] = parent
+    try:
+        importlib.import_module("lm_eval.models")
+    except ModuleNotFoundError as error:
+        print(error.name)
+"""
+    assert run(installed, "-c", code, cwd=empty).split() == ["lm_eval", "lm_eval.models"]
