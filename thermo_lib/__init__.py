@@ -1,10 +1,12 @@
 """Low-bit quantization of diffusion language models, with time-aware parameters and boundary smoothing."""
 
 import sys
+from itertools import pairwise
 
-# While Python looks for ``__main__`` of ``python -m thermo_lib``, sys.argv[0] is "-m". Commands import what they need
-# themselves, so that help doesn't wait for torch.
-if sys.argv[:1] != ["-m"]:
+# While Python looks for what ``python -m`` runs, sys.argv[0] is "-m". This package's own commands import what they need
+# themselves, so that help doesn't wait for torch; a program of another package gets all of it.
+_COMMAND = ("-m", __name__) in ((flag, module.partition(".")[0]) for flag, module in pairwise(sys.orig_argv))
+if sys.argv[:1] != ["-m"] or not _COMMAND:
     from thermo_lib.data.corpus import load_corpus
     from thermo_lib.diffusion.path_kl import path_kl
     from thermo_lib.diffusion.sampling import generate

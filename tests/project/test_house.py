@@ -6,6 +6,7 @@
 import ast
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -212,6 +213,18 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert {"argparse", "thermo_lib.pipeline.presets"} < names
     heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "tokenizers", "safetensors"}
     assert {name for name in names if name.partition(".")[0] in heavy} == set()
+
+
+def test_program_of_another_package_gets_all_names(tmp_path: Path) -> None:
+    """Its ``__init__`` runs while Python still looks for the module that ``-m`` names."""
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program" / "__init__.py").write_text("import thermo_lib\n")
+    main = "from program import thermo_lib\nprint(thermo_lib.quantize.__name__)\n"
+    (tmp_path / "program" / "main.py").write_text(main)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "program.main"]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "quantize"
 
 
 if __name__ == "__main__":
