@@ -20,7 +20,7 @@ from thermo_lib import (
     load_model,
     load_quantized,
 )
-from thermo_lib.diffusion.path_kl import PathKL
+from thermo_lib.diffusion.path_kl import PathKLEstimate
 from thermo_lib.evaluation.scores import Evaluation, PuzzleResult
 from thermo_lib.evaluation.summary import summarize
 from thermo_lib.models.lm import DiffusionLM
@@ -32,7 +32,7 @@ FAST = ("preset=fast", "group_size=16")
 def row_keys(lm: DiffusionLM) -> set[str]:
     """The keys of a configuration's row."""
     counts = torch.tensor([[1.0], [2.0]], dtype=torch.float64)
-    path = PathKL(counts, counts)
+    path = PathKLEstimate(counts, counts)
     return set(summarize("any", lm, Evaluation(counts, counts, counts, 1, path, PuzzleResult(["x"], [True]))))
 
 

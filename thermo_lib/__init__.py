@@ -1,19 +1,21 @@
-"""Low-bit quantization of diffusion language models, with time-aware parameters and boundary smoothing."""
+"""Low-bit quantization of diffusion language models, with time-aware parameters and boundary smoothing.
 
+A public name is imported when it is first used, so that ``import thermo_lib`` and the commands' help don't wait for the
+models of ``transformers``.
+"""
+
+import importlib
 import sys
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
-# While Python looks for what ``python -m`` runs, sys.argv[0] is "-m". This package's own commands import what they need
-# themselves, so that help doesn't wait for torch; a program of another package gets all of it.
-_COMMAND = ("-m", __name__) in ((flag, module.partition(".")[0]) for flag, module in pairwise(sys.orig_argv))
-if sys.argv[:1] != ["-m"] or not _COMMAND:
+if TYPE_CHECKING:
     from thermo_lib.data.corpus import load_corpus
     from thermo_lib.diffusion.path_kl import path_kl
     from thermo_lib.diffusion.sampling import generate
     from thermo_lib.diffusion.states import Calibration, calibrate
     from thermo_lib.evaluation.scores import build_suite, evaluate, evaluate_jsonl
     from thermo_lib.evaluation.summary import validate
-    from thermo_lib.integrations.transformers import register as register_with_transformers
     from thermo_lib.models.lm import load_model
     from thermo_lib.notebooks import reproducible
     from thermo_lib.pipeline.config import ThermoConfig
@@ -26,7 +28,30 @@ if sys.argv[:1] != ["-m"] or not _COMMAND:
     from thermo_lib.time_aware.markov import markov_report
     from thermo_lib.time_aware.smoothing import BoundarySmoother
 
-    register_with_transformers()
+_MODULES = {
+    "BoundarySmoother": "time_aware.smoothing",
+    "Calibration": "diffusion.states",
+    "ThermoConfig": "pipeline.config",
+    "TimeGroupParams": "time_aware.groups",
+    "TimeGroups": "time_aware.groups",
+    "build_suite": "evaluation.scores",
+    "calibrate": "diffusion.states",
+    "compile_linears": "quant.planes",
+    "evaluate": "evaluation.scores",
+    "evaluate_jsonl": "evaluation.scores",
+    "generate": "diffusion.sampling",
+    "load_corpus": "data.corpus",
+    "load_model": "models.lm",
+    "load_quantized": "pipeline.storage",
+    "markov_report": "time_aware.markov",
+    "optimize_transitions": "pipeline.training",
+    "path_kl": "diffusion.path_kl",
+    "quantize": "pipeline.quantize",
+    "quantize_checkpoint": "pipeline.streaming",
+    "reproducible": "notebooks",
+    "save_quantized": "pipeline.storage",
+    "validate": "evaluation.summary",
+}
 
 __all__ = [
     "BoundarySmoother",
@@ -52,3 +77,26 @@ __all__ = [
     "save_quantized",
     "validate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    if name == "ThermoConfig":  # a model of transformers may be quantized with it
+        importlib.import_module(f"{__name__}.integrations.auto").register_models()
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+# While Python looks for what ``python -m`` runs, sys.argv[0] is "-m". This package's own commands need no registration,
+# so that help doesn't wait for transformers; a program of another package gets it.
+_COMMAND = ("-m", __name__) in ((flag, module.partition(".")[0]) for flag, module in pairwise(sys.orig_argv))
+if sys.argv[:1] != ["-m"] or not _COMMAND:
+    from thermo_lib.integrations.auto import register_configurations
+
+    register_configurations()

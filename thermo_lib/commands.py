@@ -41,7 +41,7 @@ from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
-from thermo_lib.studies.smoothing import COLUMNS, slices, summary
+from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
 from thermo_lib.time_aware.smoothing import WINDOWED
 
 _LAYERWISE = (
@@ -124,6 +124,7 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
         check_layerwise(config)
+        output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         count = None if arguments.layerwise == "all" else int(arguments.layerwise)
         calibration = calibration_states(arguments.model, config.timesteps, count, config.seed)
         print(_LAYERWISE)
@@ -242,7 +243,7 @@ def run_point(arguments: argparse.Namespace) -> None:
     grid = Grid(arguments.output, load_model("reference"))
     grid.run(points)
     name = " ".join(arguments.fields)
-    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), COLUMNS))
+    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
 
 
 def run(arguments: argparse.Namespace) -> None:

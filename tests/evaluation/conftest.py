@@ -5,7 +5,6 @@ import torch
 
 from thermo_lib import Calibration, ThermoConfig, quantize
 from thermo_lib.data.puzzles import make_puzzles
-from thermo_lib.diffusion.path_kl import reference_logits
 from thermo_lib.diffusion.states import forward_states, trajectory_states
 from thermo_lib.evaluation.scores import Suite
 from thermo_lib.models.lm import DiffusionLM
@@ -23,7 +22,6 @@ def suite(tiny: DiffusionLM) -> Suite:
         reference=tiny,
         held_out=forward_states(trajectories.clean[:6], None, TIMESTEPS, tiny.mask_token_id, seed=0),
         trajectories=trajectories,
-        reference_outputs=reference_logits(tiny, trajectories, TIMESTEPS),
         puzzles=make_puzzles("sudoku", 2, 0, test=True),
         timesteps=TIMESTEPS,
         resamples=100,

@@ -125,7 +125,7 @@ class TestReport:
     def test_versions_are_those_installed(self) -> None:
         found = report.versions()
         assert found.pop("python") == platform.python_version()
-        assert found == {name: importlib.metadata.version(name) for name in report.PACKAGES}
+        assert found == {name: importlib.metadata.version(name) for name in report.REPORTED_PACKAGES}
         assert {"torch", "transformers"} <= found.keys()
 
     def test_the_content_is_complete_and_json(self) -> None:

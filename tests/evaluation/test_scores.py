@@ -17,7 +17,7 @@ from torch import Tensor
 from thermo_lib import ThermoConfig, build_suite, evaluate, evaluate_jsonl, quantize, validate
 from thermo_lib.data import corpus
 from thermo_lib.data.puzzles import SUDOKU, TASK_LENGTH, TASKS, Puzzle, encode_puzzles, held_out, make_puzzles
-from thermo_lib.diffusion.path_kl import PathKL
+from thermo_lib.diffusion.path_kl import PathKLEstimate
 from thermo_lib.diffusion.states import States
 from thermo_lib.evaluation import scores as scores_module
 from thermo_lib.evaluation.scores import (
@@ -74,7 +74,7 @@ def evaluation_of(correct: list[list[float]], masked: list[list[float]], path: l
         masked=tensors[1],
         nll=tensors[1],
         length=10,
-        path=PathKL(tensors[2], torch.ones_like(tensors[2])),
+        path=PathKLEstimate(tensors[2], torch.ones_like(tensors[2])),
         puzzles=PuzzleResult(["x"], [True]),
         resamples=200,
     )

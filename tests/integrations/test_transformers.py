@@ -25,7 +25,7 @@ from thermo_lib import (
     save_quantized,
 )
 from thermo_lib.integrations import transformers as integration
-from thermo_lib.models.architectures import ARCHITECTURES, MaskPredictor
+from thermo_lib.models.architectures import MODELS, MaskPredictor
 from thermo_lib.pipeline.weights import quantize_layer
 
 FLOAT32 = {"dtype": torch.float32}
@@ -85,9 +85,9 @@ class TestFullPrecision:
         source = write(layout)
         expected = outputs(load_model(str(source)).model)
         model_type = json.loads((source / "config.json").read_text())["model_type"]
-        for auto in (ARCHITECTURES[model_type].model, AutoModel, AutoModelForMaskedLM):
+        for auto in (MODELS[model_type], AutoModel, AutoModelForMaskedLM):
             model = auto.from_pretrained(source, **FLOAT32)
-            assert type(model) is ARCHITECTURES[model_type].model
+            assert type(model) is MODELS[model_type]
             assert outputs(model).equal(expected)
         assert AutoModel.from_pretrained(source).dtype == torch.bfloat16  # as it is stored
 
@@ -350,10 +350,10 @@ class TestOnTheFly:
     ) -> None:
         dense = []
 
-        def watched(lm: Any, name: str, *more: Any) -> None:
+        def watched(lm: Any, quantizer: Any, name: str, *more: Any) -> None:
             weights = [getattr(lm.model.get_submodule(n), "weight", None) for n in names]
             dense.append(sum(isinstance(w, Tensor) and w.device.type != "meta" for w in weights))
-            original(lm, name, *more)
+            original(lm, quantizer, name, *more)
 
         original, source = quantize_layer, write()
         names = [n for n, m in load_model(str(source)).model.named_modules() if n.endswith("_proj")]

@@ -31,7 +31,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from thermo_lib import ThermoConfig, calibrate, load_model, load_quantized, quantize, save_quantized
-from thermo_lib.models.architectures import build_model, read_config
+from thermo_lib.models.architectures import build_model
+from thermo_lib.models.families import read_config
 from thermo_lib.models.lm import DiffusionLM, save_model
 from thermo_lib.quant import calls
 

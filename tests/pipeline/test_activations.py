@@ -65,9 +65,10 @@ class TestSmoothing:
         for name, steps in lm.smoothed_params().items():
             assert all(torch.equal(step.zero_point, step.zero_point.round()) for step in steps)
             layer = lm.quantized_layers()[name]
-            rows = layer.activation_row.long()
-            assert torch.equal(layer.activation_scale[rows], torch.stack([step.scale for step in steps]))
-            assert torch.equal(layer.activation_zero_point[rows], torch.stack([step.zero_point for step in steps]))
+            ranges = layer.input_quantizer
+            rows = ranges.row_of_step.long()
+            assert torch.equal(ranges.scale[rows], torch.stack([step.scale for step in steps]))
+            assert torch.equal(ranges.zero_point[rows], torch.stack([step.zero_point for step in steps]))
 
     def test_a_model_without_time_groups_has_nothing_to_smooth(self, quantized: Quantize, outputs: Outputs) -> None:
         lm = quantized()
@@ -180,7 +181,8 @@ class TestRangeObjectives:
     def test_a_fitted_single_group_has_a_whole_zero_point(self, quantized: Quantize) -> None:
         lm = quantized(activation_bits=4, range_objective="path_kl")
         for layer in lm.quantized_layers().values():
-            assert torch.equal(layer.activation_zero_point, layer.activation_zero_point.round())
+            zero_point = layer.input_quantizer.zero_point
+            assert torch.equal(zero_point, zero_point.round())
 
     def test_ranges_by_token_state_see_which_tokens_are_masked(
         self, quantized: Quantize, random_ids: RandomIds

@@ -15,7 +15,7 @@ from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.states import States
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import linear_names
-from thermo_lib.quant.layers import QuantizedLinear
+from thermo_lib.quant.buffers import TimestepTable
 
 
 class TestQuantize:
@@ -62,9 +62,8 @@ class TestQuantize:
         # The device without numbers stands for a GPU.
         lm = copy.deepcopy(quantized(**changes))
         lm.set_timestep(TIMESTEPS - 1, TIMESTEPS)
-        layers = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
-        tables = {layer: {name: layer._row(name) for name in ("weight_row", "activation_row")} for layer in layers}
-        monkeypatch.setattr(QuantizedLinear, "_row", lambda layer, table: tables[layer][table])
+        rows = {module: module.row() for module in lm.model.modules() if isinstance(module, TimestepTable)}
+        monkeypatch.setattr(TimestepTable, "row", lambda table: rows[table])
         ids = random_ids(2, 10, seed=5).to("meta")
         for dtype in (torch.float32, torch.bfloat16):
             model = lm.model.to(device="meta", dtype=dtype)

@@ -16,7 +16,8 @@ from torch import nn
 from thermo_lib import load_model, load_quantized, quantize, save_quantized
 from thermo_lib.files import folders
 from thermo_lib.files.folders import only_writer, write_folder
-from thermo_lib.models.architectures import build_model, read_config
+from thermo_lib.models.architectures import build_model
+from thermo_lib.models.families import read_config
 from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("several_shards")

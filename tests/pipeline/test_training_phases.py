@@ -228,8 +228,8 @@ class TestSequential:
     def test_without_training_it_is_quantizing_block_by_block(
         self, tiny: DiffusionLM, calibration: Calibration
     ) -> None:
-        # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first site
-        # of the first block is the same; later ones see what is quantized already.
+        # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first
+        # linears of the first block are the same; later ones see what is quantized already.
         still = {f"sequential.{name}": 1e-30 for name in ("weight_lr", "scale_lr", "zero_point_lr")}
         plain, stepped = (quantize(tiny, config_of(**self.GPTQ, **how), calibration) for how in ({}, still))
         same = [

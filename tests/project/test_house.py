@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+import thermo_lib
+
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "thermo_lib"
 # From the ground up. A folder imports from lower floors, and from its own as long as there is no circle.
@@ -191,7 +193,7 @@ import json, sys
 import jinja2.sandbox, numpy, pydantic, safetensors.torch, scipy, tokenizers, torch, tqdm
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaForCausalLM, Qwen2ForCausalLM
 before = set(sys.modules)
-import thermo_lib
+from thermo_lib import *
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -202,6 +204,39 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert {name for name in new if name.partition(".")[0] in extras} == set()
     # Nor what takes long to import and is needed now and then only.
     assert {name for name in new if name in ("scipy.stats", "scipy.interpolate", PARAMS)} == set()
+
+
+def test_import_brings_no_model_of_transformers() -> None:
+    """They take a second; what they are needed for comes with the first use of a name or of a configuration."""
+    code = """
+import json, sys
+import torch
+from transformers import AutoConfig, LlamaConfig, Qwen2Config
+before = set(sys.modules)
+import thermo_lib
+print(json.dumps(sorted(set(sys.modules) - before)))
+assert "quantize" in dir(thermo_lib)
+thermo_lib.quantize
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    new = set(json.loads(run.stdout))
+    assert {"thermo_lib", "thermo_lib.models.families", "thermo_lib.integrations.auto"} <= new
+    assert {
+        name for name in new if name.startswith(("transformers.mod", "scipy", "pydantic", "numpy", "tqdm"))
+    } == set()
+    assert len([name for name in new if name.startswith("thermo_lib")]) < 15
+
+
+def test_public_names_are_listed_once_each() -> None:
+    tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    typed = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    shown = {alias.name: node.module for node in typed.body for alias in node.names}
+    assert shown == {name: f"thermo_lib.{module}" for name, module in thermo_lib._MODULES.items()}
+    assert thermo_lib.__all__ == sorted(shown)
+    with pytest.raises(AttributeError, match="module 'thermo_lib' has no attribute 'quantise'"):
+        thermo_lib.quantise  # noqa: B018
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:

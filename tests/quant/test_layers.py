@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import QuantizedWeight, fake_quantize, fake_quantize_per_token, pack
+from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
 from thermo_lib.quant.rounding import round_to_nearest
 
+FIRST_ROW = torch.zeros(1, dtype=torch.int32)
 
-def linear_of(quantized: QuantizedWeight, bias: Tensor | None = None, **more: int) -> QuantizedLinear:
+
+def linear_of(quantized: QuantizedWeight, bias: Tensor | None = None, **more: Any) -> QuantizedLinear:
     """A layer that computes from a quantized weight."""
     layer = QuantizedLinear(
         quantized.codes.shape[1],
@@ -68,7 +72,7 @@ class TestQuantizedLinear:
         layer = linear_of(quantized, timesteps=4)
         layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
         layer.zero_point = torch.stack([quantized.zero_point] * 2)
-        layer.weight_row = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
+        layer.row_of_step = torch.tensor([0, 0, 1, 1], dtype=torch.int32)
         found = []
         for timestep in range(4):
             with denoising((timestep, 4)):
@@ -83,27 +87,26 @@ class TestQuantizedLinear:
         self, timesteps: int, total: int, share: float
     ) -> None:
         layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=timesteps)
-        layer.weight_row = torch.arange(timesteps, dtype=torch.int32)
+        layer.row_of_step = torch.arange(timesteps, dtype=torch.int32)
         timestep = int(share * total)
         with denoising((timestep, total)):
-            found = layer._row("weight_row")
+            found = layer.row()
         # The table's step that holds the same time: t / timesteps <= timestep / total < (t + 1) / timesteps.
         assert found * total <= timestep * timesteps < (found + 1) * total
 
     def test_without_a_call_it_is_the_first_timestep(self) -> None:
         layer = QuantizedLinear(1, 1, bits=2, group_size=1, bias=False, timesteps=4)
-        layer.weight_row = torch.arange(4, dtype=torch.int32)
-        assert layer._row("weight_row") == 0
+        layer.row_of_step = torch.arange(4, dtype=torch.int32)
+        assert layer.row() == 0
         with denoising((3, 4)):
-            assert layer._row("weight_row") == 3
-        assert layer._row("weight_row") == 0
+            assert layer.row() == 3
+        assert layer.row() == 0
 
     def test_static_activation_parameters_follow_the_timestep(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
-        layer = linear_of(quantized, activation_bits=4, timesteps=2)
-        layer.activation_scale = torch.tensor([0.1, 0.5]).view(2, 1, 1)
-        layer.activation_zero_point = torch.tensor([8.0, 7.0]).view(2, 1, 1)
-        layer.activation_row = torch.tensor([0, 1], dtype=torch.int32)
+        scale, zero_point = torch.tensor([0.1, 0.5]).view(2, 1, 1), torch.tensor([8.0, 7.0]).view(2, 1, 1)
+        ranges = StaticRanges(4, scale, zero_point, torch.tensor([0, 1], dtype=torch.int32))
+        layer = linear_of(quantized, input_quantizer=ranges, timesteps=2)
         x = weights(5, 4, 1)
         for timestep, (scale, zero) in enumerate(((0.1, 8.0), (0.5, 7.0))):
             rounded = fake_quantize(x, torch.tensor(scale), torch.tensor(zero), 4)
@@ -112,9 +115,9 @@ class TestQuantizedLinear:
 
     def test_static_activation_parameters_follow_token_state_and_channel_group(self) -> None:
         quantized = round_to_nearest(weights(3, 5, 0), 8, 5)
-        layer = linear_of(quantized, activation_bits=4, activation_group_size=2)
-        layer.activation_scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
-        layer.activation_zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
+        scale = torch.tensor([[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]]])
+        zero_point = torch.tensor([[[1.0, 2, 3], [4, 5, 6]]])
+        layer = linear_of(quantized, input_quantizer=StaticRanges(4, scale, zero_point, FIRST_ROW, group_size=2))
         is_masked = torch.tensor([[True, False], [False, False]])
         x = weights(4, 5, 1).view(2, 2, 5)
         with denoising((0, 1), is_masked):
@@ -130,14 +133,14 @@ class TestQuantizedLinear:
 
     def test_dynamic_activations_have_each_token_s_own_range(self) -> None:
         quantized = round_to_nearest(weights(3, 4, 0), 8, 4)
-        layer = linear_of(quantized, activation_bits=4)
+        layer = linear_of(quantized, input_quantizer=DynamicRanges(4))
         x = weights(5, 4, 1)
         assert torch.equal(layer(x), F.linear(fake_quantize_per_token(x, 4), quantized.dequantize()))
 
     @pytest.mark.parametrize("cast", [nn.Module.half, nn.Module.bfloat16, nn.Module.double], ids=lambda f: f.__name__)
     def test_casting_leaves_the_parameters_of_codes_as_they_are(self, cast: Callable[[nn.Module], nn.Module]) -> None:
-        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4)
-        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        ranges = StaticRanges(4, torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]]), FIRST_ROW)
+        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], input_quantizer=ranges)
         before = layer.state_dict()
         after = cast(layer).state_dict()
         assert after.pop("bias").dtype == cast(nn.Linear(1, 1)).bias.dtype
@@ -147,8 +150,9 @@ class TestQuantizedLinear:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_static_ranges_keep_the_type_of_the_input(self, dtype: torch.dtype) -> None:
-        layer = linear_of(round_to_nearest(weights(3, 8, 0), 4, 4), weights(1, 3, 1)[0], activation_bits=4).to(dtype)
-        layer.activation_scale, layer.activation_zero_point = torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]])
+        ranges = StaticRanges(4, torch.tensor([[[0.1]]]), torch.tensor([[[8.0]]]), FIRST_ROW)
+        coded = round_to_nearest(weights(3, 8, 0), 4, 4)
+        layer = linear_of(coded, weights(1, 3, 1)[0], input_quantizer=ranges).to(dtype)
         x = weights(5, 8, 2).to(dtype)
         assert layer(x).dtype == dtype
         assert torch.equal(layer.quantized_input(x), fake_quantize(x.float(), 0.1, 8.0, 4).to(dtype))
@@ -159,7 +163,7 @@ class TestQuantizedLinear:
         for layer, rows in zip(layers, ([0, 1], [1, 0]), strict=True):
             layer.scale = torch.stack([quantized.scale, quantized.scale * 2])
             layer.zero_point = torch.stack([quantized.zero_point] * 2)
-            layer.weight_row = torch.tensor(rows, dtype=torch.int32)
+            layer.row_of_step = torch.tensor(rows, dtype=torch.int32)
         assert torch.equal(layers[0].weight(), quantized.dequantize())
         layers[0].load_state_dict(layers[1].state_dict())
         assert torch.equal(layers[0].weight(), 2 * quantized.dequantize())
@@ -173,5 +177,5 @@ class TestQuantizedLinear:
         assert torch.equal(table(torch.arange(3)), quantized.dequantize())
 
     def test_printing_a_layer_names_its_size_and_precision(self) -> None:
-        layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, activation_bits=8)
+        layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, input_quantizer=DynamicRanges(8))
         assert "in_features=6, out_features=3, bits=2, group_size=4, activation_bits=8" in repr(layer)

@@ -32,7 +32,7 @@ def layer_of(rows: int, groups: int, bits: int, group_size: int = 16, timesteps:
     shape = (timesteps, rows, groups)
     layer.scale = 2.0 ** torch.randint(-2, 2, shape, generator=generator).half()
     layer.zero_point = torch.randint(0, 4, shape, generator=generator).half()
-    layer.weight_row = torch.arange(timesteps, dtype=torch.int32)
+    layer.row_of_step = torch.arange(timesteps, dtype=torch.int32)
     return layer
 
 
@@ -90,7 +90,7 @@ def test_everything_is_computed_where_the_weight_is(
 ) -> None:
     monkeypatch.setattr(planes, "_NUMBERS", 3 * 32)
     layer = layer_of(11, 2, 2, timesteps=2).to("meta")  # the device without numbers stands for a GPU
-    monkeypatch.setattr(layer, "_row", lambda table: 1)
+    monkeypatch.setattr(layer, "row", lambda: 1)
     with one_device:
         product = layer(torch.empty(3, 32, dtype=dtype, device="meta"))
     assert (product.shape, product.device.type, product.dtype) == ((3, 11), "meta", dtype)

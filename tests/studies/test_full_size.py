@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from thermo_lib import ThermoConfig, load_model, load_quantized
 from thermo_lib.files.tensors import weight_files
-from thermo_lib.models.architectures import DreamConfig, read_config
+from thermo_lib.models.families import DreamConfig, read_config
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.studies import full_size
 

@@ -22,7 +22,7 @@ from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.studies import peers
 from thermo_lib.studies.peers import full_size
 from thermo_lib.studies.peers import quantize as peer_jobs
-from thermo_lib.studies.peers.methods import METHODS, stored_bits
+from thermo_lib.studies.peers.methods import ADAPTERS, stored_bits
 
 ENTRY = {
     "method": "A",
@@ -358,7 +358,7 @@ class TestJobs:
         assert stored_bits(tensor, bits=2) == 2 * rows * columns
 
     def test_own_quantizer_is_counted_as_the_model_counts_itself(self, tiny, calibration) -> None:
-        layers = METHODS["thermo"](tiny, calibration, weights={"method": "rtn", "group_size": 16})
+        layers = ADAPTERS["thermo"](tiny, calibration, weights={"method": "rtn", "group_size": 16})
         expected = quantize(tiny, ThermoConfig(quantizer="rtn", group_size=16))
         bits = sum(layer.bits for layer in layers.values()) / sum(layer.weight.numel() for layer in layers.values())
         assert bits == expected.bits_per_weight
@@ -373,7 +373,7 @@ class TestJobs:
         weights = {"method": "rtn", "group_size": 16}
         activations = {"ranges": "static", "bits": 4}
         fields = {"weights": weights, "activations": activations, "training": training, "timesteps": 6}
-        layers = METHODS["thermo"](tiny, calibration, **fields)
+        layers = ADAPTERS["thermo"](tiny, calibration, **fields)
         assert {phase: len(losses) for phase, losses in layers.losses.items()} == {
             "block 0": 3,
             "block 1": 3,
@@ -385,7 +385,7 @@ class TestJobs:
 
     def test_only_what_the_report_lacks_runs(self, tiny, calibration, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setattr(peer_jobs, "load_model", lambda name: tiny)
-        monkeypatch.setattr(peer_jobs, "calibration_states", lambda lm: calibration)
+        monkeypatch.setattr(peer_jobs, "study_calibration", lambda lm: calibration)
         monkeypatch.setattr(peer_jobs, "made_of", lambda job: f"of {job.name}")
         monkeypatch.setattr(peer_jobs, "FOLDER", tmp_path)
         ran: list[str] = []
@@ -408,7 +408,7 @@ class TestJobs:
         names = [job.name for job in peer_jobs.JOBS]
         assert len(set(names)) == len(names)
         assert all(name.replace("-", "").isalnum() for name in names)
-        assert {job.adapter for job in peer_jobs.JOBS} == METHODS.keys()
+        assert {job.adapter for job in peer_jobs.JOBS} == ADAPTERS.keys()
 
     def test_every_peer_is_locked(self) -> None:
         lock = Path(peer_jobs.__file__).with_name("requirements.lock").read_text(encoding="utf-8")
@@ -426,9 +426,9 @@ def test_a_block_takes_the_time_of_all_its_linears() -> None:
             size[0] * size[1],
             {
                 name: [10.0**number * (2 if name.startswith("HQQ") else 1)] * full_size.ROUNDS
-                for name in full_size.METHODS
+                for name in full_size.FULL_SIZE_METHODS
             },
-            dict.fromkeys(full_size.METHODS, 0.1),
+            dict.fromkeys(full_size.FULL_SIZE_METHODS, 0.1),
         )
     ]
     ours, *others = full_size.whole_block(rows)

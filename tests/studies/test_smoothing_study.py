@@ -17,7 +17,7 @@ from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.parts import TimeGrouping
 from thermo_lib.studies import grid as grid_module
 from thermo_lib.studies import smoothing as study
-from thermo_lib.studies.grid import Grid, Inputs, Point, Row, point
+from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow, point
 from thermo_lib.studies.params import default
 from thermo_lib.studies.smoothing import gain, path_kl_change, slices
 
@@ -123,7 +123,7 @@ class TestGrid:
         whole.run(points(), progress=False)
         calls = []
 
-        def be_killed(*arguments: Any) -> Row:
+        def be_killed(*arguments: Any) -> PointRow:
             calls.append(arguments)
             if len(calls) == 3:
                 raise KeyboardInterrupt
@@ -166,9 +166,9 @@ class TestComparisons:
     """Differences are paired and average the seeds."""
 
     @staticmethod
-    def row(accuracies: list[float], path_kls: list[float], at: Point | None = None) -> Row:
+    def row(accuracies: list[float], path_kls: list[float], at: Point | None = None) -> PointRow:
         """A row with given scores."""
-        return Row(at or point(), accuracies, [], path_kls, [], None, None, 2.25)
+        return PointRow(at or point(), accuracies, [], path_kls, [], None, None, 2.25)
 
     def test_a_gain_is_relative_and_paired(self) -> None:
         before = [self.row([0.2, 0.8], [5.0, 50.0]), self.row([0.4, 0.8], [7.0, 52.0])]
@@ -184,7 +184,7 @@ class TestComparisons:
         for seed in (0, 1):
             for method, accuracy, jump in ((None, 0.4, 0.2), ("linear", 0.41 + 0.01 * seed, 0.05 + 0.06 * seed)):
                 p = point(seed, method, **fields)
-                grid.rows[p.key] = Row(p, [accuracy, accuracy], [], [1.0], [], 0.8 + 0.1 * seed, jump, 2.25)
+                grid.rows[p.key] = PointRow(p, [accuracy, accuracy], [], [1.0], [], 0.8 + 0.1 * seed, jump, 2.25)
         gain_row, markov_row, cut_row = study.verdicts(grid, fields, ["linear"], [0, 1])
         assert gain_row["value"] == pytest.approx(0.0375)
         assert gain_row["verdict"] == "met"  # 2 %, and no two sequences differ
@@ -207,7 +207,7 @@ class TestComparisons:
         fields = {"activation_bits": 4, "num_time_groups": 2}
         for method, jump in ((None, 0.2), ("linear", 0.1)):
             p = point(0, method, **fields)
-            grid.rows[p.key] = Row(p, [0.5, 0.5], [], [1.0], [], 0.9, jump, 2.25)
+            grid.rows[p.key] = PointRow(p, [0.5, 0.5], [], [1.0], [], 0.9, jump, 2.25)
         found = study.verdicts(
             grid, fields, ["linear"], [0], Targets(accuracy_gain=-0.1, markov_score=0.95, jump_cut=0.6)
         )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from thermo_lib import BoundarySmoother, TimeGroupParams, TimeGroups
-from thermo_lib.time_aware.smoothing import METHODS, WINDOWED
+from thermo_lib.time_aware.smoothing import SMOOTHING_METHODS, WINDOWED
 
 
 class TestBoundarySmoother:
@@ -154,7 +154,7 @@ class TestBoundarySmoother:
 class TestWeights:
     """Smoothing as a matrix, and the spline, which is defined by one."""
 
-    @given(timesteps=st.integers(1, 30), data=st.data(), method=st.sampled_from([None, *METHODS]))
+    @given(timesteps=st.integers(1, 30), data=st.data(), method=st.sampled_from([None, *SMOOTHING_METHODS]))
     def test_the_matrix_smooths_and_its_rows_sum_to_one(
         self, timesteps: int, data: st.DataObject, method: str | None
     ) -> None:

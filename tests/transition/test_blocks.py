@@ -9,6 +9,8 @@ from torch import Tensor
 from thermo_lib import Calibration
 from thermo_lib.diffusion.states import forward_states
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline.weights import input_hessians
+from thermo_lib.time_aware.groups import TimeGroups
 from thermo_lib.transition.blocks import BlockStream
 from thermo_lib.transition.fit import fit_block
 
@@ -26,33 +28,51 @@ def ones(two_lengths: Calibration) -> list[Tensor]:
     return [torch.ones(part.ids.shape) for part in two_lengths.parts]
 
 
-def test_the_stream_holds_both_models_hidden_states(
-    tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], two_lengths: Calibration
-) -> None:
-    other = build_tiny(1)
-    other.model.model.embed_tokens.load_state_dict(tiny.model.model.embed_tokens.state_dict())
-    stream = BlockStream(tiny, other, two_lengths)
+def test_the_stream_holds_the_hidden_states(tiny: DiffusionLM, two_lengths: Calibration) -> None:
+    stream = BlockStream(tiny, two_lengths)
     for number in range(2):
-        stream.enter(number)
-        stream.leave(number)
-    for lm, hidden in ((tiny, stream.targets), (other, stream.inputs)):
-        for part, found in zip(two_lengths.parts, hidden, strict=True):
-            with torch.no_grad():
-                normed = lm.model.model.norm(found)
-            shifted = torch.cat([normed[:, :1], normed[:, :-1]], 1)
-            torch.testing.assert_close(shifted, lm.model.hidden(part.ids), rtol=1e-4, atol=1e-4)
+        assert stream.number == number
+        stream.advance()
+    for part, found in zip(two_lengths.parts, stream.hidden, strict=True):
+        with torch.no_grad():
+            normed = tiny.model.model.norm(found)
+        shifted = torch.cat([normed[:, :1], normed[:, :-1]], 1)
+        torch.testing.assert_close(shifted, tiny.model.hidden(part.ids), rtol=1e-4, atol=1e-4)
+
+
+def test_hessians_are_those_of_the_whole_model(tiny: DiffusionLM, two_lengths: Calibration, ones: list[Tensor]) -> None:
+    block, groups = "model.layers.1", TimeGroups(3, 3)
+    names = [
+        f"{block}.{linear}" for linear in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj")
+    ]
+    stream = BlockStream(tiny, two_lengths)
+    stream.advance()
+    found = stream.hessians(names, groups)
+    expected = input_hessians(tiny, two_lengths, names, groups)
+    for name in names:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
+    assert found[names[0]] is found[names[1]]
+    twice = {names[1]: [2 * one for one in ones]}
+    weighted = stream.hessians(names[:2], groups, twice)
+    assert torch.equal(weighted[names[0]], found[names[0]])
+    torch.testing.assert_close(weighted[names[1]], 2 * found[names[1]])
+
+
+def at_block_0(tiny: DiffusionLM, other: DiffusionLM, states: Calibration) -> tuple[BlockStream, list[Tensor]]:
+    """The stream of another model at its first block, and what the first one's first block puts out."""
+    targets = BlockStream(tiny, states)
+    targets.advance()
+    return BlockStream(other, states), targets.hidden
 
 
 def test_a_token_without_weight_is_not_fitted(
     tiny: DiffusionLM, build_tiny: Callable[[int], DiffusionLM], two_lengths: Calibration, ones: list[Tensor]
 ) -> None:
-    other = build_tiny(1)
-    stream = BlockStream(tiny, other, two_lengths)
-    stream.enter(0)
-    bias = other.model.model.layers[0].self_attn.v_proj.bias.requires_grad_()
+    stream, targets = at_block_0(tiny, build_tiny(1), two_lengths)
+    bias = stream.block.self_attn.v_proj.bias.requires_grad_()
     before = bias.clone()
     nothing = [torch.zeros_like(one) for one in ones]
-    fit_block(stream, 0, nothing, {bias: 0.1}, steps=3, batch=4, seed=0)
+    fit_block(stream, targets, nothing, {bias: 0.1}, steps=3, batch=4, seed=0)
     assert torch.equal(bias, before)
 
 
@@ -62,13 +82,12 @@ def test_the_loss_is_half_the_weighted_squared_error_of_a_sequence(
     (part, _) = two_lengths.parts
     calibration = Calibration((part,), 3, "forward")
     weight = torch.rand(part.ids.shape, generator=torch.Generator().manual_seed(0))
-    stream = BlockStream(tiny, build_tiny(1), calibration)
-    stream.enter(0)
+    stream, targets = at_block_0(tiny, build_tiny(1), calibration)
     with torch.no_grad():
-        output = stream.run(stream.quantized.model.model.layers[0], 0, stream.inputs[0])
-    per_state = 0.5 * (weight * (output - stream.targets[0]).square().sum(-1)).sum(1)
-    bias = stream.quantized.model.model.layers[0].self_attn.v_proj.bias.requires_grad_()
-    losses = fit_block(stream, 0, [weight], {bias: 0.0}, steps=400, batch=4, seed=0)
+        output = stream.run(0, stream.hidden[0])
+    per_state = 0.5 * (weight * (output - targets[0]).square().sum(-1)).sum(1)
+    bias = stream.block.self_attn.v_proj.bias.requires_grad_()
+    losses = fit_block(stream, targets, [weight], {bias: 0.0}, steps=400, batch=4, seed=0)
     assert sum(losses) / 400 == pytest.approx(float(per_state.mean()), rel=0.1)
 
 
@@ -77,9 +96,8 @@ def test_training_lowers_the_loss_and_is_reproducible(
 ) -> None:
     runs = []
     for _ in range(2):
-        stream = BlockStream(tiny, build_tiny(1), two_lengths)
-        stream.enter(0)
-        rates = {p.requires_grad_(): 0.02 for p in stream.quantized.model.model.layers[0].parameters()}
-        runs.append(fit_block(stream, 0, ones, rates, steps=150, batch=8, seed=0))
+        stream, targets = at_block_0(tiny, build_tiny(1), two_lengths)
+        rates = {p.requires_grad_(): 0.02 for p in stream.block.parameters()}
+        runs.append(fit_block(stream, targets, ones, rates, steps=150, batch=8, seed=0))
     assert runs[0] == runs[1]
     assert sum(runs[0][-20:]) < 0.5 * sum(runs[0][:20])

@@ -14,8 +14,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from thermo_lib.data.puzzles import EOS, SPECIAL_TOKENS
 
-PACKAGES = ("sympy", "networkx", "mpmath")  # torch brings them
-AS_INSTALLED: Mapping[str, None] = MappingProxyType(dict.fromkeys(PACKAGES))  # in whatever version
+CORPUS_PACKAGES = ("sympy", "networkx", "mpmath")  # torch brings them
+AS_INSTALLED: Mapping[str, None] = MappingProxyType(dict.fromkeys(CORPUS_PACKAGES))  # in whatever version
 SEQUENCE_LENGTH = 128
 SPLITS = ("train", "validation", "test")
 
@@ -27,13 +27,14 @@ def split_of(relative_path: str) -> str:
 
 
 def load_corpus(
-    split: str, packages: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(PACKAGES))
+    split: str, packages: Mapping[str, str | None] = MappingProxyType(dict.fromkeys(CORPUS_PACKAGES))
 ) -> dict[str, str]:
     """The source files of one split.
 
     Args:
         split: ``train``, ``validation`` or ``test``.
-        packages: distribution name to required version, None for any; by default ``PACKAGES`` as they are installed.
+        packages: distribution name to required version, None for any; by default ``CORPUS_PACKAGES`` as they are
+            installed.
 
     Returns:
         Path relative to the environment's ``site-packages`` to file content, in path order.

@@ -54,8 +54,14 @@ def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
     return found
 
 
-def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
-    """Names of linears grouped by the input tensor that they share, e.g. ``q_proj, k_proj, v_proj``."""
+@torch.no_grad()
+def group_by_input(linears: Mapping[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
+    """Names of linears grouped by the input tensor that they share, e.g. ``q_proj, k_proj, v_proj``.
+
+    Args:
+        linears: name to linear.
+        run: a forward pass through all of them.
+    """
     groups: dict[int, list[str]] = {}
     kept: list[Tensor] = []  # keeps every input alive, so that no id is used twice
 
@@ -63,9 +69,15 @@ def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
         kept.append(x)
         groups.setdefault(id(x), []).append(name)
 
-    with torch.no_grad(), watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
-        lm.model.hidden(torch.full((1, 2), lm.mask_token_id))
+    with watch_inputs(linears, receive):
+        run()
     return list(groups.values())
+
+
+def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
+    """Names of a model's linears grouped by the input tensor that they share."""
+    linears = {name: lm.model.get_submodule(name) for name in names}
+    return group_by_input(linears, lambda: lm.model.hidden(torch.full((1, 2), lm.mask_token_id)))
 
 
 @torch.no_grad()

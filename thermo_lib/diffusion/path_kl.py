@@ -22,7 +22,7 @@ from thermo_lib.models.lm import DiffusionLM
 
 
 @dataclass(frozen=True)
-class PathKL:
+class PathKLEstimate:
     """Path KL between two models.
 
     Attributes:
@@ -73,7 +73,7 @@ def path_kl(
     reference_outputs: list[Tensor] | None = None,
     batch_size: int = 64,
     progress: str | None = None,
-) -> PathKL:
+) -> PathKLEstimate:
     """Path KL from the full-precision to the quantized process.
 
     Args:
@@ -115,7 +115,7 @@ def path_kl(
         kl[index, timestep] = rho[timestep] * _row_sums(divergence, is_masked)
         similarity = _cosine(p_logits, q_logits, quantized.mask_token_id)
         cosine[index, timestep] = _row_sums(similarity, is_masked) / is_masked.sum(1)
-    return PathKL(kl, cosine)
+    return PathKLEstimate(kl, cosine)
 
 
 def _row_sums(values: Tensor, is_masked: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from thermo_lib.files.text import write_text
 
-PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "papermill", "dvc")
+REPORTED_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "papermill", "dvc")
 _COLUMNS = {  # column of the text tables: key of a row and how to print it
     "configuration": ("name", "{}"),
     "bpw": ("bits_per_weight", "{:.2f}"),
@@ -58,7 +58,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, st
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
     return {"python": platform.python_version(), **found}
 
 

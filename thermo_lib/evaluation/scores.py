@@ -9,6 +9,7 @@ percentiles over sequences.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from thermo_lib.data.puzzles import (
     make_puzzles,
     read_jsonl,
 )
-from thermo_lib.diffusion.path_kl import PathKL, path_kl, reference_logits
+from thermo_lib.diffusion.path_kl import PathKLEstimate, path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
 from thermo_lib.evaluation.statistics import RESAMPLES, interval
@@ -44,7 +45,6 @@ class Suite:
         reference: the full-precision model.
         held_out: forward states of held-out code, every sequence at every timestep.
         trajectories: the reference's ancestral trajectories, every sequence at every timestep.
-        reference_outputs: the reference's logits on ``trajectories``.
         puzzles: Sudoku puzzles that training never saw; empty where the model's tokenizer doesn't know the task.
         timesteps: ``T``.
         sampler, temperature: how the puzzles are answered.
@@ -54,12 +54,16 @@ class Suite:
     reference: DiffusionLM
     held_out: States
     trajectories: States
-    reference_outputs: list[Tensor]
     puzzles: list[Puzzle]
     timesteps: int
     sampler: str = "entropy"
     temperature: float = 0.0
     resamples: int = RESAMPLES
+
+    @cached_property
+    def reference_outputs(self) -> list[Tensor]:
+        """The reference's logits on ``trajectories``, see ``reference_logits``."""
+        return reference_logits(self.reference, self.trajectories, self.timesteps)
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ class Evaluation:
     masked: Tensor
     nll: Tensor
     length: int
-    path: PathKL
+    path: PathKLEstimate
     puzzles: PuzzleResult | None
     resamples: int = RESAMPLES
 
@@ -156,7 +160,6 @@ def build_suite(
         reference=reference,
         held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
         trajectories=paths,
-        reference_outputs=reference_logits(reference, paths, timesteps),
         puzzles=make_puzzles("sudoku", puzzles, seed, test=True),
         timesteps=timesteps,
         sampler=sampler,
@@ -339,7 +342,7 @@ def accuracy_interval(evaluation: Evaluation) -> tuple[float, float]:
     return interval(_accuracy(evaluation), len(evaluation.correct), evaluation.resamples)
 
 
-def path_kl_interval(path: PathKL, resamples: int = RESAMPLES) -> tuple[float, float]:
+def path_kl_interval(path: PathKLEstimate, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The 95 % interval of the path KL in nats, over trajectories."""
     totals = path.per_sequence.sum(1).numpy()
     return interval(lambda index: float(totals[index].mean()), len(totals), resamples)

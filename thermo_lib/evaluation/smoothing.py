@@ -55,6 +55,7 @@ def compare_smoothing(
     *,
     window: int | None = None,
     claims: Targets = CLAIMED,
+    measure: Callable[..., Evaluation] = evaluate,
     progress: bool = False,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, QuantizedLM]]:
     """Evaluate one quantized model without smoothing and with each method.
@@ -65,6 +66,7 @@ def compare_smoothing(
         methods: some of ``linear``, ``cubic``, ``sigmoid``.
         window: see ``resmooth``.
         claims: the bounds of the verdicts.
+        measure: evaluates a model, as ``evaluate`` does.
         progress: show bars.
 
     Returns:
@@ -78,7 +80,7 @@ def compare_smoothing(
     label = f"{config.precision} {config.quantizer}, time groups"
     models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method, window) for method in methods}
     scores = {
-        method: evaluate(model, suite, progress=progress)
+        method: measure(model, suite, progress=progress)
         for method, model in tqdm(models.items(), desc=label, disable=not progress, leave=False)
     }
     names = {method: label if method == "none" else f"{label}, {method}" for method in models}

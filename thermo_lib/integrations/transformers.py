@@ -1,6 +1,6 @@
 """Dream, LLaDA and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
 
-``import thermo_lib`` registers the two architectures with the Auto classes, and the quantization method ``thermo``:
+``register`` makes the two architectures known to the Auto classes, and the quantization method ``thermo``:
 a quantized folder loads as it is, and ``from_pretrained(folder, quantization_config=ThermoConfig(...))`` quantizes a
 full-precision one while it is read, one linear after another.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer
@@ -22,9 +22,11 @@ from transformers.quantizers.auto import (
 )
 
 from thermo_lib.files.tensors import check_finite, check_shapes, open_safetensors, read_headers
-from thermo_lib.models.architectures import ARCHITECTURES, MaskPredictor, checkpoint_folder, stored_names, tensor_name
+from thermo_lib.models.architectures import MODELS, MaskPredictor, checkpoint_folder
+from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
+from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import check_types, expected_tensors, install, model_tensors, stored_type
 from thermo_lib.pipeline.weights import code_tables, quantize_layer
 
@@ -63,7 +65,7 @@ class _Quantize(ConversionOps):
         name = full_layer_name.removesuffix(".weight")
         linear = model.get_submodule(name)
         linear.weight = nn.Parameter(weight[0] if isinstance(weight, list) else weight, requires_grad=False)
-        quantize_layer(self.hf_quantizer.lm, name, None, {})
+        quantize_layer(self.hf_quantizer.lm, quantizer_of(self.hf_quantizer.quantization_config), name, None)
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
@@ -94,7 +96,7 @@ class ThermoQuantizer(HfQuantizer):
         self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not isinstance(model, MaskPredictor):
-            supported = ", ".join(architecture.model.__name__ for architecture in ARCHITECTURES.values())
+            supported = ", ".join(model.__name__ for model in MODELS.values())
             raise ValueError(f"model: found {type(model).__name__}, supported are {supported}")
         self.lm = QuantizedLM(
             model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
@@ -179,14 +181,13 @@ class ThermoQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Make the architectures and the method known to ``transformers``; ``import thermo_lib`` does it."""
+    """Make the models and the method known to ``transformers``; see ``integrations.auto``."""
     if ThermoConfig.quant_method in AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
     register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
     register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
-    for architecture in ARCHITECTURES.values():
-        AutoConfig.register(architecture.config.model_type, architecture.config)
+    for model_type, architecture in ARCHITECTURES.items():
         for auto in (AutoModel, AutoModelForMaskedLM):
-            auto.register(architecture.config, architecture.model)
+            auto.register(architecture.config, MODELS[model_type])
         renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]
-        register_checkpoint_conversion_mapping(architecture.model.__name__, renamings)
+        register_checkpoint_conversion_mapping(MODELS[model_type].__name__, renamings)

@@ -17,18 +17,8 @@ from transformers import PreTrainedConfig
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_finite, check_full_precision, check_tensors, read_tensors
 from thermo_lib.files.text import read_object
-from thermo_lib.models.architectures import (
-    HEAD,
-    DreamConfig,
-    DreamModel,
-    MaskPredictor,
-    build_model,
-    config_json,
-    read_config,
-    skeleton,
-    stored_names,
-    tensor_name,
-)
+from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, skeleton
+from thermo_lib.models.families import HEAD, DreamConfig, config_json, read_config, stored_names, tensor_name
 from thermo_lib.models.tokenization import (
     ChatTemplate,
     read_carried,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class Architecture:
     """How a published checkpoint says what this library builds.
 
     Attributes:
-        config, model: the classes that are built.
+        config: the class of the configuration.
         published_as: the class in ``architectures`` of ``config.json``.
         sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
             attribute must agree.
@@ -26,7 +25,6 @@ class Architecture:
     """
 
     config: type[PreTrainedConfig]
-    model: type[Any]
     published_as: str
     sizes: Mapping[str, str]
     settings: Mapping[str, str]
@@ -97,8 +95,11 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
             _check_whole(key, number, 0, 2**31)
     elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
         raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
-    elif attribute == "hidden_act" and not (isinstance(found, str) and found in ACT2FN):
-        raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
+    elif attribute == "hidden_act":
+        from transformers.activations import ACT2FN  # takes as long to import as the models themselves
+
+        if not (isinstance(found, str) and found in ACT2FN):
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
 
 
 def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:

@@ -21,18 +21,18 @@ from thermo_lib.transition.loss import TransitionLoss
 from thermo_lib.transition.parameters import TrainableRanges
 
 
-def site_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
+def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
     """The quantized layers, those that share an input together, with a random sample of that input.
 
     Args:
         lm: a quantized model.
         calibration: the states.
     """
-    sites = shared_inputs(lm, list(lm.quantized_layers()))
+    shared = shared_inputs(lm, list(lm.quantized_layers()))
     config = lm.config
     tokens = config.activations.tokens if config.has_static_ranges else Static().tokens
-    samples = input_samples(lm, calibration, [site[0] for site in sites], config.timesteps, tokens, config.seed)
-    return [(site, samples[site[0]]) for site in sites]
+    samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
+    return [(names, samples[names[0]]) for names in shared]
 
 
 def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -> TrainableRanges:
@@ -43,10 +43,10 @@ def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -
 def present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
     """The static ranges of every layer's input, trainable; layers that share an input share them."""
     ranges = {}
-    for site in shared_inputs(lm, list(lm.activation_params)):
-        params = lm.activation_params[site[0]]
+    for names in shared_inputs(lm, list(lm.activation_params)):
+        params = lm.activation_params[names[0]]
         start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
-        ranges |= dict.fromkeys(site, _trainable_ranges(*start, lm.config))
+        ranges |= dict.fromkeys(names, _trainable_ranges(*start, lm.config))
     return ranges
 
 
@@ -57,9 +57,9 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
     """
     config, how = lm.config, lm.config.activations
     layers = lm.quantized_layers()
-    sites = site_samples(lm, calibration)
+    samples = shared_input_samples(lm, calibration)
     ranges: dict[str, TrainableRanges] = {}
-    for site, sample in tqdm(sites, desc=f"ranges {config.precision}", disable=not progress, leave=False):
+    for names, sample in tqdm(samples, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
             sample,
             config.groups,
@@ -69,7 +69,7 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
         )
         fitted = _trainable_ranges(*start, config)
         if how.fit_to == "output":
-            weight = torch.cat([layers[name].weight() for name in site])
+            weight = torch.cat([layers[name].weight() for name in names])
             fit_to_output(
                 fitted,
                 sample,
@@ -79,7 +79,7 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
                 lr=how.lr,
                 seed=config.seed,
             )
-        ranges |= dict.fromkeys(site, fitted)
+        ranges |= dict.fromkeys(names, fitted)
     return ranges
 
 
@@ -150,8 +150,7 @@ def requantize_activations(
         raise ValueError("reference: found None, required by fit_to='path_kl'")
     changed = copied(lm, config, {})
     for layer in changed.quantized_layers().values():
-        layer.activation_bits = 16
-        layer.activation_scale = layer.activation_zero_point = torch.empty((0, 1, 1), dtype=torch.float32)
+        layer.input_quantizer = None
     if config.activations is not None:
         with torch.no_grad():
             quantize_activations(changed, reference, calibration, progress)
@@ -241,16 +240,16 @@ def smooth_each_layer(
     ]
     matrices = [each.weights(config.groups.intervals).float() for each in smoothers]
     distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
-    samples = site_samples(lm, calibration)
+    samples = shared_input_samples(lm, calibration)
     if reference is not None:
         loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
         generator = torch.Generator().manual_seed(config.seed)
         states = [part[torch.randperm(len(part.ids), generator=generator)[:most_states]] for part in calibration.parts]
         targets = [loss.targets(drawn) for drawn in states]
     chosen: dict[str, list[TimeGroupParams]] = {}
-    for site, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
-        fitted = ranges[site[0]]
-        weight = torch.cat([layers[name].weight() for name in site])
+    for names, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):
+        fitted = ranges[names[0]]
+        weight = torch.cat([layers[name].weight() for name in names])
 
         def cost(index: int, fitted=fitted, sample=sample, weight=weight) -> float:
             fitted.weights = matrices[index]
@@ -261,7 +260,7 @@ def smooth_each_layer(
 
         best = min(distinct, key=cost)
         fitted.weights = matrices[best]
-        chosen |= dict.fromkeys(site, smoothers[best].smooth(lm.activation_params[site[0]]))
+        chosen |= dict.fromkeys(names, smoothers[best].smooth(lm.activation_params[names[0]]))
     every = TimeGrouping(count=config.timesteps, smoothing=None)
     changed = copied(lm, config.replace(time_groups=every), chosen)
     for name, layer in changed.quantized_layers().items():

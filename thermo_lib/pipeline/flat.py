@@ -61,8 +61,8 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "training_states": ("calibration",),
     "own_share": (0, 0.0),
 }
-PHASES = ("sequential", "blocks", "path_kl")
-PARTS = ("weights", "activations", "time_groups", *PHASES)
+PHASE_NAMES = ("sequential", "blocks", "path_kl")
+PARTS = ("weights", "activations", "time_groups", *PHASE_NAMES)
 _SEED_GROUPS = 3  # of the first version, wherever smoothing was asked for
 _warned: set[str] = set()
 
@@ -107,12 +107,12 @@ def nested(
 
 def _set(fields: dict[str, Any], part: str, key: str, value: Any) -> None:
     """Set one setting of a part, which is there with its defaults if it wasn't before."""
-    if part not in PHASES:
+    if part not in PHASE_NAMES:
         fields[part] = {**(fields.get(part) or {}), key: value}
         return
     phases = {phase["phase"]: phase for phase in fields["training"]}
     phases[part] = {**phases.get(part, {"phase": part}), key: value}
-    fields["training"] = tuple(phases[name] for name in PHASES if name in phases)
+    fields["training"] = tuple(phases[name] for name in PHASE_NAMES if name in phases)
 
 
 class _Use:

@@ -1,26 +1,23 @@
 """Quantize a model block by block under calibration, so that memory doesn't grow with the number of blocks.
 
 A block is read, the Hessians of its linears are collected on the hidden states that enter it, its linears are
-quantized, and the states go through what they have become. Held at a time are one block and the states at its door;
+quantized, and the states go through what they have become. Memory holds one block and the hidden states that enter it;
 the result is that of ``quantize`` with the whole model in memory.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from thermo_lib.diffusion.inputs import block_arguments, watch_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.files.snapshots import Snapshot, named, part_of
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
+from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import stored_tensors
 from thermo_lib.pipeline.weights import counts_tokens, quantize_layer
-from thermo_lib.quant.calls import denoising
-
-_NUMBERS = 2**27  # in the widest activations of a batch
-_BATCH = 64  # states of a batch at most, as in ``run_states``
+from thermo_lib.transition.blocks import BlockStream
 
 
 def check_layerwise(config: ThermoConfig) -> None:
@@ -38,58 +35,6 @@ def check_layerwise(config: ThermoConfig) -> None:
             raise ValueError(f"{name}: {found}; load the model as a whole for anything else")
 
 
-class _Doorstep:
-    """The hidden states that enter a block, for all calibration states.
-
-    Args:
-        lm: the model, whose blocks hold weights only while they are worked on.
-        calibration: the states.
-        hidden: float32 ``(states, length, hidden)`` for each part of the calibration; replaced in place.
-    """
-
-    def __init__(self, lm: QuantizedLM, calibration: Calibration, hidden: list[Tensor]):
-        self.lm, self.calibration, self.hidden = lm, calibration, hidden
-        self._arguments = [block_arguments(lm, x[:1]) for x in hidden]
-        widest = max(x.shape[1] for x in hidden) * lm.model.config.intermediate_size
-        self._batch = max(1, min(_BATCH, _NUMBERS // widest))
-
-    def outputs(self, block: nn.Module) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """The block's output on batch after batch: ``(part, rows, (batch, length, hidden))``."""
-        for part, timestep, rows in self.calibration.batches(self._batch):
-            self.timestep = timestep
-            with denoising((timestep, self.calibration.timesteps)):
-                output = block(self.hidden[part][rows], **self._arguments[part])
-            yield part, rows, output
-
-    def hessians(self, block: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-        """``sum x x^T`` of the linears' inputs by time group, float64 ``(groups, in_features, in_features)``.
-
-        Linears that share an input share the tensor.
-        """
-        groups = self.lm.config.weight_groups
-        found: dict[str, Tensor] = {}
-        seen: dict[int, tuple[str, Tensor]] = {}  # inputs of this batch, kept so that no id is used twice
-
-        def receive(name: str, x: Tensor) -> None:
-            first, _ = seen.setdefault(id(x), (name, x))
-            if name not in found:
-                empty = torch.zeros((groups.num_groups, x.shape[-1], x.shape[-1]), dtype=torch.float64)
-                found[name] = found[first] if first != name else empty
-            if first == name:
-                x = x.flatten(0, 1)
-                found[name][groups.group_of(self.timestep * groups.timesteps // self.calibration.timesteps)] += x.T @ x
-
-        with watch_inputs(linears, receive):
-            for _ in self.outputs(block):
-                seen.clear()
-        return found
-
-    def pass_through(self, block: nn.Module) -> None:
-        """Take the states through a block as it is now."""
-        for part, rows, output in self.outputs(block):
-            self.hidden[part][rows] = output
-
-
 def coded_blocks(
     lm: QuantizedLM, read: Callable[[str], Tensor], calibration: Calibration, snapshot: Snapshot
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -100,7 +45,7 @@ def coded_blocks(
             emptied again.
         read: a tensor of the full-precision model by the library's name.
         calibration: the states.
-        snapshot: where the states are kept while they stand at a block's door; a stopped run goes on from there.
+        snapshot: where the hidden states that enter a block are kept; a stopped run goes on from there.
 
     Yields:
         A block's number and the tensors that are stored of its linears; the block at which an earlier run was stopped
@@ -113,22 +58,23 @@ def coded_blocks(
     else:
         table = read("model.embed_tokens.weight")
         hidden, start = [table[part.ids].float() for part in calibration.parts], 0
-    doorstep = _Doorstep(lm, calibration, hidden)
+    quantizer = quantizer_of(lm.config)
+    stream = BlockStream(lm, calibration, start, hidden)
     for number in range(start, len(lm.model.model.layers)):
         prefix = f"model.layers.{number}"
-        block = lm.model.get_submodule(prefix)
+        block = stream.block
         for name in block.state_dict():
             block.load_state_dict({name: read(f"{prefix}.{name}").float()}, strict=False, assign=True)
         block.requires_grad_(False)
         names = [name for name in linear_names(lm.model) if name.startswith(f"{prefix}.")]
-        hessians = doorstep.hessians(block, {name: lm.model.get_submodule(name) for name in names})
+        hessians = stream.hessians(names, lm.config.weight_groups)
         for name in names:
-            bits = torch.full((lm.model.get_submodule(name).in_features,), lm.config.bit_width)
-            quantize_layer(lm, name, hessians[name], {name: bits})
+            quantize_layer(lm, quantizer, name, hessians[name])
         del hessians
         yield number, {k: v for name in names for k, v in stored_tensors(lm, name).items()}
-        doorstep.pass_through(block)
+        stream.advance()
         block.to("meta")
         for name in names:
             del lm.weight_params[name]
-        snapshot.save({"block": torch.tensor(number + 1)} | named("hidden", {str(i): x for i, x in enumerate(hidden)}))
+        kept = named("hidden", {str(part): x for part, x in enumerate(stream.hidden)})
+        snapshot.save({"block": torch.tensor(stream.number)} | kept)

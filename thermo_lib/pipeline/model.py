@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.parts import Dynamic, Trellis
-from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear
+from thermo_lib.pipeline.parts import Dynamic
+from thermo_lib.pipeline.quantizers import quantizer_of
+from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
+from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.smoothing import WINDOWS, BoundarySmoother
 
@@ -51,8 +53,8 @@ class QuantizedLM(DiffusionLM):
         """Bits stored for the weights of a quantized layer: codes and parameters, of every time group."""
         layer = self.quantized_layers()[name]
         bits = sum(getattr(layer, key).numel() * 8 for key in layer.STORED)
-        parameters = len(parameter_names("weight", self.config))
-        return bits + sum(parameters * params.scale.numel() * 16 for params in self.weight_params[name])
+        parameters = quantizer_of(self.config).parameters
+        return bits + sum(len(parameters) * params.scale.numel() * 16 for params in self.weight_params[name])
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """The quantized linears inside the blocks by name."""
@@ -84,11 +86,6 @@ def names_by_block(names: list[str]) -> dict[str, list[str]]:
     return blocks
 
 
-def layer_type(config: ThermoConfig) -> type[QuantizedLinear]:
-    """The class of the quantized linears."""
-    return TrellisLinear if isinstance(config.weights, Trellis) else QuantizedLinear
-
-
 def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> None:
     """Put a quantized layer with these codes in the place of a linear; its weight parameters are known.
 
@@ -98,7 +95,7 @@ def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> N
         stored: the layer's buffers that hold the codes.
     """
     linear = lm.model.get_submodule(name)
-    layer = layer_type(lm.config)(
+    layer = quantizer_of(lm.config).layer(
         linear.in_features,
         linear.out_features,
         bits=lm.config.bit_width,
@@ -116,26 +113,36 @@ def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> N
 
 def install_weights(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
     """Give a layer its scales and zero points, smoothed, as tables of distinct rows."""
-    rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=False)
-    like = {"device": layer.packed.device, "dtype": torch.float16}
-    layer.scale = torch.stack([row.scale for row in rows]).to(**like)
-    layer.zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
-    layer.weight_row = row_of_step.to(layer.packed.device)
+    device = layer.packed.device
+    layer.scale, layer.zero_point, layer.row_of_step = (part.to(device) for part in weight_table(params, config))
+
+
+def weight_table(params: list[TimeGroupParams], config: ThermoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed scale and zero point, float16 ``(rows, out_features, groups)``, and the row of each timestep."""
+    scale, zero_point, row_of_step = _rows_by_timestep(params, config, whole_zero_points=False)
+    return scale.to(torch.float16), zero_point.to(torch.float16), row_of_step
+
+
+def range_table(params: list[TimeGroupParams], config: ThermoConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothed static ranges, float32 ``(rows, token states, channel groups)``, and the row of each timestep."""
+    scale, zero_point, row_of_step = _rows_by_timestep(params, config, whole_zero_points=True)
+    return scale.float(), zero_point.float(), row_of_step
+
+
+def input_quantizer(params: list[TimeGroupParams], config: ThermoConfig) -> StaticRanges | DynamicRanges | None:
+    """What quantizes a layer's input; ``params`` are the static ranges of the time groups, before smoothing."""
+    how = config.activations
+    if how is None:
+        return None
+    if isinstance(how, Dynamic):
+        return DynamicRanges(how.bits, how.clip)
+    return StaticRanges(how.bits, *range_table(params, config), how.group_size)
 
 
 def install_activations(layer: QuantizedLinear, params: list[TimeGroupParams], config: ThermoConfig) -> None:
-    """Let a layer quantize its input; ``params`` are the static ranges of the time groups, before smoothing."""
-    how = config.activations
-    layer.activation_bits = how.bits
-    if isinstance(how, Dynamic):
-        layer.activation_clip = how.clip
-    else:
-        layer.activation_group_size = how.group_size or layer.in_features
-        rows, row_of_step = _rows_by_timestep(params, config, whole_zero_points=True)
-        like = {"device": layer.packed.device, "dtype": torch.float32}
-        layer.activation_scale = torch.stack([row.scale for row in rows]).to(**like)
-        layer.activation_zero_point = torch.stack([row.zero_point for row in rows]).to(**like)
-        layer.activation_row = row_of_step.to(layer.packed.device)
+    """Let a layer quantize its input as the configuration says; arguments as for ``input_quantizer``."""
+    found = input_quantizer(params, config)
+    layer.input_quantizer = None if found is None else found.to(layer.packed.device)
 
 
 def install_dynamic_ranges(lm: QuantizedLM) -> None:
@@ -166,19 +173,20 @@ def _rounded_zero_points(params: list[TimeGroupParams]) -> list[TimeGroupParams]
 
 def _rows_by_timestep(
     params: list[TimeGroupParams], config: ThermoConfig, *, whole_zero_points: bool
-) -> tuple[list[TimeGroupParams], Tensor]:
-    """Distinct parameters after smoothing, and the row of each timestep."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct scales and zero points after smoothing, ``(rows, ...)``, and the row of each timestep."""
     if len(params) == 1:
         rows = _rounded_zero_points(params) if whole_zero_points else params
-        return rows, torch.zeros(config.timesteps, dtype=torch.int32)
-    rows: list[TimeGroupParams] = []
-    row_of_step = []
-    for step in _smooth(params, config, whole_zero_points):
-        same = rows and rows[-1].scale.equal(step.scale) and rows[-1].zero_point.equal(step.zero_point)
-        if not same:
-            rows.append(step)
-        row_of_step.append(len(rows) - 1)
-    return rows, torch.tensor(row_of_step, dtype=torch.int32)
+        row_of_step = [0] * config.timesteps
+    else:
+        rows, row_of_step = [], []
+        for step in _smooth(params, config, whole_zero_points):
+            same = rows and rows[-1].scale.equal(step.scale) and rows[-1].zero_point.equal(step.zero_point)
+            if not same:
+                rows.append(step)
+            row_of_step.append(len(rows) - 1)
+    scale, zero_point = (torch.stack([getattr(row, name) for row in rows]) for name in ("scale", "zero_point"))
+    return scale, zero_point, torch.tensor(row_of_step, dtype=torch.int32)
 
 
 def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -205,12 +213,6 @@ def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, l
         activation_params=dict(activation_params),
         losses=dict(lm.losses),
     )
-
-
-def parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
-    """The parameters of weights or activations that are stored."""
-    symmetric = kind == "weight" and isinstance(config.weights, Trellis)
-    return ("scale",) if symmetric else ("scale", "zero_point")
 
 
 def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:

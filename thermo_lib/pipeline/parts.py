@@ -15,7 +15,7 @@ from thermo_lib.time_aware.groups import TimeGroups
 from thermo_lib.time_aware.smoothing import WINDOWED
 
 SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
-States = Literal["calibration", "fresh"]
+StateSource = Literal["calibration", "fresh"]
 TokenWeights = Literal["uniform", "path_kl"]
 
 
@@ -215,7 +215,7 @@ class _Phase(_Part):
             calibration states.
     """
 
-    states: States = "calibration"
+    states: StateSource = "calibration"
     num_texts: Count | None = None
     num_prompts: Annotated[Whole, Field(ge=0)] | None = None
     scale_lr: Rate = 0.005

@@ -12,15 +12,9 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.phases import PhaseRun
 from thermo_lib.pipeline.presets import DEFAULT
-from thermo_lib.pipeline.training import (
-    optimize_transitions,
-    quantize_sequentially,
-    reconstruct_blocks,
-    training_snapshot,
-    training_source,
-    training_states,
-)
+from thermo_lib.pipeline.training import optimize_transitions, quantize_sequentially, reconstruct_blocks
 from thermo_lib.pipeline.weights import code_tables, quantize_weights
 
 
@@ -61,12 +55,11 @@ def quantize(
         carried=lm.carried,
     )
     sequential = config.phase("sequential")
+    how = {"prompts": prompts, "resume": resume, "progress": progress}
     with torch.no_grad():
         if sequential is not None:
-            source = training_source(sequential, lm, calibration, prompts)
-            states = training_states(sequential, lm, source, config, progress)
-            snapshot = training_snapshot(resume, "sequential", config, lm, source)
-            quantize_sequentially(quantized, lm, sequential, states, snapshot, progress)
+            run = PhaseRun.of(sequential, config, lm, calibration, name="sequential", **how)
+            quantize_sequentially(quantized, run)
         else:
             quantize_weights(quantized, calibration, progress)
         quantized.config = config.replace(training=() if sequential is None else (sequential,))
@@ -78,7 +71,6 @@ def quantize(
     for phase in config.training:
         if phase.phase in train:
             settings = phase.model_dump(exclude={"phase"})
-            how = {"prompts": prompts, "resume": resume, "progress": progress}
             quantized = train[phase.phase](quantized, lm, calibration, **how, **settings)
     code_tables(quantized)
     quantized.set_timestep(0, config.timesteps)

@@ -12,7 +12,8 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_tensors
 from thermo_lib.files.text import read_object
-from thermo_lib.models.architectures import HEAD, MaskPredictor, config_json, read_config, skeleton, tensor_name
+from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.families import HEAD, config_json, read_config, tensor_name
 from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -23,14 +24,11 @@ from thermo_lib.pipeline.model import (
     install_activations,
     install_layer,
     install_table,
-    install_weights,
-    layer_type,
     linear_names,
-    parameter_names,
+    range_table,
+    weight_table,
 )
-from thermo_lib.pipeline.parts import Trellis
-from thermo_lib.quant.codes import unpack
-from thermo_lib.quant.trellis import MOST_BITS
+from thermo_lib.pipeline.quantizers import expected_codes, expected_parameters, quantizer_of
 from thermo_lib.time_aware.groups import TimeGroupParams
 
 
@@ -38,8 +36,13 @@ def _group_tensors(kind: str, layers: dict[str, list[TimeGroupParams]], config: 
     return {
         f"{name}.{kind}_{key}": torch.stack([getattr(p, key) for p in params]).contiguous()
         for name, params in layers.items()
-        for key in parameter_names(kind, config)
+        for key in _parameter_names(kind, config)
     }
+
+
+def _parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
+    """The parameters of weights or activations that are stored."""
+    return quantizer_of(config).parameters if kind == "weight" else ("scale", "zero_point")
 
 
 def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
@@ -55,24 +58,17 @@ def _check_held(lm: QuantizedLM, name: str) -> None:
 
     Layers hold smoothed rows, the model what they come from; ``load_state_dict`` changes only the first.
     """
-    layer, params = lm.model.get_submodule(name), lm.weight_params[name]
-    fresh = {key: getattr(layer, key) for key in ("scale", "zero_point", "weight_row")}
-    install_weights(layer, params, lm.config)
-    kinds = {"weights": fresh}
+    layer = lm.model.get_submodule(name)
+    tables = {"weights": (layer, weight_table(lm.weight_params[name], lm.config))}
     if lm.config.has_static_ranges:
-        kinds["activations"] = {
-            key: getattr(layer, key) for key in ("activation_scale", "activation_zero_point", "activation_row")
-        }
-        install_activations(layer, lm.activation_params[name], lm.config)
-    for kind, held in kinds.items():
-        differs = [key for key, tensor in held.items() if not tensor.equal(getattr(layer, key))]
-        for key, tensor in held.items():
-            setattr(layer, key, tensor)
-        if differs:
-            raise ValueError(
-                f"{name}: found {differs[0]} of other {kind} than this model was quantized to, as after "
-                "load_state_dict; save the model that they come from instead"
-            )
+        tables["activations"] = layer.input_quantizer, range_table(lm.activation_params[name], lm.config)
+    for kind, (held, expected) in tables.items():
+        for key, tensor in zip(("scale", "zero_point", "row_of_step"), expected, strict=True):
+            if not getattr(held, key).equal(tensor.to(layer.packed.device)):
+                raise ValueError(
+                    f"{name}: found {key} of other {kind} than this model was quantized to, as after "
+                    "load_state_dict; save the model that they come from instead"
+                )
 
 
 def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
@@ -188,13 +184,43 @@ def expected_tensors(
     coded = {*names, *(TABLES if tables else ())}
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
     for name in tables:
-        sizes = model.config.vocab_size, model.config.hidden_size
-        expected |= _expected_codes(name, *sizes, thermo, thermo.embedding_bits)
+        rows, columns = model.config.vocab_size, model.config.hidden_size
+        parameters = expected_parameters(1, rows, columns, thermo.group_size, ("scale", "zero_point"))
+        expected |= named(name, expected_codes(rows, columns, thermo.embedding_bits) | parameters)
     for name in names:
-        expected |= _expected_tensors(name, model.get_submodule(name), thermo, thermo.has_static_ranges)
-        if isinstance(thermo.weights, Trellis):
-            expected |= _expected_streams(name, model.get_submodule(name), model.config, found, folder)
+        linear = model.get_submodule(name)
+        expected |= _expected_weight(name, linear, model.config, thermo, found, folder)
+        if linear.bias is not None:
+            expected[f"{name}.bias"] = linear.bias
+        if thermo.has_static_ranges:
+            channel_groups = -(-linear.in_features // (thermo.activations.group_size or linear.in_features))
+            shape = (thermo.num_time_groups, 1 + thermo.activations.by_token_state, channel_groups)
+            per_group = torch.empty(shape, device="meta", dtype=torch.float32)
+            expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
+
+
+def _expected_weight(
+    name: str,
+    linear: nn.Linear,
+    config: PreTrainedConfig,
+    thermo: ThermoConfig,
+    found: Mapping[str, Tensor],
+    folder: Path,
+) -> dict[str, Tensor]:
+    """What is stored of a linear's weight; arguments as for ``expected_tensors``."""
+
+    def read(key: str) -> Tensor | None:
+        stored = tensor_name(config, f"{name}.{key}")
+        if stored in found:
+            check_types({stored: found[stored].dtype}, folder)
+        return found.get(stored)
+
+    try:
+        return named(name, quantizer_of(thermo).expected(linear.out_features, linear.in_features, read))
+    except ValueError as error:
+        key, _, problem = str(error).partition(": ")
+        raise ValueError(f"{folder}: tensor {tensor_name(config, f'{name}.{key}')}: {problem}") from error
 
 
 def stored_type(name: str) -> torch.dtype | None:
@@ -241,7 +267,7 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         group_size = thermo.group_size or linear.in_features
         for kind, layers in kinds.items():
             intervals = (thermo.weight_groups if kind == "weight" else thermo.groups).intervals
-            values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in parameter_names(kind, thermo)}
+            values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             scales = values["scale"]
             _check_positive(scales, f"{stored_name}.{kind}_scale", folder)
             zeros = values.get("zero_point", torch.zeros_like(scales))
@@ -249,7 +275,7 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
                 TimeGroupParams(time_range, scale, zero, group_size if kind == "weight" else None)
                 for time_range, scale, zero in zip(intervals, scales, zeros, strict=True)
             ]
-        stored = {key: tensors.pop(f"{name}.{key}") for key in layer_type(thermo).STORED}
+        stored = {key: tensors.pop(f"{name}.{key}") for key in quantizer_of(thermo).layer.STORED}
         if linear.bias is not None:
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         install_layer(lm, name, stored)
@@ -259,44 +285,3 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
         _check_positive(stored["weight_scale"], f"{tensor_name(config, name)}.weight_scale", folder)
         install_table(lm, name, stored, dtype)
-
-
-def _expected_tensors(name: str, linear: nn.Linear, config: ThermoConfig, static: bool) -> dict[str, Tensor]:
-    rows, columns = linear.weight.shape
-    expected = _expected_codes(name, rows, columns, config, config.bit_width)
-    if linear.bias is not None:
-        expected[f"{name}.bias"] = linear.bias
-    if static:
-        channel_groups = -(-columns // (config.activations.group_size or columns))
-        shape = (config.num_time_groups, 1 + config.activations.by_token_state, channel_groups)
-        per_group = torch.empty(shape, device="meta", dtype=torch.float32)
-        expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
-    return expected
-
-
-def _expected_codes(name: str, rows: int, columns: int, config: ThermoConfig, bits: int) -> dict[str, Tensor]:
-    groups = config.weight_groups.num_groups if name not in TABLES else 1
-    names = parameter_names("weight", config) if name not in TABLES else ("scale", "zero_point")
-    shape = groups, rows, -(-columns // (config.group_size or columns))
-    parameters = torch.empty(shape, device="meta", dtype=torch.float16)
-    packed = torch.empty((rows, -(-columns * bits // 8)), device="meta", dtype=torch.uint8)
-    return {f"{name}.packed": packed, **{f"{name}.weight_{key}": parameters for key in names}}
-
-
-def _expected_streams(
-    name: str, linear: nn.Linear, config: PreTrainedConfig, found: Mapping[str, Tensor], folder: Path
-) -> dict[str, Tensor]:
-    """The codes of a trellis-coded layer, whose size depends on the bits of its columns."""
-    rows, columns = linear.weight.shape
-    key = f"{name}.packed_column_bits"
-    expected = {key: torch.empty(-(-columns // 2), device="meta", dtype=torch.uint8)}
-    named = tensor_name(config, key)
-    packed = found.get(named)
-    if packed is not None and packed.shape == expected[key].shape:
-        check_types({named: packed.dtype}, folder)
-        column_bits = unpack(packed, 4, columns)
-        if column_bits.max() > MOST_BITS:
-            raise ValueError(f"{folder}: tensor {named}: found {column_bits.max()}, allowed are 0..{MOST_BITS}")
-        width = -(-int(column_bits.sum()) // 8)
-        expected[f"{name}.packed"] = torch.empty((rows, width), device="meta", dtype=torch.uint8)
-    return expected

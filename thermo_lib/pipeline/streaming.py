@@ -34,7 +34,8 @@ from thermo_lib.files.tensors import (
     weight_files,
 )
 from thermo_lib.files.text import read_object, write_json
-from thermo_lib.models.architectures import HEAD, MaskPredictor, read_config, skeleton, stored_names, tensor_name
+from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.families import HEAD, read_config, stored_names, tensor_name
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, model_folder
 from thermo_lib.models.tokenization import (
     TOKENIZER_FILES,

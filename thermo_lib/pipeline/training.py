@@ -1,6 +1,7 @@
 """The phases that train a quantized model: sequential quantization, block reconstruction, transitions."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -8,9 +9,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from thermo_lib.diffusion.inputs import shared_inputs
-from thermo_lib.diffusion.prompts import Prompts, prompts_of
-from thermo_lib.diffusion.states import Calibration, calibrate
-from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
+from thermo_lib.diffusion.prompts import Prompts
+from thermo_lib.diffusion.states import Calibration
+from thermo_lib.files.snapshots import Snapshot, named, part_of
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import check_constant_weights, present_ranges
@@ -22,70 +23,66 @@ from thermo_lib.pipeline.model import (
     install_dynamic_ranges,
     install_layer,
     install_weights,
-    layer_type,
     linear_names,
     names_by_block,
 )
-from thermo_lib.pipeline.parts import Blocks, Dynamic, PathKL, Phase, Sequential
-from thermo_lib.pipeline.weights import bits_by_column, counts_tokens, quantize_layer
+from thermo_lib.pipeline.parts import Blocks, PathKL, Phase, Sequential
+from thermo_lib.pipeline.phases import FreshChains, PhaseRun
+from thermo_lib.pipeline.quantizers import quantizer_of
+from thermo_lib.pipeline.weights import counts_tokens, prepare_quantizer, quantize_layer
+from thermo_lib.quant.input_ranges import StaticRanges
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.transition.blocks import BlockStream
-from thermo_lib.transition.chains import Batch, CalibrationDraws, Chains
+from thermo_lib.transition.chains import CalibrationDraws
 from thermo_lib.transition.fit import fit_block, fit_to_path_kl
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 from thermo_lib.transition.parameters import TrainableLayers, TrainableWeight
 
 
-def quantize_sequentially(
-    lm: QuantizedLM,
-    reference: DiffusionLM,
-    phase: Sequential,
-    calibration: Calibration,
-    snapshot: Snapshot | None,
-    progress: bool,
-) -> None:
-    """Quantize site after site, each time training the rest of the block for the block's output.
+def quantize_sequentially(lm: QuantizedLM, run: PhaseRun) -> None:
+    """Quantize shared input after shared input, each time training the rest of the block for the block's output.
 
-    A site is a set of linears with the same input, such as q, k and v. After each site is quantized, the weights still
-    in full precision and the scales of the quantized ones are trained to absorb the error made so far.
+    Linears with one input, such as q, k and v, are quantized together. After that the weights still in full precision
+    and the scales of the quantized ones are trained to absorb the error made so far.
+
+    Args:
+        lm: a copy of the full-precision model, with the configuration; it is quantized in place.
+        run: of a phase ``Sequential``.
     """
-    config = lm.config
-    names = linear_names(reference.model)
+    config, calibration = lm.config, run.states()
+    names = linear_names(run.reference.model)
     blocks = names_by_block(names)
-    importance = token_importance(
-        reference, calibration, [*names, *blocks], config.seed, "importance" if progress else None
-    )
-    counted = importance if counts_tokens(config) else {}
-    column_bits = bits_by_column(lm, calibration, counted)
-    stream = BlockStream(reference, lm, calibration)
-    _resume(lm, snapshot)
+    importance = token_importance(run.reference, calibration, [*names, *blocks], config.seed, run.label("importance"))
+    token_weights = importance if counts_tokens(config) else {}
+    quantizer = quantizer_of(config)
+    prepare_quantizer(lm, quantizer, calibration, token_weights)
+    targets, stream = BlockStream(run.reference, calibration), BlockStream(lm, calibration)
+    _resume(lm, run.snapshot)
     install_dynamic_ranges(lm)
-    for site in tqdm(
-        shared_inputs(reference, names), desc=f"sequential {config.precision}", disable=not progress, leave=False
-    ):
-        number, (block, linears) = next((i, b) for i, b in enumerate(blocks.items()) if site[0] in b[1])
-        if site[0] == linears[0]:
-            stream.enter(number)
-        label = f"block {number}: {', '.join(name.rpartition('.')[2] for name in site)}"
-        if label not in lm.losses:
-            for name, hessian in stream.hessians(number, {name: counted.get(name) for name in site}).items():
-                quantize_layer(lm, name, hessian[None], column_bits)
-                if isinstance(config.activations, Dynamic):
-                    install_activations(lm.model.get_submodule(name), [], config)
-            lm.losses[label] = _fit_rest(lm, phase, stream, number, linears, importance[block])
-            _save_progress(lm, snapshot)
-        if site[-1] == linears[-1]:
-            stream.leave(number)
-    for layer in lm.quantized_layers().values():
-        layer.activation_bits = 16
+    shared = shared_inputs(run.reference, names)
+    bar = tqdm(total=len(shared), desc=f"sequential {config.precision}", disable=not run.progress, leave=False)
+    for number, (block, linears) in enumerate(blocks.items()):
+        targets.advance()
+        for together in (names for names in shared if names[0] in linears):
+            label = f"block {number}: {', '.join(name.rpartition('.')[2] for name in together)}"
+            if label not in lm.losses:
+                hessians = stream.hessians(together, config.weight_groups, token_weights)
+                for name in together:
+                    quantize_layer(lm, quantizer, name, hessians[name])
+                install_dynamic_ranges(lm)
+                lm.losses[label] = _fit_rest(lm, run.phase, stream, targets.hidden, linears, importance[block])
+                _save_progress(lm, run.snapshot)
+            bar.update()
+        stream.advance()
+    bar.close()
 
 
 def _fit_rest(
     lm: QuantizedLM,
     phase: Sequential,
     stream: BlockStream,
-    number: int,
+    targets: Sequence[Tensor],
     linears: Sequence[str],
     importance: Sequence[Tensor],
 ) -> list[float]:
@@ -96,7 +93,7 @@ def _fit_rest(
     with TrainableLayers(lm, {}, weights):
         losses = fit_block(
             stream,
-            number,
+            targets,
             importance,
             _weight_rates(weights.values(), phase) | dict.fromkeys(rest, phase.weight_lr),
             steps=phase.steps,
@@ -109,25 +106,8 @@ def _fit_rest(
     return losses
 
 
-def training_snapshot(
-    resume: str | Path | None,
-    phase: str,
-    config: ThermoConfig,
-    reference: DiffusionLM,
-    states: Calibration | Sequence[Prompts],
-    start: DiffusionLM | None = None,
-) -> Snapshot | None:
-    """Where a phase of training is kept, under a digest of all that it depends on; None without a folder."""
-    if resume is None:
-        return None
-    seen = states.tensors() if isinstance(states, Calibration) else _first_starts(states, config)
-    models = (lm.model.state_dict() for lm in (reference, start) if lm is not None)
-    run = digest(config.digest(), str(torch.__version__), *models, seen)
-    return Snapshot(Path(resume) / f"{phase}.safetensors", run)
-
-
 def _save_progress(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
-    """Take a snapshot of a model some of whose sites or blocks have been trained."""
+    """Take a snapshot of a model, some of whose blocks have been trained."""
     if snapshot is not None:
         losses = {phase: torch.tensor(values, dtype=torch.float64) for phase, values in lm.losses.items()}
         snapshot.save(named("model", lm.model.state_dict()) | named("losses", losses))
@@ -146,7 +126,8 @@ def _resume(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
         group_size = lm.config.group_size or layer.in_features
         lm.weight_params[name] = [TimeGroupParams((0, lm.config.timesteps), scale, zero_point, group_size)]
         if not isinstance(layer, QuantizedLinear):
-            install_layer(lm, name, {key: model[f"{name}.{key}"] for key in layer_type(lm.config).STORED})
+            stored = quantizer_of(lm.config).layer.STORED
+            install_layer(lm, name, {key: model[f"{name}.{key}"] for key in stored})
     lm.model.load_state_dict(model)
     lm.losses |= {phase: values.tolist() for phase, values in part_of(state, "losses").items()}
 
@@ -210,118 +191,56 @@ def reconstruct_blocks(
     """
     phase = Blocks(**settings)
     config = _trained_config(lm, phase)
-    source = training_source(phase, reference, calibration, prompts)
-    snapshot = training_snapshot(resume, "blocks", config, reference, source, lm)
+    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    run = PhaseRun.of(phase, config, reference, calibration, name="blocks", start=lm, **how)
     changed = copied(lm, config, lm.activation_params)
-    states = training_states(phase, reference, source, config, progress)
+    states = run.states()
     blocks = names_by_block(linear_names(reference.model))
-    importance = token_importance(reference, states, list(blocks), config.seed, "importance" if progress else None)
-    _resume(changed, snapshot)
-    layers = changed.quantized_layers()
-    for layer in layers.values():
-        layer.activation_bits = 16 if config.has_static_ranges else config.activation_bits
-    stream = BlockStream(reference, changed, states)
-    for number, (block, linears) in enumerate(blocks.items()):
-        stream.enter(number)
-        label = f"block {number}"
-        if label not in changed.losses:
-            weights = _trainable_weights({name: layers[name] for name in linears}, reference.model)
-            with TrainableLayers(changed, {}, weights):
-                changed.losses[label] = fit_block(
-                    stream,
-                    number,
-                    importance[block],
-                    _weight_rates(weights.values(), phase),
-                    steps=phase.steps,
-                    batch=phase.batch,
-                    seed=config.seed,
-                    progress=f"{label} of {len(blocks)}" if progress else None,
-                )
-            _store_weights(changed, weights)
-            _save_progress(changed, snapshot)
-        stream.leave(number)
-    for layer in layers.values():
-        layer.activation_bits = config.activation_bits
+    importance = token_importance(reference, states, list(blocks), config.seed, run.label("importance"))
+    targets, stream = BlockStream(reference, states), BlockStream(changed, states)
+    with _without_static_ranges(changed):
+        _resume(changed, run.snapshot)
+        for number, (block, linears) in enumerate(blocks.items()):
+            targets.advance()
+            label = f"block {number}"
+            if label not in changed.losses:
+                layers = changed.quantized_layers()
+                weights = _trainable_weights({name: layers[name] for name in linears}, reference.model)
+                with TrainableLayers(changed, {}, weights):
+                    changed.losses[label] = fit_block(
+                        stream,
+                        targets.hidden,
+                        importance[block],
+                        _weight_rates(weights.values(), phase),
+                        steps=phase.steps,
+                        batch=phase.batch,
+                        seed=config.seed,
+                        progress=run.label(f"{label} of {len(blocks)}"),
+                    )
+                _store_weights(changed, weights)
+                _save_progress(changed, run.snapshot)
+            stream.advance()
     return changed
+
+
+@contextmanager
+def _without_static_ranges(lm: QuantizedLM) -> Iterator[None]:
+    """While it is entered (``with``), inputs that have static ranges aren't quantized."""
+    layers = [layer for layer in lm.quantized_layers().values() if isinstance(layer.input_quantizer, StaticRanges)]
+    held = [layer.input_quantizer for layer in layers]
+    for layer in layers:
+        layer.input_quantizer = None
+    try:
+        yield
+    finally:
+        for layer, ranges in zip(layers, held, strict=True):
+            layer.input_quantizer = ranges
 
 
 def _trained_config(lm: QuantizedLM, phase: Phase) -> ThermoConfig:
     """The configuration after a phase of training, what it needs checked."""
     check_constant_weights(lm)
     return lm.config.replace(training=(*lm.config.training, phase))
-
-
-def training_source(
-    phase: Phase, lm: DiffusionLM, calibration: Calibration | None, prompts: Sequence[Prompts] | None
-) -> Calibration | Sequence[Prompts]:
-    """What a phase takes its states from: the calibration, or what fresh states start from.
-
-    Args:
-        phase: says which.
-        lm: the full-precision model.
-        calibration: its states.
-        prompts: what fresh states start from; None for what the calibration states do.
-
-    Raises:
-        ValueError: neither is there.
-    """
-    if phase.states == "fresh" and prompts is not None:
-        return prompts
-    if calibration is None:
-        raise ValueError(f"calibration: found None, required by states={phase.states!r}")
-    return calibration if phase.states == "calibration" else prompts_of(calibration, lm.mask_token_id)
-
-
-def training_states(
-    phase: Phase, lm: DiffusionLM, source: Calibration | Sequence[Prompts], config: ThermoConfig, progress: bool
-) -> Calibration:
-    """The states that a phase trains on: those of the calibration, or fresh ones, which no other seed makes."""
-    if isinstance(source, Calibration):
-        return source
-    seed = config.seed + 2
-    counted = ((starts, phase.num_texts if starts.is_empty else phase.num_prompts) for starts in source)
-    ids = [starts.draw(count, seed) for starts, count in counted if count]
-    batches = [(starts, starts == lm.mask_token_id) for starts in ids]
-    return calibrate(lm, batches, timesteps=config.timesteps, source="trajectory", seed=seed, progress=progress)
-
-
-def _first_starts(source: Sequence[Prompts], config: ThermoConfig) -> dict[str, Tensor]:
-    """What tells one source of prompts from another."""
-    return {str(number): starts.draw(64, config.seed) for number, starts in enumerate(source)}
-
-
-class _FreshChains:
-    """Chains of every source of prompts, a step of all at a time; see ``transition.chains.Draws``.
-
-    Args:
-        loss: the two models.
-        source: what the chains start from.
-        phase: how many there are, and whose steps they take.
-        seed: seeds the steps.
-    """
-
-    def __init__(self, loss: TransitionLoss, source: Sequence[Prompts], phase: PathKL, seed: int):
-        self.chains = []
-        for starts in source:
-            count = phase.num_texts if starts.is_empty else phase.num_prompts
-            own = round(phase.own_share * count) if starts.is_empty else 0
-            if count:
-                start = lambda number, starts=starts: starts.start(number, seed)  # noqa: E731
-                self.chains.append(Chains(loss, start, count, own, seed))
-
-    def step(self) -> Batch:
-        """The present states of all chains and their targets."""
-        return [chain.step() for chain in self.chains]
-
-    def state(self) -> dict[str, Tensor]:
-        """Of all chains."""
-        states = (named(str(number), chain.state()) for number, chain in enumerate(self.chains))
-        return {key: value for state in states for key, value in state.items()}
-
-    def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what ``state`` returned."""
-        for number, chain in enumerate(self.chains):
-            chain.restore(part_of(state, str(number)))
 
 
 def optimize_transitions(
@@ -354,7 +273,9 @@ def optimize_transitions(
     """
     phase = PathKL(**settings)
     config = _trained_config(lm, phase)
-    source = training_source(phase, reference, calibration, prompts)
+    earlier = sum(isinstance(before, PathKL) for before in lm.config.training)
+    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    run = PhaseRun.of(phase, config, reference, calibration, name=f"transitions{earlier or ''}", start=lm, **how)
     changed = copied(lm, config, lm.activation_params)
     layers, ranges = changed.quantized_layers(), present_ranges(changed)
     weights = _trainable_weights(layers, reference.model if phase.what == "codes" else None)
@@ -362,24 +283,19 @@ def optimize_transitions(
     rates |= _weight_rates(weights.values(), phase)
     network = [tensor.requires_grad_() for tensor in _network(changed)] if phase.what == "network" else []
     rates |= dict.fromkeys(network, phase.network_lr)
-    earlier = sum(isinstance(before, PathKL) for before in lm.config.training)
     is_fresh = phase.states == "fresh"
-    timesteps = config.timesteps if is_fresh else source.timesteps
-    loss = TransitionLoss(reference, changed, timesteps, ranges, weights)
+    loss = TransitionLoss(reference, changed, config.timesteps if is_fresh else run.source.timesteps, ranges, weights)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
-    draws = (
-        _FreshChains(loss, source, phase, config.seed)
-        if is_fresh
-        else CalibrationDraws(loss, source, phase.batch, config.seed)
-    )
     changed.losses["transitions"] = fit_to_path_kl(
         loss,
         rates,
-        draws,
+        FreshChains(loss, run.source, phase, config.seed)
+        if is_fresh
+        else CalibrationDraws(loss, run.source, phase.batch, config.seed),
         steps=phase.steps,
         penalty=lambda: phase.markov_weight * sum(r.roughness() for r in inputs),
-        snapshot=training_snapshot(resume, f"transitions{earlier or ''}", config, reference, source, lm),
-        progress=f"transitions {config.precision}" if progress else None,
+        snapshot=run.snapshot,
+        progress=run.label(f"transitions {config.precision}"),
     )
     for tensor in network:
         tensor.requires_grad_(False)

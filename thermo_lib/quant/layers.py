@@ -1,57 +1,33 @@
 """Layers that compute from packed codes: linears with time-aware parameters, trellis-coded linears, embeddings."""
 
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from thermo_lib.quant import planes
-from thermo_lib.quant.calls import CALL
-from thermo_lib.quant.codes import check_bits, dequantize, fake_quantize, fake_quantize_per_token, unpack
+from thermo_lib.quant.buffers import PreciseBuffers, TimestepTable
+from thermo_lib.quant.codes import check_bits, dequantize, unpack
+from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.trellis import read_codes
 
 _ALL = slice(None)
 _DENSE = 2**24  # weights of a layer that are dequantized at a time
 
 
-class _Coded(nn.Module):
-    """A module with buffers that move between devices with the model, but keep their precision.
-
-    ``PRECISE`` names them: a parameter of a code in bfloat16, say, would be that of another weight.
-    """
-
-    PRECISE: tuple[str, ...] = ("scale", "zero_point")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in self.PRECISE}
-        super()._apply(fn, recurse)
-        for name, tensor in before.items():
-            changed = self._buffers[name]
-            if changed.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(changed.device)
-        return self
-
-
-class QuantizedLinear(_Coded):
+class QuantizedLinear(TimestepTable):
     """A linear layer that computes from packed weights, with parameters that may depend on the timestep.
-
-    Time-dependent parameters are tables of distinct rows with one row number a timestep, so neighbouring
-    timesteps that share parameters share a row.
 
     Args:
         in_features, out_features: size of the layer.
         bits: bits of a weight code.
         group_size: weights that share scale and zero point.
         bias: whether there is a bias.
-        activation_bits: 16 leaves the input as it is.
-        activation_group_size: neighbouring input channels that share a static range; None for all of them.
-        timesteps: ``T`` of the tables.
+        input_quantizer: ``StaticRanges``, ``DynamicRanges``, or None to leave the input as it is.
+        timesteps: ``T`` of the parameters' table, see ``TimestepTable``.
 
-    Weight parameters are ``(rows, out_features, groups)``, at first one row. Static activation parameters are ``(rows,
-    token states, channel groups)``, at first none, which means dynamic per-token ranges; with two token states the
-    first belongs to unmasked tokens, the second to masked ones.
+    ``scale`` and ``zero_point`` are float16 ``(rows, out_features, groups)``, at first one row.
 
     ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
     inputs of less than float32 are multiplied block by block as in ``quant.planes``, and if ``compiled`` is set,
@@ -59,7 +35,6 @@ class QuantizedLinear(_Coded):
     """
 
     STORED: tuple[str, ...] = ("packed",)
-    PRECISE = ("scale", "zero_point", "activation_scale", "activation_zero_point")
     has_zero_point = True
 
     def __init__(
@@ -70,57 +45,26 @@ class QuantizedLinear(_Coded):
         bits: int,
         group_size: int,
         bias: bool,
-        activation_bits: int = 16,
-        activation_group_size: int | None = None,
+        input_quantizer: StaticRanges | DynamicRanges | None = None,
         timesteps: int = 1,
     ):
-        super().__init__()
         check_bits(bits)
+        groups = -(-in_features // group_size)
+        scale = torch.ones((1, out_features, groups), dtype=torch.float16)
+        super().__init__(scale, torch.zeros_like(scale), torch.zeros(timesteps, dtype=torch.int32))
         self.in_features, self.out_features = in_features, out_features
-        self.bits, self.group_size, self.activation_bits = bits, group_size, activation_bits
-        self.activation_clip = 1.0  # of dynamic ranges
-        self.timesteps = timesteps
+        self.bits, self.group_size = bits, group_size
         self.has_planes = planes.width(in_features, bits, group_size) > 0
         self.compiled = False
-        self.activation_group_size = activation_group_size or in_features
-        self._rows: dict[str, tuple[Tensor, list[int]]] = {}  # what ``_row`` has read
-        groups = -(-in_features // group_size)
         packed_width = -(-in_features * bits // 8)
         self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
-        self.register_buffer("scale", torch.ones((1, out_features, groups), dtype=torch.float16))
-        self.register_buffer("zero_point", torch.zeros((1, out_features, groups), dtype=torch.float16))
-        self.register_buffer("weight_row", torch.zeros(timesteps, dtype=torch.int32))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
-        self.register_buffer("activation_scale", torch.empty((0, 1, 1), dtype=torch.float32))
-        self.register_buffer("activation_zero_point", torch.empty((0, 1, 1), dtype=torch.float32))
-        self.register_buffer("activation_row", torch.zeros(timesteps, dtype=torch.int32))
+        self.input_quantizer = input_quantizer
 
-    def _row(self, table: str) -> int:
-        """The row of the call's timestep in ``weight_row`` or ``activation_row``.
-
-        A table is read once: an index that is a tensor on a GPU is waited for, at every call of every layer.
-        """
-        tensor = self._buffers[table]
-        read, rows = self._rows.get(table, (None, []))
-        if read is not tensor:
-            rows = tensor.tolist()
-            self._rows[table] = tensor, rows
-        timestep, timesteps = CALL.step
-        return rows[timestep * self.timesteps // timesteps]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._rows.clear()  # a table may have been overwritten where it is
-
-    def _per_value(self, parameter: Tensor) -> Tensor:
-        """One row's parameters ``(token states, channel groups)``, broadcast to the input."""
-        if parameter.shape[1] > 1:
-            parameter = parameter.repeat_interleave(self.activation_group_size, 1)[:, : self.in_features]
-        if len(parameter) == 1:
-            return parameter[0]
-        if CALL.is_masked is None:
-            raise ValueError("token states: found none, expected a call that says which tokens are masked")
-        return parameter[CALL.is_masked.long()]
+    @property
+    def activation_bits(self) -> int:
+        """Bits of a code of the input, 16 where it isn't quantized."""
+        return 16 if self.input_quantizer is None else self.input_quantizer.bits
 
     def codes(self, rows: slice = _ALL) -> Tensor:
         """The weights before zero point and scale, of some rows, ``(out_features, in_features)``."""
@@ -128,7 +72,7 @@ class QuantizedLinear(_Coded):
 
     def weight(self, rows: slice = _ALL) -> Tensor:
         """The dequantized weight at the current timestep, or some of its rows, float32 ``(rows, in_features)``."""
-        row = self._row("weight_row")
+        row = self.row()
         scale, zero_point = self.scale[row, rows], self.zero_point[row, rows]
         if not self.has_planes:
             return dequantize(self.codes(rows), scale, zero_point, self.group_size)
@@ -138,19 +82,13 @@ class QuantizedLinear(_Coded):
 
     def quantized_input(self, x: Tensor) -> Tensor:
         """The input as the layer sees it at the current timestep, ``(..., in_features)``, of the input's type."""
-        if self.activation_bits == 16:
-            return x
-        if not len(self.activation_scale):
-            return fake_quantize_per_token(x, self.activation_bits, self.activation_clip)
-        row = self._row("activation_row")
-        scale, zero_point = (self._per_value(p[row]) for p in (self.activation_scale, self.activation_zero_point))
-        return fake_quantize(x, scale, zero_point, self.activation_bits)
+        return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         x = self.quantized_input(x)
         if x.dtype != torch.float32 and self.has_planes:
-            row = self._row("weight_row")
+            row = self.row()
             parameters = self.packed, self.scale[row], self.zero_point[row]
             product = planes.packed_linear(x, *parameters, self.bits, compiled=self.compiled)
             return product if self.bias is None else product + self.bias
@@ -167,7 +105,7 @@ class QuantizedLinear(_Coded):
         return f"{size}, bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
 
 
-class QuantizedEmbedding(_Coded):
+class QuantizedEmbedding(PreciseBuffers):
     """A table of token embeddings as packed codes; only the rows that are looked up are dequantized.
 
     Args:

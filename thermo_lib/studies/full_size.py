@@ -22,7 +22,8 @@ from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import INDEX_NAME
 from thermo_lib.files.text import write_json
-from thermo_lib.models.architectures import DreamConfig, LLaDAConfig, config_json, skeleton, tensor_name
+from thermo_lib.models.architectures import skeleton
+from thermo_lib.models.families import DreamConfig, LLaDAConfig, config_json, tensor_name
 from thermo_lib.models.lm import HEAD, REFERENCE_DIR
 from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig

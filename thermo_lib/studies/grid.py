@@ -22,7 +22,7 @@ from thermo_lib.evaluation.summary import markov
 from thermo_lib.files.snapshots import digest
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.pipeline.activations import requantize_activations, resmooth, site_samples, smooth_each_layer
+from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.parts import PathKL, TimeGrouping
@@ -91,7 +91,7 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
 
 
 @dataclass(frozen=True)
-class Row:
+class PointRow:
     """The scores of one point.
 
     Attributes:
@@ -124,7 +124,7 @@ class Row:
         return float(np.mean(self.path_kl_per_sequence))
 
 
-def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> Row:
+def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> PointRow:
     """Measure a model on a suite."""
     correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
     path = path_kl(suite.reference, lm, suite.trajectories, suite.timesteps, reference_outputs=suite.reference_outputs)
@@ -134,7 +134,7 @@ def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> Row:
     def numbers(values: Tensor) -> list[float]:
         return values.double().round(decimals=6).tolist()
 
-    return Row(
+    return PointRow(
         point=point,
         accuracy_per_sequence=numbers(accuracy_per_sequence(correct, masked)),
         accuracy_per_timestep=numbers(correct.sum(0) / masked.sum(0)),
@@ -179,12 +179,12 @@ class Grid:
     def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Inputs = Inputs()):
         self.path, self.reference, self.inputs = Path(path), reference, inputs
         self.made_of = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
-        self.rows: dict[str, Row] = {}
+        self.rows: dict[str, PointRow] = {}
         self.current = True
         if self.path.is_file():
             content = read_json(self.path)
             self.current = content["made_of"] == self.made_of
-            rows = (Row(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
+            rows = (PointRow(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
             self.rows = {row.point.key: row for row in rows}
 
     def save(self) -> None:
@@ -192,7 +192,7 @@ class Grid:
         rows = [vars(self.rows[key]) | {"point": self.rows[key].point.to_dict()} for key in sorted(self.rows)]
         write_json(self.path, {"made_of": self.made_of, "rows": rows})
 
-    def __getitem__(self, point: Point) -> Row:
+    def __getitem__(self, point: Point) -> PointRow:
         if point.key not in self.rows:
             raise ValueError(f"{self.path}: the point {json.dumps(point.to_dict())} has not been measured")
         return self.rows[point.key]
@@ -290,5 +290,5 @@ class _Models:
 
     @staticmethod
     def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
-        samples = [sample for _, sample in site_samples(weights, calibration)]
+        samples = [sample for _, sample in shared_input_samples(weights, calibration)]
         return best_starts(samples, config.timesteps, config.time_groups.count, config.activation_bits)

@@ -10,7 +10,7 @@ import numpy as np
 
 from thermo_lib.evaluation.smoothing import CLAIMED, Targets, target_row
 from thermo_lib.evaluation.statistics import interval
-from thermo_lib.studies.grid import Grid, Point, Row, point
+from thermo_lib.studies.grid import Grid, Point, PointRow, point
 
 
 def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
@@ -111,7 +111,7 @@ def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:
     return found
 
 
-COLUMNS = {
+SUMMARY_COLUMNS = {
     "configuration": ("name", "{}"),
     "accuracy": ("accuracy", "{:.4f}"),
     "seeds": ("seeds", "{0[0]:.4f}..{0[1]:.4f}"),
@@ -124,7 +124,7 @@ COLUMNS = {
 }
 
 
-def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+def gain(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float, tuple[float, float]]:
     """Relative accuracy gain over baselines, seeds averaged, with a paired 95 % interval over sequences.
 
     Args:
@@ -135,7 +135,7 @@ def gain(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[fl
     return float(new.mean() / old.mean() - 1), ci
 
 
-def path_kl_change(rows: Sequence[Row], baselines: Sequence[Row]) -> tuple[float, tuple[float, float]]:
+def path_kl_change(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float, tuple[float, float]]:
     """Change of path KL in nats, seeds averaged, with a paired 95 % interval over trajectories."""
     new, old = (np.mean([row.path_kl_per_sequence for row in side], 0) for side in (rows, baselines))
     return float((new - old).mean()), interval(lambda index: float((new - old)[index].mean()), len(new))

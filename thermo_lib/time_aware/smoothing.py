@@ -17,7 +17,7 @@ WINDOWED: dict[str, Callable[[Tensor], Tensor]] = {
     "cubic": lambda a: 3 * a**2 - 2 * a**3,
     "sigmoid": lambda a: torch.sigmoid(10 * (a - 0.5)),
 }
-METHODS = (*WINDOWED, "spline")
+SMOOTHING_METHODS = (*WINDOWED, "spline")
 WINDOWS = range(1, 21)
 
 
@@ -42,8 +42,10 @@ class BoundarySmoother:
     window: int
 
     def __post_init__(self) -> None:
-        if self.method is not None and self.method not in METHODS:
-            raise ValueError(f"smoothing_method: found {self.method!r}, allowed are {', '.join(METHODS)}, None")
+        if self.method is not None and self.method not in SMOOTHING_METHODS:
+            raise ValueError(
+                f"smoothing_method: found {self.method!r}, allowed are {', '.join(SMOOTHING_METHODS)}, None"
+            )
         if self.window not in WINDOWS:
             raise ValueError(f"smoothing_window: found {self.window}, allowed are {WINDOWS[0]}..{WINDOWS[-1]}")
 

@@ -1,4 +1,4 @@
-"""The hidden states that enter each block, in the full-precision and in the quantized model."""
+"""The hidden states that enter a model's blocks, one block after the other."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -6,77 +6,98 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from thermo_lib.diffusion.inputs import SeenEnough, block_arguments, watch_inputs
+from thermo_lib.diffusion.inputs import SeenEnough, block_arguments, group_by_input, watch_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.quant.calls import denoising
+from thermo_lib.quant.hessians import Hessians
+from thermo_lib.time_aware.groups import TimeGroups
+
+_NUMBERS = 2**27  # in the widest activations of a batch
+_BATCH = 64  # states of a batch at most, as in ``run_states``
 
 
 class BlockStream:
-    """What enters a block on all calibration states, in the full-precision and in the quantized model.
+    """The hidden states that enter one block of a model, on all calibration states.
+
+    It starts at the first block and moves on with ``advance``. Only the block at which it stands needs weights.
 
     Args:
-        reference: the full-precision model.
-        quantized: the other model, with as many blocks and the same embeddings.
+        lm: the model.
         calibration: the states.
-
-    Attributes:
-        targets: the full-precision model's hidden states, float32 ``(states, length, hidden)`` for each part of the
-            calibration.
-        inputs: the quantized model's.
+        number: the block at which it stands.
+        hidden: what enters that block, ``(states, length, hidden)`` for each part of the calibration; it is replaced in
+            place. None for the embeddings of the states, which enter the first block.
     """
 
-    def __init__(self, reference: DiffusionLM, quantized: DiffusionLM, calibration: Calibration):
-        self.reference, self.quantized = reference, quantized
-        with torch.no_grad():
-            self.targets = [reference.model.model.embed_tokens(part.ids) for part in calibration.parts]
-        self.inputs = self.targets
-        self._arguments = [block_arguments(reference, part[:1]) for part in self.targets]
+    def __init__(
+        self, lm: DiffusionLM, calibration: Calibration, number: int = 0, hidden: Sequence[Tensor] | None = None
+    ):
+        self.lm, self.calibration, self.number = lm, calibration, number
+        if hidden is None:
+            with torch.no_grad():
+                hidden = [lm.model.model.embed_tokens(part.ids) for part in calibration.parts]
+        self.hidden = list(hidden)
+        self._arguments = [block_arguments(lm, x[:1]) for x in self.hidden]
+        widest = max(x.shape[1] for x in self.hidden) * lm.model.config.intermediate_size
+        self._batch = max(1, min(_BATCH, _NUMBERS // widest))
 
-    def run(self, block: nn.Module, part: int, x: Tensor) -> Tensor:
-        """A block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
-        return block(x, **self._arguments[part])
+    @property
+    def block(self) -> nn.Module:
+        """The block at which the stream stands, as it is now."""
+        return self.lm.model.model.layers[self.number]
+
+    def run(self, part: int, x: Tensor) -> Tensor:
+        """The block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
+        return self.block(x, **self._arguments[part])
+
+    def _output(self, part: int, timestep: int, rows: Tensor) -> Tensor:
+        """The block on some states of one timestep."""
+        with denoising((timestep, self.calibration.timesteps)):
+            return self.run(part, self.hidden[part][rows])
 
     @torch.no_grad()
-    def _advance(self, block: nn.Module, hidden: Sequence[Tensor]) -> list[Tensor]:
-        return [torch.cat([self.run(block, i, x) for x in part.split(64)]) for i, part in enumerate(hidden)]
-
-    def enter(self, number: int) -> None:
-        """Take the targets through a block."""
-        self.targets = self._advance(self.reference.model.model.layers[number], self.targets)
-
-    @torch.no_grad()
-    def hessians(self, number: int, importance: Mapping[str, Sequence[Tensor] | None]) -> dict[str, Tensor]:
-        """``sum x x^T`` of the inputs of some linears of a block, in the quantized model as it is now.
+    def hessians(
+        self,
+        linears: Sequence[str],
+        groups: TimeGroups,
+        token_weights: Mapping[str, Sequence[Tensor]] | None = None,
+    ) -> dict[str, Tensor]:
+        """``sum x x^T`` of the inputs of some of the block's linears, by time group.
 
         Args:
-            number: of the block.
-            importance: the linears' names, as they come in the block, to the weights of the sum's tokens,
-                ``(states, length)`` for each part of the calibration; None counts every token 1.
+            linears: their names.
+            groups: the time groups.
+            token_weights: name to what each token counts, ``(states, length)`` for each part of the calibration; the
+                tokens of linears that it doesn't name count 1.
 
         Returns:
-            Name to float64 ``(in_features, in_features)``.
+            Name to float64 ``(groups, in_features, in_features)``; linears with one input and the same weights of the
+            tokens share the tensor.
         """
-        block = self.quantized.model.model.layers[number]
-        linears = {name: self.quantized.model.get_submodule(name) for name in importance}
-        found = {n: torch.zeros((m.in_features, m.in_features), dtype=torch.float64) for n, m in linears.items()}
-        *_, last = importance
-        at: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
+        weights = token_weights or {}
+        modules = {name: self.lm.model.get_submodule(name) for name in linears}
+        shared = group_by_input(modules, lambda: self.run(0, self.hidden[0][:1]))
+        first = {name: name if name in weights else names[0] for names in shared for name in names}
+        watched = {name: modules[name] for name in linears if name in first.values()}
+        found = Hessians(watched, groups.num_groups)
+        for part, timestep, rows in self.calibration.batches(self._batch):
+            group = groups.group_of(timestep * groups.timesteps // self.calibration.timesteps)
+            waiting = set(watched)
 
-        def receive(name: str, x: Tensor) -> None:
-            x, weights = x.flatten(0, 1).float(), importance[name]  # float16 doesn't reach the squares of its numbers
-            weighted = x if weights is None else x * weights[at[0]][at[1]].reshape(-1, 1)
-            found[name] += x.T @ weighted
-            if name == last:
-                raise SeenEnough
+            def receive(name: str, x: Tensor, part=part, rows=rows, group=group, waiting=waiting) -> None:
+                found.add(name, x, group, weights[name][part][rows] if name in weights else None)
+                waiting.discard(name)
+                if not waiting:
+                    raise SeenEnough
 
-        with watch_inputs(linears, receive):
-            for part, hidden in enumerate(self.inputs):
-                for rows in torch.arange(len(hidden)).split(64):
-                    at = (part, rows)
-                    with suppress(SeenEnough):
-                        self.run(block, part, hidden[rows])
-        return found
+            with watch_inputs(watched, receive), suppress(SeenEnough):
+                self._output(part, timestep, rows)
+        return {name: found.sums[first[name]] for name in linears}
 
-    def leave(self, number: int) -> None:
-        """Take the inputs through a block, as it is quantized now."""
-        self.inputs = self._advance(self.quantized.model.model.layers[number], self.inputs)
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Take the states through the block, as it is now, to the next one."""
+        for part, timestep, rows in self.calibration.batches(self._batch):
+            self.hidden[part][rows] = self._output(part, timestep, rows)
+        self.number += 1

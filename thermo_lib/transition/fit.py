@@ -31,15 +31,52 @@ def output_error(ranges: TrainableRanges, sample: InputSample, weight: Tensor) -
         return float(error.square().sum() / (sample.x @ weight.T).square().sum())
 
 
-def descent(
-    rates: Mapping[nn.Parameter, float], steps: int
-) -> tuple[torch.optim.Adam, torch.optim.lr_scheduler.LinearLR]:
-    """Adam with learning rates, one a parameter, that fall linearly to zero."""
-    groups = [
+def descend(
+    rates: Mapping[nn.Parameter, float],
+    loss: Callable[[], Tensor],
+    *,
+    steps: int,
+    penalty: Callable[[], Tensor | float] = lambda: 0.0,
+    draws: Draws | None = None,
+    snapshot: Snapshot | None = None,
+    progress: str | None = None,
+) -> list[float]:
+    """Train parameters, in place, by Adam with learning rates that fall linearly to zero.
+
+    Args:
+        rates: every trained parameter's learning rate at the start.
+        loss: the loss of the next batch, a scalar.
+        steps: number of steps.
+        penalty: what is added to the loss, a function of the parameters.
+        draws: what the loss draws its batches from, kept in the snapshots.
+        snapshot: where to go on from, and what to keep up to date; None for neither.
+        progress: label of a progress bar; None for none.
+
+    Returns:
+        The loss of each step, without the penalty.
+    """
+    by_rate = [
         {"params": [p for p, own in rates.items() if own == rate], "lr": rate} for rate in sorted(set(rates.values()))
     ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    optimizer = torch.optim.Adam(by_rate, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
+    state = snapshot.load() if snapshot else {}
+    losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
+    left = range(len(losses), steps)
+    with torch.enable_grad():
+        for step in tqdm(left, desc=progress, initial=len(losses), total=steps, disable=progress is None, leave=False):
+            value = loss()
+            optimizer.zero_grad(set_to_none=True)
+            (value + penalty()).backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(value.item())
+            if snapshot and ((step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps):
+                snapshot.save(_training_state(optimizer, list(rates), draws, losses))
+    return losses
+
+
+_SNAPSHOT_STEPS = 50  # between two snapshots, some 20 seconds of the reference model
 
 
 def fit_to_output(
@@ -51,8 +88,8 @@ def fit_to_output(
         ranges: the ranges of the input.
         sample: the inputs.
         weight: the weights of all layers with this input, ``(out_features, channels)``.
-        steps: Adam steps, the learning rate falling linearly to zero.
-        batch: tokens a step.
+        steps: see ``descend``.
+        batch: number of tokens of a step.
         lr: learning rate at the start.
         seed: seeds the batches.
     """
@@ -61,21 +98,19 @@ def fit_to_output(
     values, vectors = torch.linalg.eigh(gram.double())
     root = (vectors * values.clamp(min=0).sqrt()).float()  # (e @ root).square().sum() = |weight e|^2
     energy = (sample.x @ root).square().sum(-1).mean()
-    optimizer, schedule = descent(ranges.rates(lr), steps)
-    with torch.enable_grad():
-        for _ in range(steps):
-            rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)
-            x = sample.x[rows]
-            error = (ranges(x, sample.is_masked[rows], sample.timestep[rows]) - x) @ root
-            optimizer.zero_grad(set_to_none=True)
-            (error.square().sum(-1).mean() / energy).backward()
-            optimizer.step()
-            schedule.step()
+
+    def loss() -> Tensor:
+        rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)
+        x = sample.x[rows]  # (batch, channels)
+        error = (ranges(x, sample.is_masked[rows], sample.timestep[rows]) - x) @ root
+        return error.square().sum(-1).mean() / energy
+
+    descend(ranges.rates(lr), loss, steps=steps)
 
 
 def fit_block(
     stream: BlockStream,
-    number: int,
+    targets: Sequence[Tensor],
     importance: Sequence[Tensor],
     rates: Mapping[nn.Parameter, float],
     *,
@@ -87,12 +122,12 @@ def fit_block(
     """Train a block's parameters, in place, for least weighted squared error of its output.
 
     Args:
-        stream: the quantized block's inputs, and the full-precision block's outputs.
-        number: of the block; the quantized model computes with the trained parameters.
-        importance: of the tokens, ``(states, length)`` for each part of the calibration.
+        stream: stands at the block in the quantized model, which computes with the trained parameters.
+        targets: what the full-precision block puts out, ``(states, length, hidden)`` for each part of the calibration.
+        importance: of the tokens, ``(states, length)`` for each part.
         rates: every trained parameter's learning rate at the start.
-        steps: Adam steps, the learning rates falling linearly to zero.
-        batch: states a step, all of one part, drawn by its number of tokens.
+        steps: see ``descend``.
+        batch: number of states of a step, all of one part, which is drawn by its number of tokens.
         seed: seeds the batches.
         progress: label of a progress bar; None for none.
 
@@ -100,26 +135,16 @@ def fit_block(
         The loss of each step: path KL to second order, nats per sequence.
     """
     generator = torch.Generator().manual_seed(seed)
-    block = stream.quantized.model.model.layers[number]
     sizes = torch.tensor([weight.numel() for weight in importance], dtype=torch.float32)
-    optimizer, schedule = descent(rates, steps)
-    losses: list[float] = []
-    with torch.enable_grad():
-        for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
-            part = int(torch.multinomial(sizes, 1, generator=generator))
-            x, target, weight = stream.inputs[part], stream.targets[part], importance[part]
-            rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
-            error = (stream.run(block, part, x[rows]) - target[rows]).square().sum(-1)
-            value = 0.5 * (weight[rows] * error).sum() / len(rows)
-            optimizer.zero_grad(set_to_none=True)
-            value.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(value.item())
-    return losses
 
+    def loss() -> Tensor:
+        part = int(torch.multinomial(sizes, 1, generator=generator))
+        x, target, weight = stream.hidden[part], targets[part], importance[part]
+        rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+        error = (stream.run(part, x[rows]) - target[rows]).square().sum(-1)  # (batch, length)
+        return 0.5 * (weight[rows] * error).sum() / len(rows)
 
-_SNAPSHOT_STEPS = 50  # between two snapshots, some 20 seconds of the reference model
+    return descend(rates, loss, steps=steps, progress=progress)
 
 
 def fit_to_path_kl(
@@ -138,30 +163,17 @@ def fit_to_path_kl(
         loss: what they do.
         rates: every trained parameter's learning rate at the start.
         draws: states and targets of the steps.
-        steps: Adam steps, the learning rates falling linearly to zero.
-        penalty: what is added to path KL, a function of the parameters.
-        snapshot: where to go on from, and what to keep up to date; None for neither.
-        progress: label of a progress bar; None for none.
+        steps, penalty, snapshot, progress: see ``descend``.
 
     Returns:
-        The loss of each step, without the penalty: path KL estimated on its batch, nats per sequence, summed over
-        lengths.
+        The loss of each step: path KL estimated on its batch, nats per sequence, summed over lengths.
     """
-    optimizer, schedule = descent(rates, steps)
-    state = snapshot.load() if snapshot else {}
-    losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
-    done = range(len(losses), steps)
-    with torch.enable_grad(), loss:
-        for step in tqdm(done, desc=progress, initial=len(losses), total=steps, disable=progress is None, leave=False):
-            value = torch.stack([loss(states, targets) for states, targets in draws.step()]).sum()
-            optimizer.zero_grad(set_to_none=True)
-            (value + penalty()).backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(value.item())
-            if snapshot and ((step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps):
-                snapshot.save(_training_state(optimizer, list(rates), draws, losses))
-    return losses
+
+    def value() -> Tensor:
+        return torch.stack([loss(states, targets) for states, targets in draws.step()]).sum()
+
+    with loss:
+        return descend(rates, value, steps=steps, penalty=penalty, draws=draws, snapshot=snapshot, progress=progress)
 
 
 def _training_state(

@@ -42,7 +42,7 @@ class TransitionLoss(TrainableLayers):
         """The quantized model's, float32 with gradients."""
         lm = self.quantized
         for layer in self.trained.values():
-            step = states.timestep * layer.layer.timesteps // self.timesteps
+            step = states.timestep * len(layer.layer.row_of_step) // self.timesteps
             layer.is_masked = states.ids == lm.mask_token_id
             layer.timestep = step[:, None].expand_as(states.ids)
         logits = lm.model.lm_head(lm.model.hidden(states.ids)[states.is_masked])

@@ -143,8 +143,8 @@ class _TrainableLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.ranges is not None:
             x = self.ranges(x, self.is_masked, self.timestep)
-        elif self.layer.activation_bits < 16:
-            x = straight_through(x, lambda x: self.layer.quantized_input(x))
+        elif self.layer.input_quantizer is not None:
+            x = straight_through(x, self.layer.input_quantizer)
         return F.linear(x, self.layer.weight() if self.weight is None else self.weight(), self.layer.bias)
 
 
@@ -174,5 +174,4 @@ class TrainableLayers:
 
     def _put(self, layers: Mapping[str, nn.Module]) -> None:
         for name, layer in layers.items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.quantized.model.get_submodule(parent), child, layer)
+            self.quantized.model.set_submodule(name, layer)

@@ -38,10 +38,10 @@ from thermo_lib.studies.grid import score
 from thermo_lib.studies.smoothing import gain, path_kl_change
 
 FOLDER = Path("artifacts/peers")
-REPORT = Path("reports/peers.json")
+PEERS_REPORT = Path("reports/peers.json")
 CHECK = "gptq-check"
 LOSS_STEPS = 10
-COLUMNS = {
+PEER_COLUMNS = {
     "method": ("method", "{}"),
     "setting": ("setting", "{}"),
     "bpw": ("bits_per_weight", "{:.3f}"),
@@ -74,7 +74,7 @@ GOAL_COLUMNS = {
     "bound": ("bound", "{:.3f}"),
     "verdict": ("verdict", "{}"),
 }
-Row = Mapping[str, Any]  # what ``score_peer`` returns
+PeerRow = Mapping[str, Any]  # what ``score_peer`` returns
 _SUFFIXES = {16: "", 4: "_a4"}  # of the keys of a row
 
 
@@ -225,7 +225,7 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     return row
 
 
-def compare(row: Row, baseline: Row, activation_bits: int = 16) -> dict[str, Any]:
+def compare(row: PeerRow, baseline: PeerRow, activation_bits: int = 16) -> dict[str, Any]:
     """One row of the report against another, sequence by sequence.
 
     Args:
@@ -273,7 +273,7 @@ def _goal(name: str, measured: tuple[float, tuple[float, float]], bound: float, 
     return {"goal": name, "value": value, "ci": ci, "bound": bound, "verdict": verdict(ci, bound, at_least=at_least)}
 
 
-def accuracy_kept(row: Row, full_precision: Row, bound: float, activation_bits: int = 16) -> dict[str, Any]:
+def accuracy_kept(row: PeerRow, full_precision: PeerRow, bound: float, activation_bits: int = 16) -> dict[str, Any]:
     """The goal on the share of the full-precision accuracy that is left.
 
     Args:
@@ -288,7 +288,7 @@ def accuracy_kept(row: Row, full_precision: Row, bound: float, activation_bits: 
     return _goal(f"{row['setting']}: accuracy kept at W2A{activation_bits}", measured, bound, at_least=True)
 
 
-def shares_of(row: Row, peer: Row, full_precision: Row, bound: float) -> list[dict[str, Any]]:
+def shares_of(row: PeerRow, peer: PeerRow, full_precision: PeerRow, bound: float) -> list[dict[str, Any]]:
     """The goals on what is left of a peer's path KL and of its accuracy drop.
 
     Args:
@@ -310,7 +310,7 @@ def shares_of(row: Row, peer: Row, full_precision: Row, bound: float) -> list[di
     ]
 
 
-def ahead_of(row: Row, peer: Row, activation_bits: int = 16) -> dict[str, Any]:
+def ahead_of(row: PeerRow, peer: PeerRow, activation_bits: int = 16) -> dict[str, Any]:
     """The goal of less path KL than a peer, in nats.
 
     Args:
@@ -323,7 +323,9 @@ def ahead_of(row: Row, peer: Row, activation_bits: int = 16) -> dict[str, Any]:
     return _goal(name, (found["path_kl_change"], tuple(found["path_kl_change_ci"])), 0.0, at_least=False)
 
 
-def score_all(reference: DiffusionLM, folder: Path = FOLDER, report: Path = REPORT, *, progress: bool = True) -> None:
+def score_all(
+    reference: DiffusionLM, folder: Path = FOLDER, report: Path = PEERS_REPORT, *, progress: bool = True
+) -> None:
     """Score every result in a folder that isn't in the report yet; the report is rewritten whole after each.
 
     Rows of settings that the folder doesn't have stay.

@@ -6,7 +6,7 @@ from thermo_lib.evaluation.report import table
 from thermo_lib.files.text import read_json
 from thermo_lib.models.lm import load_model
 from thermo_lib.notebooks import reproducible
-from thermo_lib.studies.peers import COLUMNS, COST_COLUMNS, REPORT, score_all
+from thermo_lib.studies.peers import COST_COLUMNS, PEER_COLUMNS, PEERS_REPORT, score_all
 
 
 def main() -> int:
@@ -14,11 +14,11 @@ def main() -> int:
     reproducible()
     try:
         score_all(load_model("reference"))
-        report = read_json(REPORT)
+        report = read_json(PEERS_REPORT)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(table(sorted(report["rows"], key=lambda row: row["path_kl"]), COLUMNS | COST_COLUMNS))
+    print(table(sorted(report["rows"], key=lambda row: row["path_kl"]), PEER_COLUMNS | COST_COLUMNS))
     for failed in report["errors"]:
         print(f"{failed['method']}, {failed['setting']}: {failed['error']}")
     return 0

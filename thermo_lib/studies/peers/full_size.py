@@ -20,10 +20,10 @@ from thermo_lib.files.text import read_json, write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.quant.rounding import least_squares
 
-REPORT = ROOT / "reports" / "full_size.json"
+FULL_SIZE_REPORT = ROOT / "reports" / "full_size.json"
 SIZES = {(3584, 3584): 2, (3584, 512): 2, (3584, 18944): 2, (18944, 3584): 1}  # in, out, and how many in a block
 ROUNDS = 5
-COLUMNS = {
+FULL_SIZE_COLUMNS = {
     "method": ("method", "{}"),
     "linear": ("size", "{}"),
     "bpw": ("bits_per_weight", "{:.2f}"),
@@ -50,7 +50,7 @@ def _least_squares(weight: Tensor) -> Callable[[], Tensor]:
     return least_squares(weight, 2, 128).dequantize
 
 
-METHODS: dict[str, Method] = {
+FULL_SIZE_METHODS: dict[str, Method] = {
     "thermo_lib least squares": _least_squares,
     "HQQ, axis 1": _hqq(1),
     "HQQ, axis 0": _hqq(0),
@@ -61,12 +61,12 @@ def measure(in_features: int, out_features: int) -> list[dict[str, Any]]:
     """One row a method: speed over the rounds, and error, on a random weight of this size."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(out_features, in_features, generator=generator).mul_(0.02).bfloat16()
-    seconds: dict[str, list[float]] = {name: [] for name in METHODS}
+    seconds: dict[str, list[float]] = {name: [] for name in FULL_SIZE_METHODS}
     error = {}
     for turn in tqdm(range(ROUNDS), desc=f"{in_features} -> {out_features}", leave=False):
-        for name in sorted(METHODS, reverse=bool(turn % 2)):
+        for name in sorted(FULL_SIZE_METHODS, reverse=bool(turn % 2)):
             start = time.perf_counter()
-            dequantize = METHODS[name](weight)
+            dequantize = FULL_SIZE_METHODS[name](weight)
             seconds[name].append(time.perf_counter() - start)
             if not turn:
                 exact = weight.float()
@@ -78,9 +78,9 @@ def rows_of(
     size: str, weights: int, seconds: Mapping[str, Sequence[float]], error: Mapping[str, float]
 ) -> list[dict[str, Any]]:
     """One row a method of the report, from the seconds of each round and the relative squared error."""
-    ours, *_ = METHODS
+    ours, *_ = FULL_SIZE_METHODS
     rows = []
-    for name in METHODS:
+    for name in FULL_SIZE_METHODS:
         row = {"method": name, "size": size, "bits_per_weight": 2.25, "error": error[name]}
         row |= {"seconds": list(seconds[name]), "speed": weights / 1e6 / statistics.median(seconds[name])}
         if name != ours:
@@ -94,8 +94,8 @@ def whole_block(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of all linears of a block together, from those of each size."""
     numbers = {f"{i} -> {o}": (count, count * i * o) for (i, o), count in SIZES.items()}
     weights = sum(n for _, n in numbers.values())
-    seconds: dict[str, list[float]] = {name: [0.0] * ROUNDS for name in METHODS}
-    error = dict.fromkeys(METHODS, 0.0)
+    seconds: dict[str, list[float]] = {name: [0.0] * ROUNDS for name in FULL_SIZE_METHODS}
+    error = dict.fromkeys(FULL_SIZE_METHODS, 0.0)
     for row in rows:
         count, n = numbers[row["size"]]
         seconds[row["method"]] = [a + count * b for a, b in zip(seconds[row["method"]], row["seconds"], strict=True)]
@@ -105,14 +105,14 @@ def whole_block(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, write and print."""
-    if not REPORT.is_file():
+    if not FULL_SIZE_REPORT.is_file():
         torch.set_num_threads(THREADS)
-        for method in METHODS.values():
+        for method in FULL_SIZE_METHODS.values():
             method(torch.randn(256, 256))  # warms up
         rows = [row for size in SIZES for row in measure(*size)]
         versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
-        write_json(REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()})
-    print(table(read_json(REPORT)["rows"], COLUMNS))
+        write_json(FULL_SIZE_REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()})
+    print(table(read_json(FULL_SIZE_REPORT)["rows"], FULL_SIZE_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from thermo_lib.diffusion.prompts import EmptyTexts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline import parts
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.pipeline.quantize import quantize
@@ -166,17 +167,17 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
 
     lm = DiffusionLM(copy.deepcopy(lm.model), lm.tokenizer, lm.mask_token_id, lm.name)
     layers = Layers()
-    for site in shared_inputs(lm, linear_names(lm.model)):
-        configs = [QuantizeConfig(bits=2, offload_to_disk=False, **options) for _ in site]
-        tasks = [GPTQ(lm.model.get_submodule(name), config) for name, config in zip(site, configs, strict=True)]
+    for names in shared_inputs(lm, linear_names(lm.model)):
+        configs = [QuantizeConfig(bits=2, offload_to_disk=False, **options) for _ in names]
+        tasks = [GPTQ(lm.model.get_submodule(name), config) for name, config in zip(names, configs, strict=True)]
 
         def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int, tasks: list[Any] = tasks) -> None:
             for task in tasks:
                 task.add_batch(x[None], None)
 
-        with _first_blocks(lm, int(site[0].split(".")[2]) + 1):
-            run_states(lm, calibration, site[:1], accumulate)
-        for name, config, task in zip(site, configs, tasks, strict=True):
+        with _first_blocks(lm, int(names[0].split(".")[2]) + 1):
+            run_states(lm, calibration, names[:1], accumulate)
+        for name, config, task in zip(names, configs, tasks, strict=True):
             linear = lm.model.get_submodule(name)
             task.quantizer.configure(perchannel=True)
             quantized, scale, zero, group_index, *_ = task.quantize()
@@ -297,7 +298,8 @@ def compare_gptq(lm: DiffusionLM, calibration: Calibration) -> list[dict[str, An
     from gptqmodel.quantization.config import QuantizeConfig
     from gptqmodel.quantization.gptq import GPTQ
 
-    damping, ridge, group_size = GPTQ().damping, GPTQ().ridge, GPTQ().group_size
+    ours = parts.GPTQ()
+    damping, ridge, group_size = ours.damping, ours.ridge, ours.group_size
     names = linear_names(lm.model)
     hessians = input_hessians(lm, calibration, names, TimeGroups(calibration.timesteps, 1))
 
@@ -338,6 +340,6 @@ def compare_gptq(lm: DiffusionLM, calibration: Calibration) -> list[dict[str, An
     return rows
 
 
-METHODS: dict[str, Callable[..., Layers]] = {
+ADAPTERS: dict[str, Callable[..., Layers]] = {
     f.__name__: f for f in (thermo, hqq, quanto, torchao, gptqmodel, autoround, llamacpp)
 }

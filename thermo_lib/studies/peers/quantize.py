@@ -31,8 +31,8 @@ from thermo_lib.files.text import read_json, write_json
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
-from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, REPORT, Entry
-from thermo_lib.studies.peers.methods import METHODS, compare_gptq
+from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, PEERS_REPORT, Entry
+from thermo_lib.studies.peers.methods import ADAPTERS, compare_gptq
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Job:
     Attributes:
         method: the peer's name.
         setting: the setting in words; "default" and "recommended" are the peer's own.
-        adapter: a key of ``methods.METHODS``.
+        adapter: a key of ``methods.ADAPTERS``.
         options: what the adapter takes.
         package: distribution whose version counts; empty for this project.
         modules: what to import before the clock starts.
@@ -161,7 +161,7 @@ JOBS = (
 )
 
 
-def calibration_states(lm: DiffusionLM) -> Calibration:
+def study_calibration(lm: DiffusionLM) -> Calibration:
     """The project's own calibration states, drawn once for all peers."""
     path = FOLDER / "calibration.safetensors"
     if path.is_file():
@@ -193,12 +193,12 @@ def quantize(job: Job) -> None:
     """Run one job in this process and write its files, the JSON last."""
     torch.manual_seed(0)
     lm = load_model("reference")
-    calibration = calibration_states(lm)
+    calibration = study_calibration(lm)
     for module in job.modules:
         importlib.import_module(module)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before, start = _status("VmRSS"), time.perf_counter()
-    layers = METHODS[job.adapter](lm, calibration, **job.options)
+    layers = ADAPTERS[job.adapter](lm, calibration, **job.options)
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
     linears = {name: layer for name, layer in layers.items() if layer.bits is not None}
     tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
@@ -243,9 +243,9 @@ def _complete(job: Job) -> bool:
     return "error" not in entry and entry["made_of"] == made_of(job)
 
 
-def run_all(jobs: Sequence[Job], report: Path = REPORT) -> None:
+def run_all(jobs: Sequence[Job], report: Path = PEERS_REPORT) -> None:
     """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own."""
-    calibration_states(load_model("reference"))
+    study_calibration(load_model("reference"))
     rows = read_json(report)["rows"] if report.is_file() else []
     scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
     missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
@@ -267,12 +267,14 @@ def main() -> None:
     if arguments.only == CHECK:
         lm = load_model("reference")
         with torch.no_grad():
-            write_json(FOLDER / f"{CHECK}.json", compare_gptq(lm, calibration_states(lm)))
+            write_json(FOLDER / f"{CHECK}.json", compare_gptq(lm, study_calibration(lm)))
     elif arguments.only:
         quantize(next(job for job in JOBS if job.name == arguments.only))
     else:
         run_all([job for job in JOBS if arguments.method in (None, job.method)])
-        checked = (FOLDER / f"{CHECK}.json").is_file() or (REPORT.is_file() and read_json(REPORT)["gptq_check"])
+        checked = (FOLDER / f"{CHECK}.json").is_file() or (
+            PEERS_REPORT.is_file() and read_json(PEERS_REPORT)["gptq_check"]
+        )
         if arguments.method is None and not checked:
             subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)
 

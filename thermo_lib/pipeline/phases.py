@@ -1,0 +1,139 @@
+"""What a phase of training works on: its states, and the snapshots from which a stopped run goes on."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thermo_lib.diffusion.prompts import Prompts, prompts_of
+from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.parts import PathKL, Phase
+from thermo_lib.transition.chains import Batch, Chains
+from thermo_lib.transition.loss import TransitionLoss
+
+
+@dataclass(frozen=True)
+class PhaseRun:
+    """A phase of training of one model.
+
+    Attributes:
+        phase: the settings.
+        config: the configuration after the phase.
+        reference: the full-precision model.
+        source: where the states come from: the calibration, or what fresh states start from.
+        snapshot: where progress is kept, under a digest of all that the result depends on; None for nowhere.
+        progress: show bars.
+    """
+
+    phase: Phase
+    config: ThermoConfig
+    reference: DiffusionLM
+    source: Calibration | Sequence[Prompts]
+    snapshot: Snapshot | None
+    progress: bool
+
+    @classmethod
+    def of(
+        cls,
+        phase: Phase,
+        config: ThermoConfig,
+        reference: DiffusionLM,
+        calibration: Calibration | None,
+        *,
+        prompts: Sequence[Prompts] | None,
+        resume: str | Path | None,
+        progress: bool,
+        name: str,
+        start: DiffusionLM | None = None,
+    ) -> "PhaseRun":
+        """Choose the source of the states, and the snapshot.
+
+        Args:
+            phase, config, reference, progress: see the attributes.
+            calibration: its states.
+            prompts: what fresh states start from; None for what the calibration states do.
+            resume: folder of the snapshots; None for none.
+            name: of the snapshot's file.
+            start: the quantized model that is trained; None where the phase makes it.
+
+        Raises:
+            ValueError: neither calibration nor prompts, where the phase needs them.
+        """
+        if phase.states == "fresh" and prompts is not None:
+            source: Calibration | Sequence[Prompts] = prompts
+        elif calibration is None:
+            raise ValueError(f"calibration: found None, required by states={phase.states!r}")
+        else:
+            is_fresh = phase.states == "fresh"
+            source = prompts_of(calibration, reference.mask_token_id) if is_fresh else calibration
+        snapshot = None
+        if resume is not None:
+            seen = source.tensors() if isinstance(source, Calibration) else _first_starts(source, config)
+            models = (lm.model.state_dict() for lm in (reference, start) if lm is not None)
+            run = digest(config.digest(), str(torch.__version__), *models, seen)
+            snapshot = Snapshot(Path(resume) / f"{name}.safetensors", run)
+        return cls(phase, config, reference, source, snapshot, progress)
+
+    def states(self) -> Calibration:
+        """The states to train on: those of the calibration, or fresh ones, which no other seed makes."""
+        if isinstance(self.source, Calibration):
+            return self.source
+        phase, seed = self.phase, self.config.seed + 2
+        counted = ((starts, phase.num_texts if starts.is_empty else phase.num_prompts) for starts in self.source)
+        ids = [starts.draw(count, seed) for starts, count in counted if count]
+        return calibrate(
+            self.reference,
+            [(starts, starts == self.reference.mask_token_id) for starts in ids],
+            timesteps=self.config.timesteps,
+            source="trajectory",
+            seed=seed,
+            progress=self.progress,
+        )
+
+    def label(self, text: str) -> str | None:
+        """The label of a progress bar, None where none is shown."""
+        return text if self.progress else None
+
+
+def _first_starts(source: Sequence[Prompts], config: ThermoConfig) -> dict[str, Tensor]:
+    """What tells one source of prompts from another."""
+    return {str(number): starts.draw(64, config.seed) for number, starts in enumerate(source)}
+
+
+class FreshChains:
+    """Chains of every source of prompts, a step of all at a time; see ``transition.chains.Draws``.
+
+    Args:
+        loss: the two models.
+        source: what the chains start from.
+        phase: how many there are, and whose steps they take.
+        seed: seeds the steps.
+    """
+
+    def __init__(self, loss: TransitionLoss, source: Sequence[Prompts], phase: PathKL, seed: int):
+        self.chains = []
+        for starts in source:
+            count = phase.num_texts if starts.is_empty else phase.num_prompts
+            own = round(phase.own_share * count) if starts.is_empty else 0
+            if count:
+                start = lambda number, starts=starts: starts.start(number, seed)  # noqa: E731
+                self.chains.append(Chains(loss, start, count, own, seed))
+
+    def step(self) -> Batch:
+        """The present states of all chains and their targets."""
+        return [chain.step() for chain in self.chains]
+
+    def state(self) -> dict[str, Tensor]:
+        """Of all chains."""
+        states = (named(str(number), chain.state()) for number, chain in enumerate(self.chains))
+        return {key: value for state in states for key, value in state.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from what ``state`` returned."""
+        for number, chain in enumerate(self.chains):
+            chain.restore(part_of(state, str(number)))
