@@ -1,0 +1,122 @@
+"""Evaluations that aren't made twice: each is kept in a file, under a digest of everything that decides it."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from thermo_lib.data.puzzles import TASK_LENGTH, Puzzle
+from thermo_lib.diffusion.path_kl import PathKLEstimate
+from thermo_lib.evaluation.scores import Evaluation, PuzzleResult, Suite, evaluate, solve_puzzles
+from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
+from thermo_lib.models.families import config_json
+from thermo_lib.models.lm import DiffusionLM
+
+_FORMAT = "evaluations 1"
+_LIBRARY = Path(__file__).resolve().parent.parent
+_DECIDING = ("data", "diffusion", "models", "quant", "evaluation/scores.py")
+
+
+class Measured:
+    """A file of evaluations.
+
+    An evaluation is found again only if the model's weights and settings, the inputs, the code that computes with them
+    and torch's version are the same; what isn't found is measured.
+
+    Args:
+        path: the file; it needn't be there.
+
+    Raises:
+        ValueError: a damaged file, or one of another format.
+    """
+
+    def __init__(self, path: str | Path):
+        self._snapshot = Snapshot(Path(path), _FORMAT)
+        self._found = self._snapshot.load()
+        self._used: dict[str, Tensor] = {}
+
+    def evaluate(self, lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
+        """What ``scores.evaluate`` returns."""
+        inputs = [_states(suite), [vars(puzzle) for puzzle in suite.puzzles], suite.timesteps, suite.sampler]
+        key = digest(*_decided_by(lm), *_decided_by(suite.reference), *inputs, suite.temperature)
+        kept = part_of(self._found, key)
+        if not kept:
+            kept = _tensors(evaluate(lm, suite, progress=progress))
+        self._used |= named(key, kept)
+        return Evaluation(
+            correct=kept["correct"].double(),
+            masked=kept["masked"].double(),
+            nll=kept["nll"],
+            length=suite.held_out.ids.shape[1],
+            path=PathKLEstimate(kept["per_sequence"], kept["cosine"]),
+            puzzles=_result(kept["puzzles"]) if "puzzles" in kept else None,
+            resamples=suite.resamples,
+        )
+
+    def solve_puzzles(
+        self,
+        lm: DiffusionLM,
+        puzzles: list[Puzzle],
+        timesteps: int = 16,
+        *,
+        task_length: int = TASK_LENGTH,
+        progress: bool = False,
+    ) -> PuzzleResult:
+        """What ``scores.solve_puzzles`` returns with its defaults."""
+        key = digest(*_decided_by(lm), [vars(puzzle) for puzzle in puzzles], timesteps, task_length)
+        kept = part_of(self._found, key)
+        if not kept:
+            found = solve_puzzles(lm, puzzles, timesteps, task_length=task_length, progress=progress)
+            kept = {"puzzles": _as_bytes(found)}
+        self._used |= named(key, kept)
+        return _result(kept["puzzles"])
+
+    def save(self) -> None:
+        """Write the file with what has been asked for since it was read; the rest is dropped.
+
+        Raises:
+            OSError: no space left, or no right to write; an earlier file is as it was.
+        """
+        self._snapshot.save(dict(sorted(self._used.items())))
+
+
+def _tensors(found: Evaluation) -> dict[str, Tensor]:
+    counts = {"correct": found.correct.to(torch.int16), "masked": found.masked.to(torch.int16)}
+    path = {"per_sequence": found.path.per_sequence, "cosine": found.path.cosine}
+    puzzles = {} if found.puzzles is None else {"puzzles": _as_bytes(found.puzzles)}
+    return {**counts, "nll": found.nll, **path, **puzzles}
+
+
+def _as_bytes(result: PuzzleResult) -> Tensor:
+    """Answers as JSON, uint8."""
+    return torch.tensor(list(json.dumps(vars(result)).encode()), dtype=torch.uint8)
+
+
+def _result(stored: Tensor) -> PuzzleResult:
+    return PuzzleResult(**json.loads(bytes(stored.tolist())))
+
+
+def _states(suite: Suite) -> dict[str, Tensor]:
+    return named("held_out", vars(suite.held_out)) | named("trajectories", vars(suite.trajectories))
+
+
+def _decided_by(lm: DiffusionLM) -> list[object]:
+    """What the outputs of a model depend on."""
+    config = getattr(lm, "config", None)
+    settings = None if config is None else config.to_dict()
+    about = [config_json(lm.model.config), settings, lm.tokenizer.to_str(), lm.mask_token_id]
+    return [lm.model.state_dict(), about, str(torch.__version__), _code()]
+
+
+def _files() -> list[Path]:
+    """The files with code that decides an evaluation."""
+    paths = [_LIBRARY / part for part in _DECIDING]
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
+    return sorted(file for file in files if file.suffix in (".py", ".cpp"))
+
+
+@cache
+def _code() -> str:
+    return digest(*([str(file.relative_to(_LIBRARY)), file.read_text(encoding="utf-8")] for file in _files()))
