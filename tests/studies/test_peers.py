@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from thermo_lib.diffusion.path_kl import reference_logits
 from thermo_lib.diffusion.states import forward_states, trajectory_states
 from thermo_lib.evaluation.scores import Suite, evaluate
 from thermo_lib.files.text import read_json
@@ -44,7 +43,7 @@ def suite(tiny, random_ids) -> Suite:
     start = torch.full((3, 16), tiny.mask_token_id)
     trajectories = trajectory_states(tiny, start, None, 6, 1)
     held_out = forward_states(code, None, 6, tiny.mask_token_id, 0)
-    return Suite(tiny, held_out, trajectories, reference_logits(tiny, trajectories, 6), [], 6, resamples=20)
+    return Suite(tiny, held_out, trajectories, [], 6, resamples=20)
 
 
 @pytest.fixture(scope="module")
