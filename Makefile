@@ -87,7 +87,7 @@ check-platform:
 	@echo "Setting up .venv from requirements.lock: this takes some minutes and some GB of disk."
 	@rm -f .venv/.packages .venv/.stamp
 	"$(PYTHON)" -m venv --clear .venv
-	$(PIP) install -qq --progress-bar off --use-pep517 -r requirements.lock
+	$(PIP) install -qq --progress-bar off --no-deps --no-compile --use-pep517 -r requirements.lock
 	@touch $@
 
 .venv/.stamp: requirements.lock pyproject.toml $(wildcard thermo_lib/integrations/lm_eval_plugin/*) .venv/.packages | check-platform

@@ -44,6 +44,15 @@ def _parser() -> argparse.ArgumentParser:
         help="of a dask cluster, e.g. tcp://host:8786, or 'local' for one of processes",
     )
     writer.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="calibrate on this text, or JSON lines with 'text' or 'messages', instead of the project's code",
+    )
+    writer.add_argument("--sequences", type=int, help="number of sequences of that text (128)")
+    writer.add_argument("--length", type=int, help="number of tokens of each (512)")
+    writer.add_argument("--device", **devices)
+    writer.add_argument(
         "fields",
         **some_fields,
         help=f"preset={'|'.join(PRESETS)} (preset={DEFAULT}), and settings of ThermoConfig that differ from it, e.g. "
@@ -73,6 +82,15 @@ def _parser() -> argparse.ArgumentParser:
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)
     judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
+    judge.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="score on this text, or JSON lines with 'text' or 'messages', instead of the project's held-out code",
+    )
+    judge.add_argument("--sequences", type=int, help="number of held-out sequences (40)")
+    judge.add_argument("--trajectories", type=int, help="number of the reference's own trajectories (16)")
+    judge.add_argument("--length", type=int, help="number of tokens of both (128)")
     judge.add_argument("--timesteps", type=int, default=16, help="T (%(default)s)")
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
@@ -107,6 +125,11 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument(
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
+
+    clock = commands.add_parser("speed", help="time products from codes against dense bfloat16 ones on this processor")
+    clock.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 256, 2048], help="of the input (%(default)s)")
+    clock.add_argument("--rounds", type=int, default=15, help="counted turns, at least 2 (%(default)s)")
+    clock.add_argument("--output", type=Path, default=Path("reports/speed.json"), help="JSON file (%(default)s)")
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)

@@ -6,14 +6,16 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
 
+from thermo_lib.data.texts import read_texts
 from thermo_lib.diffusion.sampling import generate
-from thermo_lib.diffusion.states import calibrate
+from thermo_lib.diffusion.states import calibrate, text_batches
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.scores import build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
@@ -42,6 +44,7 @@ from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoin
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
+from thermo_lib.studies.speed import SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
 
 _LAYERWISE = (
@@ -73,20 +76,26 @@ def _read_fields(command: str, words: Sequence[str], more: Sequence[str]) -> dic
     return fields
 
 
+def _device(asked: str | None) -> str:
+    """The device asked for, or the first GPU if there is one; raises ValueError where there is none of that name."""
+    wanted = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=wanted)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device: found {wanted!r} ({reason}), allowed is cpu, or a GPU of this machine") from error
+    return wanted
+
+
 def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
     """A model, full precision or quantized, on the device asked for.
 
     Raises:
         ValueError: there is no such device, or what loading the model raises.
     """
-    wanted = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=wanted)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device: found {wanted!r} ({reason}), allowed is cpu, or a GPU of this machine") from error
+    device = _device(arguments.device)
     lm = load_any(name, dtype=getattr(torch, arguments.dtype))
-    lm.model.to(wanted)
+    lm.model.to(device)
     return lm
 
 
@@ -110,15 +119,34 @@ def cluster_client(address: str) -> Iterator[Any]:
             yield client
 
 
+def _own_texts(lm: DiffusionLM, path: Path) -> list[str]:
+    """The texts of a user's file, conversations by the model's template."""
+    render = None if lm.chat_template is None else lambda messages: lm.chat(messages, add_generation_prompt=False)
+    return read_texts(path, render)
+
+
+def _own_batches(lm: DiffusionLM, arguments: argparse.Namespace, seed: int) -> list[tuple[torch.Tensor, None]]:
+    """Calibration text from the file that was named."""
+    size = {name: getattr(arguments, name) for name in ("sequences", "length")}
+    given = {name: value for name, value in size.items() if value is not None}
+    return text_batches(lm, _own_texts(lm, arguments.calibration), seed=seed, **given)
+
+
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
     fields = _read_fields("quantize", arguments.fields, ["preset"])
     config = ThermoConfig.preset(fields.pop("preset", DEFAULT), **fields)
     if is_quantized(arguments.model):
         raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
+    if arguments.calibration is not None and not config.needs_calibration:
+        found = f"found {str(arguments.calibration)!r} with weights.method={config.quantizer!r}"
+        raise ValueError(f"calibration: {found}, which needs none")
+    if arguments.calibration is None and (arguments.sequences, arguments.length) != (None, None):
+        raise ValueError("sequences, length: found a size without --calibration, allowed is a size of a file's text")
     if arguments.scheduler is not None and config.needs_calibration:
         found = f"found {arguments.scheduler!r} with {config.needs_calibration}"
         raise ValueError(f"scheduler: {found}; allowed is what needs no calibration, such as preset=fast")
+    device = "cpu" if arguments.scheduler is not None and arguments.device is None else _device(arguments.device)
     start = time.perf_counter()
     if arguments.layerwise is not None:
         if not config.needs_calibration:
@@ -126,21 +154,24 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         check_layerwise(config)
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         count = None if arguments.layerwise == "all" else int(arguments.layerwise)
-        calibration = calibration_states(arguments.model, config.timesteps, count, config.seed)
+        batches = None if arguments.calibration is None else lambda lm: _own_batches(lm, arguments, config.seed)
+        calibration = calibration_states(arguments.model, config.timesteps, count, config.seed, batches)
         print(_LAYERWISE)
-        quantize_checkpoint(arguments.model, arguments.output, config, calibration, progress=True)
+        quantize_checkpoint(arguments.model, arguments.output, config, calibration, device=device, progress=True)
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
         lm = load_model(arguments.model)
-        calibration = calibrate(lm, timesteps=config.timesteps, seed=config.seed)
+        lm.model.to(device)
+        own = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
+        calibration = calibrate(lm, timesteps=config.timesteps, seed=config.seed, **own)
         save_quantized(quantize(lm, config, calibration, progress=True), arguments.output)
     elif arguments.scheduler is not None:
         with cluster_client(arguments.scheduler) as client:
             print(f"dashboard: {client.dashboard_link}")
-            quantize_checkpoint(arguments.model, arguments.output, config, client=client, progress=True)
+            quantize_checkpoint(arguments.model, arguments.output, config, client=client, device=device, progress=True)
     else:
-        quantize_checkpoint(arguments.model, arguments.output, config, progress=True)
+        quantize_checkpoint(arguments.model, arguments.output, config, device=device, progress=True)
     size = sum(path.stat().st_size for path in weight_files(arguments.output))
     print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s")
 
@@ -180,7 +211,10 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
     if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
-    suite = build_suite(reference, timesteps=arguments.timesteps, progress=True)
+    size = {name: getattr(arguments, name) for name in ("sequences", "trajectories", "length")}
+    given = {name: value for name, value in size.items() if value is not None}
+    given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
+    suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
     row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))
     if arguments.output is not None:
         write_json(arguments.output, row)
@@ -246,6 +280,13 @@ def run_point(arguments: argparse.Namespace) -> None:
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
 
 
+def run_speed(arguments: argparse.Namespace) -> None:
+    """Time products from codes against dense ones, write the report and print it."""
+    rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
+    write_speeds(arguments.output, rows)
+    print(report.table(rows, SPEED_COLUMNS))
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Run the command that was parsed; raises ValueError or OSError with the reason on one line."""
     transformers.logging.set_verbosity_error()
@@ -256,5 +297,6 @@ def run(arguments: argparse.Namespace) -> None:
         "benchmark": run_benchmark,
         "study": run_study,
         "point": run_point,
+        "speed": run_speed,
     }
     commands[arguments.command](arguments)

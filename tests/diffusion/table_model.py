@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from thermo_lib.diffusion.sampling import SAMPLERS, generate
@@ -20,6 +21,7 @@ class TableLM:
 
     table: Tensor
     mask_token_id: int = MASK
+    device = torch.device("cpu")
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Nothing depends on the timestep."""

@@ -123,7 +123,7 @@ def test_what_nobody_asks_for_is_dropped(tmp_path: Path, suite: Suite, unsmoothe
 
 
 def test_the_digest_of_the_code_covers_what_computes(tmp_path: Path) -> None:
-    names = {"quant/layers.py", "quant/planes.cpp", "models/lm.py", "diffusion/path_kl.py", "evaluation/scores.py"}
+    names = {"quant/layers.py", "quant/kernels.cpp", "models/lm.py", "diffusion/path_kl.py", "evaluation/scores.py"}
     found = {str(file.relative_to(module._LIBRARY)) for file in module._files()}
     assert names <= found
     assert not any(name.startswith(("studies", "reference", "pipeline")) for name in found)

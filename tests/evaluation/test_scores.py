@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from thermo_lib.diffusion.states import States
 from thermo_lib.evaluation import scores as scores_module
 from thermo_lib.evaluation.scores import (
     Evaluation,
+    PuzzlePaths,
     PuzzleResult,
     Suite,
     accuracy_interval,
@@ -48,6 +50,12 @@ class FixedLM:
     tokenizer: Tokenizer | None = None
     mask_token_id: int = 0
     name: str = "fixed"
+    device = torch.device("cpu")
+    rows_at_a_time = 7
+
+    def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
+        """As ``DiffusionLM.logit_parts``."""
+        yield from self.logits(ids, at).split(self.rows_at_a_time)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Nothing depends on the timestep."""
@@ -226,11 +234,12 @@ class TestPuzzles:
         puzzles = make_puzzles("sudoku", 30, 0, test=True)
         sure = oracle(puzzles, tokenizer)
         answer_tokens = float(encode_puzzles(puzzles, tokenizer, TASK_LENGTH)[1].sum(1)[0])
-        assert puzzles_under_bound(sure, sure, puzzles, timesteps=1) == {
+        paths = PuzzlePaths(sure, puzzles, timesteps=1)
+        assert puzzles_under_bound(paths, sure) == {
             "path_kl": 0, "bound": 0, "solved_reference": 1, "solved": 1, "difference": 0
         }  # fmt: skip
         for logit in (14, 11):
-            found = puzzles_under_bound(sure, FixedLM(sure.table * logit / 50, tokenizer), puzzles, timesteps=1)
+            found = puzzles_under_bound(paths, FixedLM(sure.table * logit / 50, tokenizer))
             # The sure model gives its token all the probability, so each token's divergence is -log q(token).
             others = tokenizer.get_vocab_size() - 2
             expected = answer_tokens * math.log1p(others * math.exp(-logit))

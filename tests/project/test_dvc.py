@@ -79,7 +79,7 @@ ALL_BUT_TRAINING = {
     "report",
     "smoothing_study",
 }
-COMMITTED_WHOLE = ("train", "peers", "cluster")
+COMMITTED_WHOLE = ("train", "peers", "cluster", "speed")
 
 
 @pytest.mark.parametrize(

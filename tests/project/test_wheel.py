@@ -73,7 +73,7 @@ def test_wheel_holds_every_tracked_file_of_the_library_and_the_plug_in(wheel: Pa
     tracked = run("git", "ls-files", "-z", "thermo_lib", cwd=ROOT).split("\0")
     expected = {name for name in tracked if (ROOT / name).is_file()}
     plug_in = {name for name in expected if "/lm_eval_plugin/" in name}
-    assert {"thermo_lib/quant/planes.cpp", "thermo_lib/reference/model.safetensors"} < expected
+    assert {"thermo_lib/quant/kernels.cpp", "thermo_lib/reference/model.safetensors"} < expected
     files = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     moved = {"thermo_lm_eval.pth", "thermo_lm_eval.py"}
     assert moved == {Path(name).name for name in plug_in}

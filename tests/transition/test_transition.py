@@ -40,6 +40,8 @@ class ToyLM:
 
     table: Tensor
     mask_token_id: int = MASK
+    device = torch.device("cpu")
+    rows_at_a_time = 3
 
     @classmethod
     def random(cls, seed: int) -> "ToyLM":
@@ -55,6 +57,10 @@ class ToyLM:
         logits = self.table[ids[:, 0], ids[:, 1]][at].clone()
         logits[:, MASK] = -1e30
         return logits
+
+    def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
+        """As ``DiffusionLM.logit_parts``."""
+        yield from self.logits(ids, at).split(self.rows_at_a_time)
 
     def probability(self, state: State, position: int, token: int) -> float:
         """Of a token at a masked position, computed without torch's softmax."""

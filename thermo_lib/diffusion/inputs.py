@@ -77,7 +77,7 @@ def group_by_input(linears: Mapping[str, nn.Module], run: Callable[[], object]) 
 def shared_inputs(lm: DiffusionLM, names: list[str]) -> list[list[str]]:
     """Names of a model's linears grouped by the input tensor that they share."""
     linears = {name: lm.model.get_submodule(name) for name in names}
-    return group_by_input(linears, lambda: lm.model.hidden(torch.full((1, 2), lm.mask_token_id)))
+    return group_by_input(linears, lambda: lm.model.hidden(torch.full((1, 2), lm.mask_token_id, device=lm.device)))
 
 
 @torch.no_grad()
@@ -104,6 +104,7 @@ def run_states(
     def receive(name: str, x: Tensor) -> None:
         consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])
 
+    calibration = calibration.to(lm.device)
     work = list(calibration.batches(batch_size))
     with watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):
         for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):

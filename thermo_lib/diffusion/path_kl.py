@@ -57,6 +57,7 @@ def reference_logits(lm: DiffusionLM, states: States, timesteps: int, batch_size
     Each is float32 ``(masked, vocabulary)``, see ``DiffusionLM.logits``.
     """
     outputs = []
+    states = states.to(lm.device)
     for timestep, rows in states.batches(batch_size):
         lm.set_timestep(timestep, timesteps)
         outputs.append(lm.logits(states.ids[rows], states.is_masked[rows]))
@@ -81,7 +82,8 @@ def path_kl(
         quantized: the other model.
         states: the full-precision model's ``trajectory_states``: every sequence at every timestep, in order.
         timesteps: ``T``.
-        reference_outputs: what ``reference_logits`` returned for the same states and batch size.
+        reference_outputs: what ``reference_logits`` returned for the same states and batch size; None computes them
+            again, a part at a time.
         batch_size: states a forward pass.
         progress: label of a progress bar; None for none.
 
@@ -95,35 +97,38 @@ def path_kl(
             f"states: found {counts.tolist()} states a timestep, "
             f"expected every sequence at each of {timesteps} timesteps"
         )
-    if reference_outputs is None:
-        reference_outputs = reference_logits(reference, states, timesteps, batch_size)
-    rho = unmask_probabilities(timesteps)
-    kl = torch.zeros((sequences, timesteps), dtype=torch.float64)
+    states = states.to(quantized.device)
+    rho = unmask_probabilities(timesteps).tolist()
+    kl = torch.zeros((sequences, timesteps), dtype=torch.float64, device=states.ids.device)
     cosine = torch.full_like(kl, torch.nan)
     seen = [0] * timesteps
     batches = list(states.batches(batch_size))
-    for (timestep, rows), p_logits in zip(
-        tqdm(batches, desc=progress, disable=progress is None, leave=False), reference_outputs, strict=True
-    ):
-        quantized.set_timestep(timestep, timesteps)
+    for number, (timestep, rows) in enumerate(tqdm(batches, desc=progress, disable=progress is None, leave=False)):
+        for lm in (reference, quantized):
+            lm.set_timestep(timestep, timesteps)
         is_masked = states.is_masked[rows]
-        q_logits = quantized.logits(states.ids[rows], is_masked)
-        log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
-        divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+        if reference_outputs is None:
+            p_parts = reference.logit_parts(states.ids[rows], is_masked)
+        else:
+            p_parts = reference_outputs[number].split(quantized.rows_at_a_time)
+        divergences, similarities = [], []
+        for p_logits, q_logits in zip(p_parts, quantized.logit_parts(states.ids[rows], is_masked), strict=True):
+            log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            similarities.append(_cosine(p_logits, q_logits, quantized.mask_token_id))
+        divergence, similarity = torch.cat(divergences), torch.cat(similarities)
         index = slice(seen[timestep], seen[timestep] + len(rows))
         seen[timestep] += len(rows)
         kl[index, timestep] = rho[timestep] * _row_sums(divergence, is_masked)
-        similarity = _cosine(p_logits, q_logits, quantized.mask_token_id)
         cosine[index, timestep] = _row_sums(similarity, is_masked) / is_masked.sum(1)
-    return PathKLEstimate(kl, cosine)
+    return PathKLEstimate(kl.cpu(), cosine.cpu())
 
 
 def _row_sums(values: Tensor, is_masked: Tensor) -> Tensor:
     """Sum values given at the masked positions, row by row."""
-    return torch.zeros(is_masked.shape, dtype=torch.float64).masked_scatter(is_masked, values.double()).sum(1)
+    return torch.zeros_like(is_masked, dtype=torch.float64).masked_scatter(is_masked, values.double()).sum(1)
 
 
 def _cosine(a: Tensor, b: Tensor, mask_token_id: int) -> Tensor:
-    keep = [i for i in range(a.shape[-1]) if i != mask_token_id]
-    a, b = a[:, keep], b[:, keep]
+    a, b = (torch.cat([x[:, :mask_token_id], x[:, mask_token_id + 1 :]], -1) for x in (a, b))
     return torch.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)

@@ -61,13 +61,14 @@ def mask_tokens(
         ids: int64 ``(batch, length)``.
         ratio: ``(batch,)`` in [0, 1].
         mask_token_id: id written at masked positions.
-        generator: source of randomness.
+        generator: source of randomness, of the CPU: equal seeds give equal masks on every device.
         allowed: bool ``(batch, length)``, the positions that may be masked; all by default.
 
     Returns:
         ``(masked_ids, is_masked)``, both ``(batch, length)``.
     """
-    is_masked = torch.rand(ids.shape, generator=generator, dtype=torch.float32) < ratio[:, None]
+    drawn = torch.rand(ids.shape, generator=generator, dtype=torch.float32).to(ids.device)
+    is_masked = drawn < ratio[:, None].to(ids.device)
     if allowed is not None:
         is_masked &= allowed
     return torch.where(is_masked, mask_token_id, ids), is_masked
@@ -79,14 +80,27 @@ def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Ten
     The nucleus is that of all tokens, as in Dream's sampling loop (arXiv 2508.15487).
     """
     if top_p is not None and top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before > top_p)
-        logits = logits.masked_fill(drop, -torch.inf)
+        logits = logits.masked_fill(_outside_nucleus(logits.softmax(-1), top_p), -torch.inf)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -torch.inf)
     return logits
+
+
+_LIKELY = 1024  # tokens among which a nucleus is looked for first
+
+
+def _outside_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Which tokens come after those of mass ``top_p``, bool of the same shape.
+
+    A nucleus is small as a rule, and to sort a large vocabulary takes as long as a block of the model.
+    """
+    for count in (min(_LIKELY, probabilities.shape[-1]), probabilities.shape[-1]):
+        likeliest, order = probabilities.topk(count)
+        mass = likeliest.cumsum(-1)
+        if (mass[..., -1] > top_p).all():
+            break
+    return torch.ones_like(probabilities, dtype=torch.bool).scatter(-1, order, mass - likeliest > top_p)
 
 
 def sample_tokens(
@@ -185,7 +199,7 @@ def block_numbers(is_masked: Tensor, block_length: int | None, timesteps: int) -
         ValueError: an empty block, or timesteps that can't be divided equally.
     """
     if block_length is None:
-        return torch.zeros(is_masked.shape, dtype=torch.int64), timesteps
+        return torch.zeros_like(is_masked, dtype=torch.int64), timesteps
     _check_count("block_length", block_length)
     number = (is_masked.cumsum(1) - 1).clamp(min=0) // block_length
     blocks = int(number.max()) + 1 if number.numel() else 1
@@ -221,8 +235,8 @@ def generate(
 
     Args:
         lm: the model; its time-aware layers are told each timestep.
-        ids: integers ``(batch, length)`` with mask tokens where text is wanted; on any device, the work beside the
-            model's is done on the CPU, where also the hooks' tensors are.
+        ids: integers ``(batch, length)`` with mask tokens where text is wanted, on any device. All work is done on the
+            model's device, where also the hooks' tensors are; logits never leave it.
         timesteps: number of denoising steps ``T``.
         attention_mask: bool ``(batch, length)``, False at padding, which is on the left and is never filled; None
             where there is none.
@@ -235,7 +249,8 @@ def generate(
             ``origin`` each with that chance. ``low_confidence`` has no ``eps``.
         block_length: fill blocks of that many masked positions one after the other, left to right, each in its
             share of the timesteps (arXiv 2502.09992, section 2.4); None fills all together.
-        seed: equal seeds give equal texts, whatever the batch size.
+        seed: equal seeds give equal texts, whatever the batch size. Random numbers are drawn on the CPU, so that they
+            are the same on every device.
         batch_size: sequences a forward pass.
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
@@ -257,8 +272,11 @@ def generate(
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
     _check_count("batch_size", batch_size)
     _check_ids(ids)
-    result = ids.to("cpu", torch.int64, copy=True)
+    device = lm.device
+    result = ids.to(device, torch.int64, copy=True)
     is_text = _is_text(attention_mask, ids)
+    padded = not bool(is_text.all())
+    is_text = is_text.to(device)
     batches = [slice(start, min(start + batch_size, len(ids))) for start in range(0, len(ids), batch_size)]
     if on_tokens is not None:
         for rows in batches:
@@ -270,19 +288,19 @@ def generate(
             lm.set_timestep(timestep, timesteps)
             generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
             # Drawn for every position at once, so that the batch size doesn't change a position's random numbers.
-            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float32)
+            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float32).to(device)
             for rows in batches:
                 if on_state is not None:
                     on_state(timestep, rows, result[rows])
-                x, visible = result[rows], is_text[rows]
-                is_open = (x == lm.mask_token_id) & visible & (block[rows] <= timestep // steps)
+                x, visible = result[rows], (is_text[rows],) if padded else ()  # without a mask the model is faster
+                is_open = (x == lm.mask_token_id) & is_text[rows] & (block[rows] <= timestep // steps)
                 everywhere = None
                 if on_logits is not None or on_tokens is not None:
-                    everywhere = _logits(lm, x, torch.ones_like(is_open), visible).unflatten(0, x.shape)
+                    everywhere = lm.logits(x, torch.ones_like(is_open), *visible).unflatten(0, x.shape)
                 if on_logits is not None:
                     everywhere = _same_shape("on_logits", on_logits(timestep, x, everywhere), everywhere)
                 if is_open.any():
-                    logits = _logits(lm, x, is_open, visible) if everywhere is None else everywhere[is_open]
+                    logits = lm.logits(x, is_open, *visible) if everywhere is None else everywhere[is_open]
                     x = _denoise(x, logits, is_open, rho[timestep % steps], sampling, uniform[:, rows])
                 if on_tokens is not None:
                     x = _same_shape("on_tokens", on_tokens(timestep, x, everywhere), x)
@@ -299,21 +317,15 @@ def _check_ids(ids: Tensor) -> None:
 
 
 def _is_text(attention_mask: Tensor | None, ids: Tensor) -> Tensor:
-    """Where there is no padding, bool ``(batch, length)`` on the CPU."""
+    """Where there is no padding, bool ``(batch, length)``."""
     if attention_mask is None:
-        return torch.ones(ids.shape, dtype=torch.bool)
+        return torch.ones_like(ids, dtype=torch.bool)
     if attention_mask.dtype != torch.bool or attention_mask.shape != ids.shape:
         found = f"found {attention_mask.dtype} of shape {tuple(attention_mask.shape)}"
         raise ValueError(f"attention_mask: {found}, allowed is torch.bool of shape {tuple(ids.shape)}")
-    is_text = attention_mask.cpu()
-    if (is_text[:, :-1] & ~is_text[:, 1:]).any():
+    if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
         raise ValueError("attention_mask: found padding after text, allowed is padding on the left")
-    return is_text
-
-
-def _logits(lm: DiffusionLM, x: Tensor, at: Tensor, is_text: Tensor) -> Tensor:
-    """Logits ``(n, vocabulary)`` at chosen positions; without padding the model is given no mask, which is faster."""
-    return lm.logits(x, at) if is_text.all() else lm.logits(x, at, is_text)
+    return attention_mask
 
 
 def _same_shape(hook: str, returned: Tensor, given: Tensor) -> Tensor:
@@ -334,7 +346,7 @@ def _denoise(x: Tensor, logits: Tensor, is_open: Tensor, rho: float, sampling: S
         return torch.where(is_open & (for_position < rho), filled, x)
     if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
         probabilities = logits.float().softmax(-1)
-    score = torch.full(x.shape, -torch.inf, dtype=torch.float32)
+    score = torch.full(x.shape, -torch.inf, dtype=torch.float32, device=x.device)
     score[is_open] = confidence(sampling.sampler, tokens, probabilities)
     if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
         score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()

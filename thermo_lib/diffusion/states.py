@@ -6,7 +6,7 @@ ancestral denoising, which is where a quantized model will be used.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import held_out_sequences
 from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_tasks, make_puzzles
+from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
 from thermo_lib.models.lm import DiffusionLM
 
@@ -55,6 +56,10 @@ class States:
             raise ValueError(
                 f"calibration: timestep: found shape {tuple(self.timestep.shape)}, expected ({len(self.ids)},)"
             )
+
+    def to(self, device: torch.device | str) -> "States":
+        """The states on a device."""
+        return States(*(tensor.to(device) for tensor in vars(self).values()))
 
     def __getitem__(self, rows: Tensor) -> "States":
         return States(*(tensor[rows] for tensor in vars(self).values()))
@@ -98,6 +103,10 @@ class Calibration:
         for number, part in enumerate(self.parts):
             for timestep, rows in part.batches(batch_size):
                 yield number, timestep, rows
+
+    def to(self, device: torch.device | str) -> "Calibration":
+        """The states on a device."""
+        return Calibration(tuple(part.to(device) for part in self.parts), self.timesteps, self.source)
 
     def tensors(self) -> dict[str, Tensor]:
         """The states' tensors by number of the part and name, e.g. ``0.ids``."""
@@ -157,7 +166,7 @@ def forward_states(ids: Tensor, allowed: Tensor | None, timesteps: int, mask_tok
     return States(
         torch.cat([masked for masked, _ in parts]),
         torch.cat([is_masked for _, is_masked in parts]),
-        torch.arange(timesteps).repeat_interleave(len(ids)),
+        torch.arange(timesteps, device=ids.device).repeat_interleave(len(ids)),
         ids.repeat(timesteps, 1),
     )
 
@@ -183,7 +192,8 @@ def trajectory_states(
         progress: label of a progress bar; None for none.
 
     Returns:
-        ``sequences * timesteps`` states, timestep by timestep; state ``i`` is what step ``i`` starts from.
+        ``sequences * timesteps`` states, timestep by timestep, on the device of ``ids``; state ``i`` is what step ``i``
+        starts from.
     """
     start = torch.where(torch.ones_like(ids, dtype=torch.bool) if allowed is None else allowed, lm.mask_token_id, ids)
     seen: list[Tensor] = []
@@ -199,11 +209,11 @@ def trajectory_states(
         on_state=lambda timestep, rows, x: seen.append(x.clone()),
         progress=progress,
     )
-    states = torch.cat(seen)
+    states = torch.cat(seen).to(ids.device)
     return States(
         states,
         states == lm.mask_token_id,
-        torch.arange(timesteps).repeat_interleave(len(ids)),
+        torch.arange(timesteps, device=ids.device).repeat_interleave(len(ids)),
         final.repeat(timesteps, 1),
     )
 
@@ -239,6 +249,26 @@ def calibration_batches(
         return [(code, None)]
     made = [puzzle for task in TASKS for puzzle in make_puzzles(task, puzzles, seed, test=False)]
     return [(code, None), encode_puzzles(made, lm.tokenizer, task_length)]
+
+
+def text_batches(
+    lm: DiffusionLM, texts: Sequence[str], *, sequences: int = 128, length: int = 512, seed: int = 0
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Calibration text of the user's own.
+
+    Args:
+        lm: the model; only its tokenizer and configuration are used.
+        texts: see ``data.texts.read_texts``.
+        sequences, length: number of sequences, and of tokens of each.
+        seed: seeds the choice of sequences.
+
+    Returns:
+        ``(ids, allowed)`` pairs as ``calibrate`` takes them.
+
+    Raises:
+        ValueError: too little text.
+    """
+    return [(text_sequences(texts, lm.tokenizer, sequences, length, seed, lm.end_token_id), None)]
 
 
 def calibrate(

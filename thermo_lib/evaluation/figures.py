@@ -3,7 +3,7 @@
 import io
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thermo_lib.extras import needs
 from thermo_lib.files.text import write_text
@@ -68,6 +68,28 @@ def panels(
     _, axes = _axes(len(figures), width=5.2)
     for ax, (title, series) in zip(axes, figures.items(), strict=True):
         lines(series, ylabel=ylabel, title=title, log=log, xlabel=xlabel, ax=ax)
+
+
+def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Time against the dense product by number of tokens, a panel for each linear and a line for each kernel.
+
+    Args:
+        rows: with ``linear``, ``kernel``, ``tokens``, ``times_dense`` and its interval ``ci``.
+    """
+    linears = list(dict.fromkeys(row["linear"] for row in rows))
+    kernels = list(dict.fromkeys(row["kernel"] for row in rows))
+    _, axes = _axes(len(linears), width=4.6, height=3.8)
+    for ax, linear in zip(axes, linears, strict=False):
+        for number, kernel in enumerate(kernels):
+            found = [row for row in rows if (row["linear"], row["kernel"]) == (linear, kernel)]
+            x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+            ax.plot(x, y, color=COLORS[number], marker=MARKERS[number], markersize=5, label=kernel)
+            ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=COLORS[number], alpha=0.2)
+        ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16", title=linear)
+        ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}))
+        ax.minorticks_off()
+    axes[0].legend(frameon=False, fontsize="small")
 
 
 def intervals(

@@ -80,6 +80,7 @@ class Measured:
             OSError: no space left, or no right to write; an earlier file is as it was.
         """
         self._snapshot.save(dict(sorted(self._used.items())))
+        self._snapshot.path.chmod(0o644)
 
 
 def _tensors(found: Evaluation) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ percentiles over sequences.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,11 +30,14 @@ from thermo_lib.data.puzzles import (
     make_puzzles,
     read_jsonl,
 )
+from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.path_kl import PathKLEstimate, path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
 from thermo_lib.evaluation.statistics import RESAMPLES, interval
 from thermo_lib.models.lm import DiffusionLM
+
+_KEPT_LOGITS = 2**28  # a GiB in float32
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,10 @@ class Suite:
     resamples: int = RESAMPLES
 
     @cached_property
-    def reference_outputs(self) -> list[Tensor]:
-        """The reference's logits on ``trajectories``, see ``reference_logits``."""
-        return reference_logits(self.reference, self.trajectories, self.timesteps)
+    def reference_outputs(self) -> list[Tensor] | None:
+        """The reference's logits on ``trajectories``, see ``reference_logits``; None where they would be too many."""
+        count = int(self.trajectories.is_masked.sum()) * self.reference.model.config.vocab_size
+        return reference_logits(self.reference, self.trajectories, self.timesteps) if count <= _KEPT_LOGITS else None
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,7 @@ def build_suite(
     trajectories: int = 16,
     sudoku: int = 40,
     length: int = corpus.SEQUENCE_LENGTH,
+    texts: Sequence[str] | None = None,
     sampler: str = "entropy",
     temperature: float = 0.0,
     resamples: int = RESAMPLES,
@@ -137,16 +142,20 @@ def build_suite(
     Args:
         reference: the full-precision model.
         timesteps: number of denoising steps ``T``.
-        sequences: number of sequences of held-out code.
+        sequences: number of held-out sequences.
         trajectories: number of the reference's own trajectories.
         sudoku: number of Sudoku puzzles; none where the tokenizer doesn't know the task.
         length: tokens of a sequence and of a trajectory.
+        texts: what the sequences come from, see ``data.texts``; None for the project's held-out code.
         sampler, temperature: how the puzzles are answered, see ``generate``.
         resamples: number of bootstrap samples of the intervals.
         seed: seeds all of it.
         progress: show bars.
     """
-    code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, sequences, length, seed)
+    if texts is None:
+        code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, sequences, length, seed)
+    else:
+        code = text_sequences(texts, reference.tokenizer, sequences, length, seed, reference.end_token_id)
     paths = trajectory_states(
         reference,
         torch.full((trajectories, length), reference.mask_token_id),
@@ -221,46 +230,72 @@ def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bo
     return solve_puzzles(lm, read_jsonl(path, task), progress=progress)
 
 
-def puzzles_under_bound(
-    reference: DiffusionLM,
-    quantized: DiffusionLM,
-    puzzles: list[Puzzle],
-    timesteps: int,
-    seed: int = 0,
-    task_length: int = TASK_LENGTH,
-) -> dict[str, float]:
-    """What path KL promises about solved puzzles, and what is solved.
+@dataclass(frozen=True)
+class PuzzlePaths:
+    """What the full-precision model does on puzzles, to which quantized models are compared.
 
-    Both models denoise with the ancestral sampler at temperature 1, to which path KL belongs. Whether a puzzle is
-    solved is a function of the path, so by data processing and Pinsker's inequality the shares of solved puzzles
-    differ by at most ``sqrt(path KL / 2)``, the path KL averaged over the puzzles (the root is concave).
+    It denoises with the ancestral sampler at temperature 1, to which path KL belongs.
 
-    Args:
+    Attributes:
         reference: the full-precision model.
-        quantized: the other model.
         puzzles: of one or several tasks.
         timesteps: ``T``.
-        seed: seeds both samplers.
-        task_length: tokens of a puzzle.
+        seed: seeds the sampler.
+        task_length: number of tokens of a puzzle.
+    """
+
+    reference: DiffusionLM
+    puzzles: list[Puzzle]
+    timesteps: int
+    seed: int = 0
+    task_length: int = TASK_LENGTH
+
+    @cached_property
+    def states(self) -> States:
+        """The reference's trajectories."""
+        ids, is_answer = encode_puzzles(self.puzzles, self.reference.tokenizer, self.task_length)
+        return trajectory_states(self.reference, ids, is_answer, self.timesteps, self.seed)
+
+    @cached_property
+    def outputs(self) -> list[Tensor]:
+        """The reference's logits on them."""
+        return reference_logits(self.reference, self.states, self.timesteps)
+
+    @cached_property
+    def solved(self) -> float:
+        """Share of the puzzles that the reference solves."""
+        return self.solved_by(self.reference)
+
+    def solved_by(self, lm: DiffusionLM) -> float:
+        """Share of the puzzles that a model solves with the same sampler and seed."""
+        ids, is_answer = encode_puzzles(self.puzzles, lm.tokenizer, self.task_length)
+        start = torch.where(is_answer, lm.mask_token_id, ids)
+        how = {"timesteps": self.timesteps, "sampler": "origin", "temperature": 1.0, "eps": 0.0, "seed": self.seed}
+        answers = decode_answers(generate(lm, start, **how), is_answer, lm.tokenizer)
+        return sum(is_solution(p, a) for p, a in zip(self.puzzles, answers, strict=True)) / len(self.puzzles)
+
+
+def puzzles_under_bound(paths: PuzzlePaths, quantized: DiffusionLM) -> dict[str, float]:
+    """What path KL promises about solved puzzles, and what is solved.
+
+    Whether a puzzle is solved is a function of the path, so by data processing and Pinsker's inequality the shares of
+    solved puzzles differ by at most ``sqrt(path KL / 2)``, the path KL averaged over the puzzles (the root is concave).
+
+    Args:
+        paths: what the full-precision model does.
+        quantized: the other model.
 
     Returns:
         ``path_kl`` (nats per puzzle), ``bound``, and ``solved_reference``, ``solved``, ``difference`` (0-1).
     """
-    ids, is_answer = encode_puzzles(puzzles, reference.tokenizer, task_length)
-    states = trajectory_states(reference, ids, is_answer, timesteps, seed)
-    divergence = path_kl(reference, quantized, states, timesteps).total
-    start = torch.where(is_answer, reference.mask_token_id, ids)
-    solved = []
-    for lm in (reference, quantized):
-        filled = generate(lm, start, timesteps=timesteps, sampler="origin", temperature=1.0, eps=0.0, seed=seed)
-        answers = decode_answers(filled, is_answer, lm.tokenizer)
-        solved.append(sum(is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)) / len(puzzles))
+    found = path_kl(paths.reference, quantized, paths.states, paths.timesteps, reference_outputs=paths.outputs).total
+    solved = paths.solved_by(quantized)
     return {
-        "path_kl": divergence,
-        "bound": math.sqrt(divergence / 2),
-        "solved_reference": solved[0],
-        "solved": solved[1],
-        "difference": abs(solved[1] - solved[0]),
+        "path_kl": found,
+        "bound": math.sqrt(found / 2),
+        "solved_reference": paths.solved,
+        "solved": solved,
+        "difference": abs(solved - paths.solved),
     }
 
 
@@ -269,25 +304,30 @@ def masked_token_scores(
     lm: DiffusionLM, states: States, timesteps: int, *, batch_size: int = 64, progress: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correct tokens, masked tokens and summed negative log-likelihood, each float64 ``(sequences, timesteps)``."""
-    sequences = len(states.ids) // timesteps
-    correct, masked, nll = (torch.zeros((sequences, timesteps), dtype=torch.float64) for _ in range(3))
+    sequences, states = len(states.ids) // timesteps, states.to(lm.device)
+    like = {"dtype": torch.float64, "device": states.ids.device}
+    correct, masked, nll = (torch.zeros((sequences, timesteps), **like) for _ in range(3))
     batches = list(states.batches(batch_size))
     seen = [0] * timesteps
     for timestep, rows in tqdm(batches, desc=progress, disable=progress is None, leave=False):
         lm.set_timestep(timestep, timesteps)
         is_masked, clean = states.is_masked[rows], states.clean[rows]
-        logits = lm.logits(states.ids[rows], is_masked)
         truth = clean[is_masked]
+        likeliest, loss = [], []
+        parts = truth.split(lm.rows_at_a_time)
+        for logits, part in zip(lm.logit_parts(states.ids[rows], is_masked), parts, strict=True):
+            likeliest.append(logits.argmax(-1) == part)
+            loss.append(F.cross_entropy(logits, part, reduction="none"))
         index = slice(seen[timestep], seen[timestep] + len(rows))
         seen[timestep] += len(rows)
         for target, values in (
-            (correct, logits.argmax(-1) == truth),
+            (correct, torch.cat(likeliest)),
             (masked, torch.ones_like(truth)),
-            (nll, F.cross_entropy(logits, truth, reduction="none")),
+            (nll, torch.cat(loss)),
         ):
-            grid = torch.zeros(is_masked.shape, dtype=torch.float64)
+            grid = torch.zeros(is_masked.shape, **like)
             target[index, timestep] = grid.masked_scatter(is_masked, values.double()).sum(1)
-    return correct, masked, nll
+    return correct.cpu(), masked.cpu(), nll.cpu()
 
 
 def accuracy_per_sequence(correct: Tensor, masked: Tensor) -> Tensor:

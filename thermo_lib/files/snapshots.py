@@ -23,7 +23,7 @@ def digest(*parts: Any) -> str:
         if isinstance(part, Mapping) and any(isinstance(value, Tensor) for value in part.values()):
             for name, tensor in sorted(part.items()):
                 found.update(name.encode())
-                found.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+                found.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
         else:
             found.update(json.dumps(part, sort_keys=True).encode())
     return found.hexdigest()[:16]
@@ -48,7 +48,7 @@ class Snapshot:
             OSError: no space left, or no right to write; an earlier file is as it was.
         """
         temporary = self.path.with_suffix(".tmp")
-        tensors = {k: v.detach().contiguous().clone() for k, v in state.items()}
+        tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
         with writing(self.path, "an earlier snapshot is kept, the same call goes on from there"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:

@@ -4,7 +4,7 @@ Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), f
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from thermo_lib.models.tokenization import (
 )
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
+_LOGITS = 2**25  # of a part of ``logit_parts``
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
 
@@ -66,6 +67,17 @@ class DiffusionLM:
             raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
         return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.device
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The id that ends a text, by the model's configuration; None where it has none."""
+        found = self.model.config.eos_token_id
+        return found[0] if isinstance(found, list) else found
+
     def decode(self, ids: Tensor) -> str:
         """Text of token ids ``(length,)``, up to the first special token."""
         special = {number for number, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
@@ -93,13 +105,28 @@ class DiffusionLM:
         Raises:
             ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
+        logits = self.model.lm_head(self._states(ids, at, attention_mask))
+        return token_logits(logits, self.mask_token_id).to(ids.device)
+
+    @torch.no_grad()
+    def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
+        """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large."""
+        for states in self._states(ids, at, None).split(self.rows_at_a_time):
+            yield token_logits(self.model.lm_head(states), self.mask_token_id).to(ids.device)
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Number of positions of a part of ``logit_parts``."""
+        return max(1, _LOGITS // self.model.config.vocab_size)
+
+    def _states(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The states from which the head predicts at chosen positions, ``(n, hidden)``."""
         device, vocab_size = self.model.device, self.model.config.vocab_size
         is_unknown = (ids < 0) | (ids >= vocab_size)
         if is_unknown.any():
             raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
         visible = None if attention_mask is None else attention_mask.to(device)
-        logits = self.model.lm_head(self.model.hidden(ids.to(device), visible)[at.to(device)])
-        return token_logits(logits, self.mask_token_id).to(ids.device)
+        return self.model.hidden(ids.to(device), visible)[at.to(device)]
 
 
 def token_logits(logits: Tensor, mask_token_id: int) -> Tensor:

@@ -20,8 +20,10 @@ from thermo_lib.transition.fit import fit_to_output, fit_to_path_kl, output_erro
 from thermo_lib.transition.loss import TransitionLoss
 from thermo_lib.transition.parameters import TrainableRanges
 
+Samples = list[tuple[list[str], InputSample]]
 
-def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> list[tuple[list[str], InputSample]]:
+
+def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> Samples:
     """The quantized layers, those that share an input together, with a random sample of that input.
 
     Args:
@@ -50,14 +52,13 @@ def present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
     return ranges
 
 
-def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> dict[str, TrainableRanges]:
+def _clip_ranges(lm: QuantizedLM, samples: Samples, progress: bool) -> dict[str, TrainableRanges]:
     """Static activation ranges for least squared error of the activations, or then of the layers' outputs.
 
     Layers that share an input share them.
     """
     config, how = lm.config, lm.config.activations
     layers = lm.quantized_layers()
-    samples = shared_input_samples(lm, calibration)
     ranges: dict[str, TrainableRanges] = {}
     for names, sample in tqdm(samples, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
@@ -84,11 +85,15 @@ def _clip_ranges(lm: QuantizedLM, calibration: Calibration, progress: bool) -> d
 
 
 def quantize_activations(
-    lm: QuantizedLM, reference: DiffusionLM | None, calibration: Calibration | None, progress: bool
+    lm: QuantizedLM,
+    reference: DiffusionLM | None,
+    calibration: Calibration | None,
+    progress: bool,
+    samples: Samples | None = None,
 ) -> None:
     how = lm.config.activations
     if isinstance(how, Static):
-        ranges = _clip_ranges(lm, calibration, progress)
+        ranges = _clip_ranges(lm, samples or shared_input_samples(lm, calibration), progress)
         if how.fit_to == "path_kl":
             loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
             fit_to_path_kl(
@@ -123,6 +128,7 @@ def requantize_activations(
     lm: QuantizedLM,
     calibration: Calibration | None = None,
     *,
+    samples: Samples | None = None,
     reference: DiffusionLM | None = None,
     progress: bool = False,
     **changes: object,
@@ -132,6 +138,7 @@ def requantize_activations(
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
         calibration: states to fit static ranges on.
+        samples: what ``shared_input_samples`` returned for these weights and states; None to sample anew.
         reference: the full-precision model, needed to fit to path KL.
         progress: show a bar.
         changes: ``activations`` and ``time_groups`` of ``ThermoConfig``, or flat names of their settings.
@@ -144,7 +151,8 @@ def requantize_activations(
     config = lm.config.replace(**changes)
     if config.activations is None and config.time_groups is not None:
         raise ValueError(_TIME_DEPENDENT)
-    if config.has_static_ranges and calibration is None:
+    needs_states = config.has_static_ranges and (samples is None or config.activations.fit_to == "path_kl")
+    if needs_states and calibration is None:
         raise ValueError("calibration: found None, required by static activation ranges")
     if config.has_static_ranges and config.activations.fit_to == "path_kl" and reference is None:
         raise ValueError("reference: found None, required by fit_to='path_kl'")
@@ -153,7 +161,7 @@ def requantize_activations(
         layer.input_quantizer = None
     if config.activations is not None:
         with torch.no_grad():
-            quantize_activations(changed, reference, calibration, progress)
+            quantize_activations(changed, reference, calibration, progress, samples)
     return changed
 
 
@@ -238,13 +246,16 @@ def smooth_each_layer(
         BoundarySmoother(None, 1),
         *(BoundarySmoother(method, window) for method in methods for window in windows),
     ]
-    matrices = [each.weights(config.groups.intervals).float() for each in smoothers]
+    device = lm.device
+    matrices = [each.weights(config.groups.intervals).float().to(device) for each in smoothers]
     distinct = [i for i, m in enumerate(matrices) if not any(m.equal(earlier) for earlier in matrices[:i])]
     samples = shared_input_samples(lm, calibration)
     if reference is not None:
         loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
         generator = torch.Generator().manual_seed(config.seed)
-        states = [part[torch.randperm(len(part.ids), generator=generator)[:most_states]] for part in calibration.parts]
+        parts = calibration.to(lm.device).parts
+        orders = [torch.randperm(len(part.ids), generator=generator)[:most_states] for part in parts]
+        states = [part[order.to(part.ids.device)] for part, order in zip(parts, orders, strict=True)]
         targets = [loss.targets(drawn) for drawn in states]
     chosen: dict[str, list[TimeGroupParams]] = {}
     for names, sample in tqdm(samples, desc="smoothing by layer", disable=not progress, leave=False):

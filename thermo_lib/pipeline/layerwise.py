@@ -43,7 +43,8 @@ def coded_blocks(
     Args:
         lm: the model without weights (on the meta device), with the configuration; blocks are quantized in it and
             emptied again.
-        read: a tensor of the full-precision model by the library's name.
+        read: a tensor of the full-precision model by the library's name, on the device where the work is done, which
+            is that of the model's position embeddings.
         calibration: the states.
         snapshot: where the hidden states that enter a block are kept; a stopped run goes on from there.
 
@@ -54,9 +55,11 @@ def coded_blocks(
     state = snapshot.load()
     if state:
         states = part_of(state, "hidden")
-        hidden, start = [states[str(part)] for part in range(len(states))], int(state["block"])
+        device = lm.model.model.rotary_emb.inv_freq.device
+        hidden, start = [states[str(part)].to(device) for part in range(len(states))], int(state["block"])
     else:
         table = read("model.embed_tokens.weight")
+        calibration = calibration.to(table.device)
         hidden, start = [table[part.ids].float() for part in calibration.parts], 0
     quantizer = quantizer_of(lm.config)
     stream = BlockStream(lm, calibration, start, hidden)

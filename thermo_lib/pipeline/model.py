@@ -200,7 +200,7 @@ def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtyp
             module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
         module.packed = stored["packed"]
         module.scale, module.zero_point = stored["weight_scale"], stored["weight_zero_point"]
-        lm.model.set_submodule(table, module)
+        lm.model.set_submodule(table, module.to(module.packed.device))
 
 
 def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:

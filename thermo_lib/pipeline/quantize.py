@@ -30,7 +30,7 @@ def quantize(
     """Quantize a full-precision model into a new one; the given model stays as it is.
 
     Args:
-        lm: the full-precision model.
+        lm: the full-precision model; all work is done on its device.
         config: how to quantize, or the name of a preset such as ``"best"``.
         calibration: states to fit on, see ``calibrate``; needed by all but data-free weights.
         prompts: what fresh training states start from; by default what the calibration states do.
@@ -39,8 +39,8 @@ def quantize(
         progress: show bars.
 
     Raises:
-        ValueError: an unknown preset, a model that is quantized already or not on the CPU, a configuration that needs
-            calibration and there is none, a weight with NaN or infinity, or ``resume`` has a snapshot of another run.
+        ValueError: an unknown preset, a model that is quantized already, a configuration that needs calibration and
+            there is none, a weight with NaN or infinity, or ``resume`` has a snapshot of another run.
     """
     config = ThermoConfig.preset(config) if isinstance(config, str) else config
     _check(lm, config, calibration)
@@ -81,8 +81,8 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
     """Raise ValueError before any work where the model or what it needs isn't right."""
     if isinstance(lm, QuantizedLM):
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
-    if lm.model.device.type != "cpu":
-        raise ValueError(f"lm: found a model on {lm.model.device}, allowed is cpu; what is quantized can be moved")
+    if lm.device.type == "meta":
+        raise ValueError("lm: found a model on meta, without weights, allowed are cpu and GPUs")
     if config.needs_calibration and calibration is None:
         raise ValueError(
             f"calibration: found None, required by {config.needs_calibration}; calibrate(lm) makes it, and the "

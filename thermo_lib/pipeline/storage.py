@@ -110,7 +110,7 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
 
     def write(target: Path) -> None:
         tensors = model_tensors(lm)
-        stored = {tensor_name(lm.model.config, name): tensor.clone() for name, tensor in tensors.items()}
+        stored = {tensor_name(lm.model.config, name): tensor.cpu().clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
         text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)

@@ -90,6 +90,7 @@ def quantize_checkpoint(
     *,
     client: "Client | None" = None,
     shard_bytes: int | None = None,
+    device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> None:
     """Quantize a full-precision checkpoint into a folder that ``load_quantized`` reads.
@@ -107,6 +108,7 @@ def quantize_checkpoint(
         client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
             and output under the same paths. A worker that is lost costs time only.
         shard_bytes: of a file that holds more than one tensor, at most; 512 MiB by default.
+        device: where the work is done, a block and the hidden states that enter it at a time; a cluster has CPUs only.
         progress: show a bar.
 
     Raises:
@@ -124,10 +126,13 @@ def quantize_checkpoint(
             )
         if client is not None:
             raise ValueError(f"client: found one, allowed is None with quantizer={config.quantizer!r}, block by block")
+    if client is not None and torch.device(device).type != "cpu":
+        raise ValueError(f"device: found {device}, allowed is cpu on a cluster")
     folder = model_folder(str(source)).absolute()
     output = output_folder(output, folder)
     with only_writer(output):
-        _quantize(folder, output, config, calibration, client, shard_bytes or _SHARD_BYTES, progress)
+        where = torch.device(device)
+        _quantize(folder, output, config, calibration, client, shard_bytes or _SHARD_BYTES, where, progress)
 
 
 def _quantize(
@@ -137,6 +142,7 @@ def _quantize(
     calibration: Calibration | None,
     client: "Client | None",
     shard_bytes: int,
+    device: torch.device,
     progress: bool,
 ) -> None:
     """``quantize_checkpoint`` after its checks, as the only writer of the output."""
@@ -160,15 +166,16 @@ def _quantize(
     ) as bar:
         if not all(path.is_file() for path in paths[: len(blocks)]):
             rough = config.replace(enable_boundary_smoothing=False)  # as ``quantize`` fits
-            lm = QuantizedLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(folder), rough)
+            model = _skeleton(model_config, device)
+            lm = QuantizedLM(model, tokenizer, model_config.mask_token_id, str(folder), rough)
             snapshot = Snapshot(partial / STATES_NAME, digest(run))
-            for number, tensors in coded_blocks(lm, _reader(tasks), calibration, snapshot):
+            for number, tensors in coded_blocks(lm, _reader(tasks, device), calibration, snapshot):
                 bar.n = sum(task.size for block in blocks[: number + 1] for task in block)
                 bar.refresh()
                 if not paths[number].is_file():
                     _write(paths[number], {tensor_name(model_config, name): t for name, t in tensors.items()})
         bar.reset()
-        for number in _written(shards, paths, model_config, config, client):
+        for number in _written(shards, paths, model_config, config, client, device):
             bar.update(sum(task.size for task in shards[number]))
     weight_map: dict[str, str] = {}
     for path in paths:
@@ -201,14 +208,20 @@ def _finish(output: Path, partial: Path) -> None:
         (output / RUN_NAME).unlink()
 
 
-def _skeleton(model_config: PreTrainedConfig) -> MaskPredictor:
-    """A model without weights: only its position embeddings, which no checkpoint holds, are there."""
+def _skeleton(model_config: PreTrainedConfig, device: torch.device | str = "cpu") -> MaskPredictor:
+    """A model without weights: only its position embeddings, which no checkpoint holds, are there, on a device."""
     model = skeleton(model_config)
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model_config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model_config).to(device)
     return model.eval()
 
 
-def calibration_states(source: str | Path, timesteps: int, count: int | None = None, seed: int = 0) -> Calibration:
+def calibration_states(
+    source: str | Path,
+    timesteps: int,
+    count: int | None = None,
+    seed: int = 0,
+    batches: Callable[[DiffusionLM], list[tuple[Tensor, Tensor | None]]] | None = None,
+) -> Calibration:
     """Calibration states that need no weights: text, masked by the forward process at every timestep's ratio.
 
     Args:
@@ -216,12 +229,16 @@ def calibration_states(source: str | Path, timesteps: int, count: int | None = N
         timesteps: ``T``.
         count: number of states of each length, spread evenly over the timesteps; None for all there are.
         seed: of the text and of the masks.
+        batches: makes the text of the model, which has no weights; None for the project's, see
+            ``states.calibration_batches``.
     """
     folder = model_folder(str(source))
     model_config = read_config(folder)
     tokenizer = read_tokenizer(folder, model_config.vocab_size)
-    lm = DiffusionLM(_skeleton(model_config), tokenizer, model_config.mask_token_id, str(source))
-    whole = calibrate(lm, timesteps=timesteps, source="forward", seed=seed)
+    about = tokenizer, model_config.mask_token_id, str(source)
+    lm = DiffusionLM(_skeleton(model_config), *about, chat_template=read_chat_template(folder))
+    own = {} if batches is None else {"batches": batches(lm)}
+    whole = calibrate(lm, timesteps=timesteps, source="forward", seed=seed, **own)
     most = min(len(part.ids) for part in whole.parts)
     if count is None:
         return whole
@@ -240,8 +257,8 @@ def _by_block(tasks: list[_Task]) -> list[list[_Task]]:
     return [blocks[number] for number in sorted(blocks)]
 
 
-def _reader(tasks: list[_Task]) -> Callable[[str], Tensor]:
-    """Reads a tensor by the library's name."""
+def _reader(tasks: list[_Task], device: torch.device | str = "cpu") -> Callable[[str], Tensor]:
+    """Reads a tensor by the library's name, to a device."""
     known = {task.name: task for task in tasks}
 
     def read(name: str) -> Tensor:
@@ -249,7 +266,7 @@ def _reader(tasks: list[_Task]) -> Callable[[str], Tensor]:
             tensor = file.get_tensor(known[name].key)
         check_full_precision(tensor.dtype, known[name].key, known[name].path)
         check_finite(tensor, known[name].key, known[name].path)
-        return tensor
+        return tensor.to(device)
 
     return read
 
@@ -310,7 +327,9 @@ def _rows(file: safe_open, task: _Task) -> Iterator[Tensor]:
         yield part[start : start + step]
 
 
-def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -> dict[str, Tensor]:
+def _stored(
+    task: _Task, model_config: PreTrainedConfig, config: ThermoConfig, device: torch.device
+) -> dict[str, Tensor]:
     """What is stored of a tensor, by the checkpoint's names."""
     with open_safetensors(task.path) as file:
         if task.bits is None:
@@ -321,7 +340,7 @@ def _stored(task: _Task, model_config: PreTrainedConfig, config: ThermoConfig) -
                 whole[start : start + len(rows)] = rows
                 start += len(rows)
             return {task.key: whole}
-        coded = [coded_weight(rows, task.key, config, task.bits) for rows in _rows(file, task)]
+        coded = [coded_weight(rows.to(device), task.key, config, task.bits) for rows in _rows(file, task)]
     name = task.name.removesuffix(".weight")
     return {
         tensor_name(model_config, f"{name}.{key}"): torch.cat([part[key] for part in coded], dim=-2) for key in coded[0]
@@ -332,7 +351,7 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
     temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a cluster may work on one shard twice
     with writing(path, _KEPT):
         try:
-            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
             temporary.chmod(0o644)
             os.replace(temporary, path)
         except (SafetensorError, OSError):
@@ -340,10 +359,12 @@ def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise
 
 
-def _write_shard(path: Path, shard: list[_Task], model_config: PreTrainedConfig, config: ThermoConfig) -> None:
+def _write_shard(
+    path: Path, shard: list[_Task], model_config: PreTrainedConfig, config: ThermoConfig, device: torch.device
+) -> None:
     """Write a shard of what needs no calibration, unless it is there."""
     if not path.is_file():
-        _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config).items()})
+        _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config, device).items()})
 
 
 def _written(
@@ -352,11 +373,12 @@ def _written(
     model_config: PreTrainedConfig,
     config: ThermoConfig,
     client: "Client | None",
+    device: torch.device,
 ) -> Iterator[int]:
     """Write what is missing of the shards, and yield the number of each as soon as it is there."""
     if client is None:
         for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
-            _write_shard(path, shard, model_config, config)
+            _write_shard(path, shard, model_config, config, device)
             yield number
         return
     as_completed = needs("distributed").as_completed
@@ -368,7 +390,7 @@ def _written(
     try:
         client.wait_for_workers(1, timeout=_WORKER_SECONDS)
         for number, (shard, path) in enumerate(zip(shards, absolute, strict=True)):
-            futures[client.submit(_write_shard, path, shard, model_config, config, pure=False)] = number
+            futures[client.submit(_write_shard, path, shard, model_config, config, device, pure=False)] = number
         for future in as_completed(futures):
             future.result()
             if not paths[futures[future]].is_file():

@@ -118,7 +118,7 @@ def _resume(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
     state = snapshot.load() if snapshot is not None else {}
     if not state:
         return
-    model = part_of(state, "model")
+    model = {name: tensor.to(lm.device) for name, tensor in part_of(state, "model").items()}
     for name, layer in list(lm.model.named_modules()):
         if f"{name}.packed" not in model:
             continue

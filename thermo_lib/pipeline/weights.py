@@ -9,7 +9,7 @@ from types import MappingProxyType
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.diffusion.inputs import run_states, shared_inputs
+from thermo_lib.diffusion.inputs import run_states
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
@@ -26,6 +26,7 @@ from thermo_lib.quant.codes import check_weight, pack
 from thermo_lib.quant.hessians import Hessians
 from thermo_lib.quant.rounding import least_squares
 from thermo_lib.time_aware.groups import TimeGroups
+from thermo_lib.transition.blocks import BlockStream
 from thermo_lib.transition.loss import token_importance
 
 
@@ -76,6 +77,7 @@ def input_hessians(
     Returns:
         Name to float64 ``(groups, in_features, in_features)``.
     """
+    calibration = calibration.to(lm.device)
     found = Hessians({name: lm.model.get_submodule(name) for name in names}, groups.num_groups)
     weights = {name: _in_batches(token_weights[name], calibration) for name in names if name in token_weights}
 
@@ -102,17 +104,15 @@ def quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress:
         return
 
     importance: dict[str, list[Tensor]] = {}
-    shared = shared_inputs(lm, names)
     if counts_tokens(config):
         importance = token_importance(lm, calibration, names, config.seed, "importance" if progress else None)
-        shared = [[name] for name in names]  # the same input counts by what the output is worth
     prepare_quantizer(lm, quantizer, calibration, importance)
-    for block in tqdm(names_by_block(names).values(), desc=label, disable=not progress, leave=False):
-        linears_of = {linears[0]: linears for linears in shared if linears[0] in block}
-        hessians = input_hessians(lm, calibration, list(linears_of), config.weight_groups, importance)
-        for first, linears in linears_of.items():
-            for name in linears:
-                quantize_layer(lm, quantizer, name, hessians[first])
+    stream = BlockStream(lm, calibration)
+    for linears in tqdm(names_by_block(names).values(), desc=label, disable=not progress, leave=False):
+        hessians = stream.hessians(linears, config.weight_groups, importance)
+        for name in linears:
+            quantize_layer(lm, quantizer, name, hessians[name])
+        stream.advance()
 
 
 def quantize_layer(lm: QuantizedLM, quantizer: Quantizer, name: str, hessians: Tensor | None) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from thermo_lib.quant import planes
 
 BIT_WIDTHS = (2, 4, 8)
-SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+SMALLEST_SCALE = planes.SMALLEST_SCALE
 LARGEST = 65504.0  # the largest float16
 LARGEST_ZERO_POINT = 1024.0  # up to here float16 resolves a zero point to half a code or better
 

@@ -43,7 +43,7 @@ def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: f
 def _column_by_column(weight: Tensor, Hinv: Tensor, bits: int, group_size: int) -> QuantizedWeight:
     """The loop of ``gptq``; ``Hinv`` as ``inverse_factor`` gives it."""
     W = weight.double().clone()
-    codes = torch.zeros(weight.shape, dtype=torch.uint8)
+    codes = torch.zeros_like(weight, dtype=torch.uint8)
     scales, zeros = [], []
     for start in range(0, W.shape[1], group_size):
         stop = min(start + group_size, W.shape[1])
@@ -51,7 +51,7 @@ def _column_by_column(weight: Tensor, Hinv: Tensor, bits: int, group_size: int) 
         scales.append(scale)
         zeros.append(zero)
         s, z = scale[:, 0].double(), zero[:, 0].double()
-        Err = torch.zeros((len(W), stop - start), dtype=torch.float64)
+        Err = W.new_zeros((len(W), stop - start))
         for column in range(start, stop):
             q = quantize_codes(W[:, column], s, z, bits)
             codes[:, column] = q.to(torch.uint8)
@@ -174,7 +174,7 @@ _SAFE = 64  # unknowns that torch solves on several threads here
 
 def _solve(A: Tensor, b: Tensor) -> Tensor:
     """``torch.linalg.solve``; large systems on one thread: on more, torch 2.13's float64 LU fails on them, or hangs."""
-    if A.shape[-1] <= _SAFE:
+    if A.shape[-1] <= _SAFE or A.device.type != "cpu":
         return torch.linalg.solve(A, b)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

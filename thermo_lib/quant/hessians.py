@@ -14,12 +14,14 @@ class Hessians:
         num_groups: number of time groups.
 
     Attributes:
-        sums: name to float64 ``(time groups, in_features, in_features)``.
+        sums: name to float64 ``(time groups, in_features, in_features)``, on the linear's device.
     """
 
     def __init__(self, linears: Mapping[str, nn.Linear], num_groups: int = 1):
         self.sums = {
-            name: torch.zeros((num_groups, linear.in_features, linear.in_features), dtype=torch.float64)
+            name: torch.zeros(
+                (num_groups, linear.in_features, linear.in_features), dtype=torch.float64, device=linear.weight.device
+            )
             for name, linear in linears.items()
         }
 

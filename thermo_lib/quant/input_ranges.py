@@ -15,6 +15,8 @@ class DynamicRanges(nn.Module):
         clip: how far a range reaches, as a share of the way from zero to the token's extremes.
     """
 
+    is_by_token = True
+
     def __init__(self, bits: int, clip: float = 1.0):
         super().__init__()
         self.bits, self.clip = bits, clip
@@ -22,6 +24,10 @@ class DynamicRanges(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``x (..., channels)``."""
         return fake_quantize_per_token(x, self.bits, self.clip)
+
+    def of_tokens(self, x: Tensor) -> None:
+        """No ranges are given: each token has its own."""
+        return None
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""
@@ -54,6 +60,18 @@ class StaticRanges(TimestepTable):
         row = self.row()
         scale, zero_point = (self._per_value(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
         return fake_quantize(x, scale, zero_point, self.bits)
+
+    def of_tokens(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Scale and zero point of each token of ``x (..., channels)``, ``(tokens,)``; the channels share a range."""
+        row = self.row()
+        parts = (self._per_value(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
+        scale, zero_point = (part.expand(*x.shape[:-1], 1).reshape(-1) for part in parts)
+        return scale, zero_point
+
+    @property
+    def is_by_token(self) -> bool:
+        """Whether all channels of a token share a range."""
+        return self.scale.shape[2] == 1
 
     def _per_value(self, parameter: Tensor, channels: int) -> Tensor:
         """One row's parameters ``(token states, channel groups)``, broadcast to the input."""

@@ -10,6 +10,7 @@ from thermo_lib.quant import planes
 from thermo_lib.quant.buffers import PreciseBuffers, TimestepTable
 from thermo_lib.quant.codes import check_bits, dequantize, unpack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
+from thermo_lib.quant.streams import Layout, stream_linear, stream_weight
 from thermo_lib.quant.trellis import read_codes
 
 _ALL = slice(None)
@@ -86,6 +87,8 @@ class QuantizedLinear(TimestepTable):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
+        if self._multiplies_codes(x):
+            return self._code_linear(x)
         x = self.quantized_input(x)
         if x.dtype != torch.float32 and self.has_planes:
             row = self.row()
@@ -97,6 +100,20 @@ class QuantizedLinear(TimestepTable):
             return F.linear(x, self.weight().to(x.dtype), self.bias)
         parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
         product = torch.cat([F.linear(x, self.weight(part).to(x.dtype)) for part in parts], -1)
+        return product if self.bias is None else product + self.bias
+
+    def _multiplies_codes(self, x: Tensor) -> bool:
+        """Whether the input's codes are multiplied with the weight's, instead of what they stand for."""
+        ranges = self.input_quantizer
+        if not (self.compiled and self.has_planes and ranges is not None and ranges.is_by_token):
+            return False
+        return planes.multiplies_codes(x, self.in_features, self.scale.shape[-1])
+
+    def _code_linear(self, x: Tensor) -> Tensor:
+        row, ranges = self.row(), self.input_quantizer
+        weight = self.packed, self.scale[row], self.zero_point[row], self.bits
+        clip = getattr(ranges, "clip", 1.0)
+        product = planes.code_linear(x, *weight, ranges.of_tokens(x), ranges.bits, clip)
         return product if self.bias is None else product + self.bias
 
     def extra_repr(self) -> str:
@@ -151,8 +168,35 @@ class TrellisLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         self.has_planes = False
+        self._found: tuple[Tensor, Layout] | None = None
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
         """The weights before scaling, of some rows, float32 ``(out_features, in_features)``."""
         return read_codes(self.packed[rows], unpack(self.packed_column_bits, 4, self.in_features))
+
+    def weight(self, rows: slice = slice(None)) -> Tensor:
+        """See ``QuantizedLinear``."""
+        if not (self.compiled and self.packed.device.type == "cpu"):
+            return super().weight(rows)
+        scale = self.scale[self.row(), rows].float()
+        return stream_weight(self.packed[rows], self._layout(), scale, self.group_size, torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (..., in_features)`` to ``(..., out_features)``."""
+        if not (self.compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
+            return super().forward(x)
+        scale = self.scale[self.row()].float()
+        product = stream_linear(self.quantized_input(x), self.packed, self._layout(), scale, self.group_size)
+        return product if self.bias is None else product + self.bias
+
+    def _layout(self) -> Layout:
+        """Where the columns' states are; worked out once for these bits of the columns."""
+        if self._found is None or self._found[0] is not self.packed_column_bits:
+            column_bits = unpack(self.packed_column_bits, 4, self.in_features)
+            self._found = self.packed_column_bits, Layout.of(column_bits)
+        return self._found[1]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._found = None  # the bits may have been overwritten where they are

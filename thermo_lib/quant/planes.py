@@ -5,15 +5,17 @@ values are written in a row. Some rows are dequantized at a time, so that they a
 they are multiplied.
 """
 
-import ctypes
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from thermo_lib.quant.kernels import Packed, Ranges, library
+
+SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
 
 _ROWS = 512  # of a weight that are dequantized at a time on a CPU
 _NUMBERS = 2**22  # the same uncompiled, which goes over them several times
@@ -58,45 +60,21 @@ def plane_weight(
         out.copy_(dense)
 
 
-class _Packed(ctypes.Structure):
-    """A weight as ``planes.cpp`` has it."""
-
-    _fields_ = (
-        *[(name, ctypes.c_void_p) for name in ("codes", "scale", "zero_point")],
-        *[(name, ctypes.c_int64) for name in ("rows", "groups", "width", "bits")],
-    )
-
-
-@functools.cache
-def _library() -> ctypes.CDLL:
-    """``planes.cpp``, compiled for this machine."""
-    from torch._inductor.codecache import CppCodeCache  # takes a while
-
-    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
-    library = CppCodeCache.load(source, extra_flags=("-ftree-loop-vectorize",))
-    pointer, weight = ctypes.c_void_p, ctypes.POINTER(_Packed)
-    library.dequantize.argtypes = [weight, pointer]
-    library.can_multiply.restype = ctypes.c_bool
-    if library.can_multiply():
-        library.multiply.argtypes = [weight, pointer, pointer, ctypes.c_int64]
-    return library
-
-
-def _packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> _Packed:
+def _packed(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Packed:
     pointers = (tensor.data_ptr() for tensor in (packed, scale, zero_point))
-    return _Packed(*pointers, *scale.shape, packed.shape[1] // scale.shape[1], bits)
+    return Packed(*pointers, *scale.shape, packed.shape[1] // scale.shape[1], bits)
 
 
 def _native_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, out: Tensor) -> None:
-    """``plane_weight`` by ``planes.cpp``, for contiguous bfloat16 on a CPU."""
-    _library().dequantize(_packed(packed, scale, zero_point, bits), out.data_ptr())
+    """``plane_weight`` by ``kernels.cpp``, for contiguous bfloat16 on a CPU."""
+    library().dequantize(_packed(packed, scale, zero_point, bits), out.data_ptr())
 
 
 def _native_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     """``linear`` in one pass over the codes, on a CPU with a matrix unit for bfloat16."""
     tokens = x.reshape(-1, x.shape[-1]).contiguous()
     out = torch.empty((len(tokens), len(packed)), dtype=x.dtype)
-    _library().multiply(_packed(packed, scale, zero_point, bits), tokens.data_ptr(), out.data_ptr(), len(tokens))
+    library().multiply(_packed(packed, scale, zero_point, bits), tokens.data_ptr(), out.data_ptr(), len(tokens))
     return out.view(*x.shape[:-1], len(packed))
 
 
@@ -104,7 +82,7 @@ def _native_linear(x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor,
 def _fused(
     rows: int, groups: int, group_bytes: int, bits: int, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor, Tensor, Tensor, Tensor], None]:
-    """``plane_weight`` as one loop by inductor, for one shape, where ``planes.cpp`` isn't for.
+    """``plane_weight`` as one loop by inductor, for one shape, where ``kernels.cpp`` isn't for.
 
     It is traced and handed to inductor without ``torch.compile``, whose checks before every call take half as long as
     the loop itself.
@@ -150,7 +128,7 @@ def packed_linear(
     native = compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     group_size = x.shape[-1] // scale.shape[1]
-    if native and not needs_gradient and group_size % 2 == 0 and _library().can_multiply():
+    if native and not needs_gradient and group_size % 2 == 0 and library().can_multiply():
         return _native_linear(x, *tensors, bits)
     most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
     rows = max(1, min(most, len(packed)))
@@ -171,6 +149,45 @@ def packed_linear(
     return torch.cat([product(*some) for some in zip(*(tensor.split(rows) for tensor in tensors), strict=True)], -1)
 
 
+def multiplies_codes(x: Tensor, in_features: int, groups: int) -> bool:
+    """Whether ``code_linear`` works here: bfloat16 without gradients, on a CPU with a unit for products of bytes."""
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    is_fit = x.dtype == torch.bfloat16 and x.device.type == "cpu" and not needs_gradient
+    return is_fit and in_features // groups % 4 == 0 and library().can_multiply_codes()
+
+
+def code_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    ranges: tuple[Tensor, Tensor] | None,
+    activation_bits: int,
+    clip: float = 1.0,
+) -> Tensor:
+    """The quantized input times a packed weight, transposed, in whole numbers: codes are multiplied with codes.
+
+    Args:
+        x: bfloat16 ``(..., in_features)``, for which ``multiplies_codes`` is true.
+        packed, scale, zero_point, bits: see ``packed_linear``.
+        ranges: float32 scale and zero point of each token, ``(tokens,)``; None takes each token's own range.
+        activation_bits: number of bits of a code of the input.
+        clip: how far a token's own range reaches, as a share of the way from zero to its extremes.
+
+    Returns:
+        ``(..., out_features)``.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).contiguous()
+    out = torch.empty((len(tokens), len(packed)), dtype=x.dtype)
+    tensors = packed, scale.float().contiguous(), zero_point.float().contiguous()
+    given = (None, None) if ranges is None else [part.contiguous() for part in ranges]
+    pointers = (None if part is None else part.data_ptr() for part in given)
+    how = Ranges(*pointers, clip, SMALLEST_SCALE, activation_bits)
+    library().multiply_codes(_packed(*tensors, bits), how, tokens.data_ptr(), out.data_ptr(), len(tokens))
+    return out.view(*x.shape[:-1], len(packed))
+
+
 def compile_linears(model: nn.Module) -> None:
     """Let the quantized linears of a model dequantize in a compiled loop; the first use compiles it, in seconds.
 
@@ -185,7 +202,7 @@ def compile_linears(model: nn.Module) -> None:
     device = layers[0].packed.device
     try:
         if device.type == "cpu":
-            _library()
+            library()
         else:
             _fused(2, 2, 16, 2, torch.bfloat16, device)
     except RuntimeError as error:

@@ -165,11 +165,11 @@ def _by_groups(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> Quant
 def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scale and zero point of groups that are all as wide, or of a single narrower one."""
     groups = weight.reshape(-1, min(group_size, weight.shape[1]))
-    codes = torch.empty(groups.shape, dtype=torch.uint8)
-    scale, zero_point = (torch.empty((len(groups), 1), dtype=torch.float16) for _ in range(2))
+    codes = torch.empty_like(groups, dtype=torch.uint8)
+    scale, zero_point = (groups.new_empty((len(groups), 1), dtype=torch.float16) for _ in range(2))
     step = min(max(1, _AT_A_TIME // groups.shape[1]), len(groups))
     # Five rows apart: buffers whose distance is a power of two get in each other's way in the processor's cache.
-    buffers = torch.empty((4, step + 5, groups.shape[1]), dtype=torch.float32)
+    buffers = groups.new_empty((4, step + 5, groups.shape[1]), dtype=torch.float32)
     for start in range(0, len(groups), step):
         rows = slice(start, start + step)
         block, found, *work = buffers[:, : len(groups[rows])]

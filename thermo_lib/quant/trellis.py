@@ -71,12 +71,12 @@ def pack_symbols(symbols: Tensor, column_bits: Tensor) -> Tensor:
         uint8 ``(out_features, ceil(sum of column_bits / 8))``; unused bits of the last byte are zero.
     """
     bits = column_bits.long()
-    column = torch.arange(len(bits)).repeat_interleave(bits)
+    column = torch.arange(len(bits), device=bits.device).repeat_interleave(bits)
     ends = bits.cumsum(0)
-    shift = ends[column] - 1 - torch.arange(len(column))
+    shift = ends[column] - 1 - torch.arange(len(column), device=bits.device)
     stream = (symbols[:, column] >> shift.to(torch.uint8)) & 1
     lanes = F.pad(stream, (0, -stream.shape[1] % 8)).unflatten(1, (-1, 8)).int()
-    return (lanes << torch.arange(7, -1, -1)).sum(-1).to(torch.uint8)
+    return (lanes << torch.arange(7, -1, -1, device=lanes.device)).sum(-1).to(torch.uint8)
 
 
 def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
         average_bits: mean of the bits over all weights; reached from below.
 
     Returns:
-        Layer name to uint8 ``(in_features,)``, 1 to ``MOST_BITS``.
+        Layer name to uint8 ``(in_features,)``, 1 to ``MOST_BITS``, on the CPU: the search reads them as numbers.
 
     Raises:
         ValueError: an average out of range.
@@ -159,6 +159,7 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
     if not 1 <= average_bits <= MOST_BITS:
         raise ValueError(f"average_bits: found {average_bits}, allowed are 1..{MOST_BITS}")
     more = MOST_BITS - 1  # than the first bit
+    costs = {name: cost.cpu() for name, cost in costs.items()}
     share = 0.25 ** torch.arange(more, dtype=torch.float64)  # of its cost, that each of them saves
     saved = torch.cat([(costs[name] / rows[name])[:, None] * share for name in costs]).flatten()
     weights = torch.cat([torch.full((len(costs[name]) * more,), rows[name]) for name in costs])
@@ -183,7 +184,7 @@ def trellis(
     Args:
         weight: ``(out_features, in_features)``.
         hessian: ``sum x x^T`` over the calibration inputs, ``(in_features, in_features)``.
-        column_bits: bits of each column's codes, ``(in_features,)``, 0 to ``MOST_BITS``.
+        column_bits: bits of each column's codes, ``(in_features,)``, 0 to ``MOST_BITS``, on the CPU.
         group_size: weights along the input dimension that share a scale.
         damping: see ``gptq``.
         beam: partial rows that are kept at each column; 1 takes the nearest value, as GPTQ does.
@@ -202,17 +203,19 @@ def trellis(
     width = min(group_size, in_features)  # of a group
     Hinv = inverse_factor(hessian, damping).float()
     padded = F.pad(weight.float(), (0, -in_features % width)).unflatten(1, (-1, width))
+    here = column_bits.to(weight.device)
     sizes = torch.full((padded.shape[1],), width)
     sizes[-1] = in_features - width * (len(sizes) - 1)
-    scale, _ = storable(padded.square().sum(-1).div(sizes).sqrt(), torch.zeros(1, dtype=torch.float32))
-    of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(column_bits)
+    deviation = padded.square().sum(-1).div(sizes.to(weight.device)).sqrt()
+    scale, _ = storable(deviation, torch.zeros_like(deviation))
+    of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(here)
     at_a_time = max(1, _SEARCHED // (beam * in_features))
     symbols = [
         _search(rows, reach, Hinv, column_bits.tolist(), beam)
         for rows, reach in zip(weight.float().split(at_a_time), of_column.split(at_a_time), strict=True)
     ]
-    packed = pack_symbols(torch.cat(symbols), column_bits)
-    found = TrellisWeight(packed, column_bits.to(torch.uint8), scale, group_size)
+    packed = pack_symbols(torch.cat(symbols), here)
+    found = TrellisWeight(packed, here.to(torch.uint8), scale, group_size)
     return refit_scales(weight, found, hessian)
 
 
@@ -227,18 +230,19 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
         beam: partial rows kept.
     """
     rows, in_features = weight.shape
-    values = codebook()
+    values, device = _codebook_on(weight.device), weight.device
+    choices_of = {bits: torch.arange(2**bits, device=device) for bits in set(column_bits)}
     W = weight[:, None]  # (rows, kept, columns from the block's first)
-    state, cost = (torch.zeros((rows, 1), dtype=dtype) for dtype in (torch.int64, torch.float32))
+    state, cost = (torch.zeros((rows, 1), dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))
     steps: list[tuple[Tensor, Tensor]] = []  # of each column: the parents of what is kept, and their new symbols
     for start in range(0, in_features, _BLOCK):
         width = min(_BLOCK, in_features - start)
         block, rest = W[..., :width], W[..., width:]  # what is done of the block becomes its errors
-        ancestor = torch.arange(block.shape[1]).expand(rows, -1)
+        ancestor = torch.arange(block.shape[1], device=device).expand(rows, -1)
         for offset in range(width):
             column = start + offset
             choices = 2 ** column_bits[column]
-            successors = (state[..., None] * choices + torch.arange(choices)) % 2**STATE_BITS
+            successors = (state[..., None] * choices + choices_of[column_bits[column]]) % 2**STATE_BITS
             value = values[successors] * reach[:, column, None, None]
             err = ((block[..., offset, None] - value) / Hinv[column, column]).flatten(1)
             cost = (cost[..., None] + err.unflatten(1, (-1, choices)).square()).flatten(1)
@@ -253,7 +257,7 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
         stop = start + width
         W = _of_parents(rest, ancestor) - block @ Hinv[start:stop, stop:]
     at = cost.argmin(1, keepdim=True)
-    symbols = torch.empty((rows, in_features), dtype=torch.uint8)
+    symbols = torch.empty((rows, in_features), dtype=torch.uint8, device=device)
     for column in range(in_features - 1, -1, -1):
         parent, symbol = steps[column]
         symbols[:, column] = symbol.gather(1, at).squeeze(1)
@@ -279,7 +283,8 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     """
     groups, width = quantized.scale.shape[1], min(quantized.group_size, weight.shape[1])
     codes, H = quantized.codes().double(), hessian.double()
-    member = torch.arange(weight.shape[1]) // width == torch.arange(groups)[:, None]  # (groups, in)
+    group_of = torch.arange(weight.shape[1], device=weight.device) // width
+    member = group_of == torch.arange(groups, device=weight.device)[:, None]  # (groups, in)
     by_group = codes[:, None] * member  # (out, groups, in)
     A = by_group @ H @ by_group.transpose(1, 2)
     b = by_group @ (weight.double() @ H)[..., None]
@@ -287,6 +292,6 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
     start = quantized.scale.double()[..., None]
     regular = A + torch.diag_embed(strength[:, None].expand(-1, groups))
     fitted = torch.linalg.solve(regular, b + strength[:, None, None] * start).squeeze(-1)
-    scale, _ = storable(fitted.float(), torch.zeros(1, dtype=torch.float32))
+    scale, _ = storable(fitted.float(), torch.zeros_like(fitted))
     scale = torch.where(fitted > SMALLEST_SCALE, scale, quantized.scale)
     return TrellisWeight(quantized.packed, quantized.column_bits, scale, quantized.group_size)

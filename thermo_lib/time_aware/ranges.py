@@ -53,9 +53,9 @@ def input_samples(
     most = max(int(torch.bincount(part.timestep).max()) * part.ids.shape[1] for part in calibration.parts)
 
     def keep(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
-        chosen = torch.randint(len(x), (max(1, tokens * len(x) // most),), generator=generator)
-        step = timestep * timesteps // calibration.timesteps
-        kept[name].append(InputSample(x[chosen].float(), is_masked[chosen], torch.full((len(chosen),), step)))
+        chosen = torch.randint(len(x), (max(1, tokens * len(x) // most),), generator=generator).to(x.device)
+        step = torch.full_like(chosen, timestep * timesteps // calibration.timesteps)
+        kept[name].append(InputSample(x[chosen].float(), is_masked[chosen], step))
 
     run_states(lm, calibration, list(names), keep)
     return {
@@ -93,7 +93,7 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError("activations: found NaN or infinity, expected finite numbers")
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     if low == high:
-        return torch.ones((), dtype=torch.float32), torch.zeros((), dtype=torch.float32)
+        return torch.ones_like(low), torch.zeros_like(low)
     shares = torch.logspace(0, -2, 41, dtype=torch.float32)
 
     def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,7 +168,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
     shares = torch.logspace(0, -2, 16, dtype=torch.float32)
     for sample in samples:
         low, high = sample.x.min().clamp(max=0), sample.x.max().clamp(min=0)
-        error = torch.zeros((timesteps, len(shares) ** 2), dtype=torch.float64)
+        error = torch.zeros((timesteps, len(shares) ** 2), dtype=torch.float64, device=sample.x.device)
         steps = [sample.x[sample.timestep == t] for t in range(timesteps)]
         for number, (a, b) in enumerate((a, b) for a in shares for b in shares):
             scale, zero = _spanning(low * a, high * b, bits)
@@ -177,7 +177,7 @@ def best_starts(samples: Sequence[InputSample], timesteps: int, num_groups: int,
         error /= torch.stack([x.double().square().sum() for x in steps])[:, None]
         until = torch.cat([torch.zeros_like(error[:1]), error.cumsum(0)])
         for start in range(timesteps):
-            cost[start, start + 1 :] += (until[start + 1 :] - until[start]).min(1).values.numpy()
+            cost[start, start + 1 :] += (until[start + 1 :] - until[start]).min(1).values.cpu().numpy()
     best = np.full((num_groups + 1, timesteps + 1), np.inf)
     origin = np.zeros_like(best, dtype=int)
     best[0, 0] = 0

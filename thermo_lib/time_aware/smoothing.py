@@ -115,7 +115,7 @@ def _combine(params: Sequence[TimeGroupParams], weights: Tensor) -> list[TimeGro
     """One entry a timestep, each a weighted sum of the groups; a scale stays above zero."""
 
     def mix(values: list[Tensor]) -> Tensor:
-        return torch.tensordot(weights, torch.stack(values).double(), 1).to(values[0].dtype)
+        return torch.tensordot(weights.to(values[0].device), torch.stack(values).double(), 1).to(values[0].dtype)
 
     scale = mix([group.scale for group in params]).clamp(min=SMALLEST_SCALE)
     zero_point = mix([group.zero_point for group in params])

@@ -33,6 +33,8 @@ class BlockStream:
     def __init__(
         self, lm: DiffusionLM, calibration: Calibration, number: int = 0, hidden: Sequence[Tensor] | None = None
     ):
+        device = lm.device if hidden is None else hidden[0].device
+        calibration = calibration.to(device)
         self.lm, self.calibration, self.number = lm, calibration, number
         if hidden is None:
             with torch.no_grad():

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thermo_lib.diffusion.sampling import unmask_probabilities
+from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.transition.loss import TransitionLoss
 
@@ -37,7 +37,8 @@ class CalibrationDraws:
     """
 
     def __init__(self, loss: TransitionLoss, calibration: Calibration, batch: int, seed: int):
-        self.loss, self.parts, self.batch = loss, calibration.parts, batch
+        self.device = loss.quantized.device
+        self.loss, self.parts, self.batch = loss, calibration.to(self.device).parts, batch
         self.generator = torch.Generator().manual_seed(seed)
 
     def step(self) -> Batch:
@@ -45,7 +46,8 @@ class CalibrationDraws:
         sizes = torch.tensor([len(part.ids) for part in self.parts], dtype=torch.float32)
         part = self.parts[int(torch.multinomial(sizes, 1, generator=self.generator))]
         rows = torch.randint(len(part.ids), (min(self.batch, len(part.ids)),), generator=self.generator)
-        return [(part[rows], self.loss.targets(part[rows]))]
+        states = part[rows.to(self.device)]
+        return [(states, self.loss.targets(states))]
 
     def state(self) -> dict[str, Tensor]:
         """See ``Draws``."""
@@ -75,14 +77,21 @@ class Chains:
             raise ValueError(f"own: found {own}, allowed are 0..{count}, the number of chains")
         self.loss, self.start, self.own, self.started = loss, start, own, count
         self.generator = torch.Generator().manual_seed(seed)
-        self.ids = torch.stack([start(number) for number in range(count)])
-        self.timestep = torch.zeros(count, dtype=torch.int64)
+        self.ids = torch.stack([start(number) for number in range(count)]).to(loss.quantized.device)
+        self.timestep = torch.zeros(count, dtype=torch.int64, device=self.ids.device)
+        self.steps = [0] * count  # the timesteps again, so that nothing waits for the device
+        self.rho = unmask_probabilities(loss.timesteps).to(self.ids.device)
         ends = torch.arange(count) * loss.timesteps // count
         for step in range(int(ends.max())):
             waiting = ends <= step
-            kept = self.ids[waiting], self.timestep[waiting]
+            kept, steps = self.ids.clone(), self.steps
             self.step()
-            self.ids[waiting], self.timestep[waiting] = kept
+            self.ids = torch.where(waiting.to(self.ids.device)[:, None], kept, self.ids)
+            pairs = zip(steps, self.steps, waiting.tolist(), strict=True)
+            self._set_steps([old if waits else new for old, new, waits in pairs])
+
+    def _set_steps(self, steps: list[int]) -> None:
+        self.steps, self.timestep = steps, torch.tensor(steps).to(self.ids.device)
 
     @torch.no_grad()
     def step(self) -> tuple[States, Tensor]:
@@ -92,21 +101,25 @@ class Chains:
         targets = loss.targets(states)
         likely = targets
         if self.own:
-            rows = torch.arange(len(self.ids)) < self.own
+            rows = torch.arange(len(self.ids), device=self.ids.device) < self.own
             own = rows[:, None].expand_as(self.ids)[states.is_masked]
             likely = targets.index_put((own,), loss.log_probabilities(states[rows]))
         filled = self.ids
         if len(likely):
-            drawn = torch.multinomial(likely.exp(), 1, generator=self.generator).squeeze(-1)
+            drawn, _ = sample_tokens(likely, 1.0, self._uniform(len(likely)))
             filled = self.ids.masked_scatter(states.is_masked, drawn)
-        rho = unmask_probabilities(loss.timesteps)[self.timestep]
-        chosen = torch.rand(self.ids.shape, generator=self.generator, dtype=torch.float32) < rho[:, None]
+        chosen = self._uniform(*self.ids.shape) < self.rho[self.timestep][:, None]
         self.ids = torch.where(states.is_masked & chosen, filled, self.ids)
         self.timestep = (self.timestep + 1) % loss.timesteps
-        for row in (self.timestep == 0).nonzero().flatten().tolist():
-            self.ids[row] = self.start(self.started)
+        self.steps = [(step + 1) % loss.timesteps for step in self.steps]
+        for row in (row for row, step in enumerate(self.steps) if step == 0):
+            self.ids[row] = self.start(self.started).to(self.ids.device)
             self.started += 1
         return states, targets
+
+    def _uniform(self, *shape: int) -> Tensor:
+        """Random numbers, drawn on the CPU: the same on every device."""
+        return torch.rand(shape, generator=self.generator, dtype=torch.float32).to(self.ids.device)
 
     def state(self) -> dict[str, Tensor]:
         """See ``Draws``."""
@@ -120,5 +133,6 @@ class Chains:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """See ``Draws``."""
-        self.ids, self.timestep, self.started = state["ids"], state["timestep"], int(state["started"])
+        self.ids, self.started = state["ids"].to(self.ids.device), int(state["started"])
+        self._set_steps(state["timestep"].tolist())
         self.generator.set_state(state["generator"])

@@ -62,6 +62,7 @@ def descend(
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
     state = snapshot.load() if snapshot else {}
     losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
+    new: list[Tensor] = []  # read in one go: a number that is read from a GPU is waited for
     left = range(len(losses), steps)
     with torch.enable_grad():
         for step in tqdm(left, desc=progress, initial=len(losses), total=steps, disable=progress is None, leave=False):
@@ -70,9 +71,12 @@ def descend(
             (value + penalty()).backward()
             optimizer.step()
             schedule.step()
-            losses.append(value.item())
-            if snapshot and ((step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps):
-                snapshot.save(_training_state(optimizer, list(rates), draws, losses))
+            new.append(value.detach())
+            if (step + 1) % _SNAPSHOT_STEPS == 0 or step + 1 == steps:
+                losses += torch.stack(new).tolist()
+                new.clear()
+                if snapshot:
+                    snapshot.save(_training_state(optimizer, list(rates), draws, losses))
     return losses
 
 
@@ -100,7 +104,7 @@ def fit_to_output(
     energy = (sample.x @ root).square().sum(-1).mean()
 
     def loss() -> Tensor:
-        rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator)
+        rows = torch.randint(len(sample.x), (min(batch, len(sample.x)),), generator=generator).to(sample.x.device)
         x = sample.x[rows]  # (batch, channels)
         error = (ranges(x, sample.is_masked[rows], sample.timestep[rows]) - x) @ root
         return error.square().sum(-1).mean() / energy
@@ -140,7 +144,7 @@ def fit_block(
     def loss() -> Tensor:
         part = int(torch.multinomial(sizes, 1, generator=generator))
         x, target, weight = stream.hidden[part], targets[part], importance[part]
-        rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator)
+        rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator).to(x.device)
         error = (stream.run(part, x[rows]) - target[rows]).square().sum(-1)  # (batch, length)
         return 0.5 * (weight[rows] * error).sum() / len(rows)
 
@@ -199,7 +203,10 @@ def _restore(
     for number, parameter in enumerate(parameters):
         with torch.no_grad():
             parameter.copy_(state[f"parameter.{number}"])
-        optimizer.state[parameter] = part_of(state, f"moment.{number}")
+        moments = part_of(state, f"moment.{number}")
+        optimizer.state[parameter] = {
+            name: value.to(parameter.device) if value.ndim else value for name, value in moments.items()
+        }
     for group, lr in zip(optimizer.param_groups, state["lr"].tolist(), strict=True):
         group["lr"] = lr
     losses = state["losses"].tolist()

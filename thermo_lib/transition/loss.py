@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.diffusion.sampling import unmask_probabilities
+from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.models.lm import DiffusionLM, token_logits
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
@@ -51,7 +51,7 @@ class TransitionLoss(TrainableLayers):
     def __call__(self, states: States, targets: Tensor) -> Tensor:
         """Path KL estimated on states of any timesteps, nats per sequence."""
         divergence = (targets.exp() * (targets - self.log_probabilities(states))).sum(-1)
-        rho = unmask_probabilities(self.timesteps).float()
+        rho = unmask_probabilities(self.timesteps).float().to(states.ids.device)
         weight = self.timesteps * rho[states.timestep][:, None].expand_as(states.is_masked)[states.is_masked]
         return (weight * divergence).sum() / len(states.ids)
 
@@ -77,8 +77,9 @@ def token_importance(
         Name to one float32 ``(states, length)`` for each part of the calibration.
     """
     generator = torch.Generator().manual_seed(seed)
-    model, rho = reference.model, unmask_probabilities(calibration.timesteps)
-    found = {name: [torch.zeros(part.ids.shape, dtype=torch.float32) for part in calibration.parts] for name in names}
+    model, rho = reference.model, unmask_probabilities(calibration.timesteps).tolist()
+    calibration = calibration.to(model.device)
+    found = {name: [torch.zeros_like(part.ids, dtype=torch.float32) for part in calibration.parts] for name in names}
     at: tuple[int, Tensor] = (0, torch.empty(0, dtype=torch.int64))
 
     def keep(name: str, gradient: Tensor) -> None:
@@ -101,8 +102,9 @@ def token_importance(
                 if not len(logits):
                     continue
                 log_p = token_logits(logits, reference.mask_token_id).log_softmax(-1)
-                drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-                weight = float(calibration.timesteps * rho[timestep]) ** 0.5
+                uniform = torch.rand(len(log_p), generator=generator, dtype=torch.float32).to(log_p.device)
+                drawn = sample_tokens(log_p.detach(), 1.0, uniform)[0][:, None]
+                weight = (calibration.timesteps * rho[timestep]) ** 0.5
                 (weight * log_p.gather(-1, drawn).sum()).backward()
     finally:
         for handle in handles:

@@ -38,7 +38,7 @@ class TrainableRanges(nn.Module):
         super().__init__()
         self.log_scale = nn.Parameter(scale.log())
         self.zero_point = nn.Parameter(zero_point.clone())
-        self.register_buffer("weights", weights.float())
+        self.register_buffer("weights", weights.float().to(scale.device))
         self.bits, self.group_size = bits, group_size
 
     def table(self) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,98 @@
+"""A user's own text, for calibration and evaluation: plain text, or JSON lines with texts or conversations."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+Render = Callable[[Sequence[Mapping[str, str]]], str]
+
+
+def read_texts(path: str | Path, render: Render | None = None) -> list[str]:
+    """The texts of a file.
+
+    Args:
+        path: a ``.jsonl`` file, each line an object with ``text``, or with ``messages`` (objects with ``role`` and
+            ``content``); any other file is one text in UTF-8.
+        render: writes a conversation as the model's text; None for a model without a chat template.
+
+    Returns:
+        The texts that aren't empty, in order.
+
+    Raises:
+        ValueError: no such file, not UTF-8, a line of another kind (named by its number), conversations for a model
+            that has no chat template, or no text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"data: found no file {path}")
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: {path}: found bytes that aren't UTF-8 at {error.start}") from error
+    if path.suffix != ".jsonl":
+        texts = [content]
+    else:
+        lines = enumerate(content.splitlines(), 1)
+        texts = [_text(line, f"data: {path}:{number}", render) for number, line in lines if line.strip()]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise ValueError(f"data: found no text in {path}, allowed is at least one")
+    return texts
+
+
+def _text(line: str, where: str, render: Render | None) -> str:
+    try:
+        found = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{where}: found {line!r:.60}, which isn't JSON ({error})") from error
+    if isinstance(found, dict) and isinstance(found.get("text"), str):
+        return found["text"]
+    messages = found.get("messages") if isinstance(found, dict) else None
+    if not isinstance(messages, list) or not all(map(_is_message, messages)):
+        raise ValueError(
+            f"{where}: found {line!r:.60}, allowed is an object with 'text', or 'messages' of role, content"
+        )
+    if render is None:
+        raise ValueError(f"{where}: found messages, allowed is 'text' for a model without a chat template")
+    return render(messages)
+
+
+def _is_message(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), str) for key in ("role", "content"))
+
+
+def text_sequences(
+    texts: Sequence[str], tokenizer: Tokenizer, count: int, length: int, seed: int, end: int | None = None
+) -> Tensor:
+    """Sequences of tokens, chosen at random from the texts laid end to end; no two overlap.
+
+    Args:
+        texts: see ``read_texts``.
+        tokenizer: of the model.
+        count: number of sequences.
+        length: number of tokens of each.
+        seed: seeds the choice.
+        end: the token between two texts; None for none.
+
+    Returns:
+        int64 ``(count, length)``.
+
+    Raises:
+        ValueError: the texts hold fewer than ``count`` sequences.
+    """
+    for name, found in (("sequences", count), ("length", length)):
+        if found < 1:
+            raise ValueError(f"{name}: found {found}, allowed is at least 1")
+    separator = [] if end is None else [end]
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    stream = torch.tensor([token for encoding in encodings for token in (*encoding.ids, *separator)])
+    windows = stream[: len(stream) // length * length].view(-1, length)
+    if count > len(windows):
+        held = f"the texts hold {len(windows)} ({len(stream)} tokens)"
+        raise ValueError(f"sequences: found {count} of {length} tokens, {held}")
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]

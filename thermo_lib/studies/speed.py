@@ -1,0 +1,113 @@
+"""``python -m thermo_lib speed``: products from codes against dense bfloat16 ones, on this machine's processor."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from thermo_lib.evaluation.report import hardware, versions
+from thermo_lib.evaluation.statistics import paired_ratio
+from thermo_lib.files.text import write_json
+from thermo_lib.quant.codes import pack
+from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
+from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
+from thermo_lib.quant.planes import compile_linears
+
+DREAM_7B = ((3584, 3584), (3584, 512), (3584, 18944), (18944, 3584))  # in_features, out_features of its linears
+SPEED_COLUMNS = {
+    "linear": ("linear", "{}"),
+    "kernel": ("kernel", "{}"),
+    "tokens": ("tokens", "{}"),
+    "times dense": ("times_dense", "{:.2f}"),
+    "95 %": ("ci", "{0[0]:.2f}..{0[1]:.2f}"),
+    "dense, ms": ("dense_ms", "{:.2f}"),
+}
+_GROUP = 128
+_BITS = 2.17  # of a trellis code, mean
+
+
+def _planes(in_features: int, out_features: int, **more: Any) -> QuantizedLinear:
+    """Two bits in groups of 128, random codes."""
+    layer = QuantizedLinear(in_features, out_features, bits=2, group_size=_GROUP, bias=False, **more)
+    codes = torch.randint(0, 4, (out_features, in_features), dtype=torch.uint8)
+    layer.packed = pack(codes, 2, _GROUP)
+    layer.scale = torch.rand(layer.scale.shape, dtype=torch.float32).add(0.5).div(100).half()
+    layer.zero_point = torch.full_like(layer.scale, 1.5)
+    return layer
+
+
+def _static() -> StaticRanges:
+    one = torch.ones((1, 1, 1), dtype=torch.float32)
+    return StaticRanges(8, 0.03 * one, 128 * one, torch.zeros(1, dtype=torch.int32))
+
+
+def _trellis(in_features: int, out_features: int) -> TrellisLinear:
+    """Random streams of the preset ``best``: 2.17 bits a column, a scale a row."""
+    layer = TrellisLinear(in_features, out_features, bits=2, group_size=in_features, bias=False)
+    column_bits = torch.full((in_features,), 2, dtype=torch.uint8)
+    column_bits[torch.randperm(in_features)[: round((_BITS - 2) * in_features)]] += 1
+    width = -(-int(column_bits.sum()) // 8)
+    layer.packed = torch.randint(0, 256, (out_features, width), dtype=torch.uint8)
+    layer.packed_column_bits = pack(column_bits, 4)
+    layer.scale = torch.full_like(layer.scale, 0.02)
+    return layer
+
+
+KERNELS: dict[str, Callable[[int, int], nn.Module]] = {
+    "int2 w2a16": _planes,
+    "int2 w2a8 dynamic": lambda *size: _planes(*size, input_quantizer=DynamicRanges(8)),
+    "int2 w2a8 static": lambda *size: _planes(*size, input_quantizer=_static()),
+    "trellis": _trellis,
+}
+
+
+@torch.no_grad()
+def kernel_speeds(
+    sizes: Sequence[tuple[int, int]] = DREAM_7B,
+    tokens: Sequence[int] = (1, 32, 256, 2048),
+    *,
+    compiled: bool = True,
+    rounds: int = 15,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Time a linear from codes against the dense bfloat16 product of the same size, in turns.
+
+    Args:
+        sizes: ``(in_features, out_features)`` of the linears.
+        tokens: numbers of tokens of the input.
+        compiled: use the compiled kernels.
+        rounds: number of counted turns.
+        progress: show bars.
+
+    Returns:
+        Rows with ``linear``, ``kernel``, ``tokens``, ``times_dense`` (median), its 95 % interval ``ci`` and
+        ``dense_ms``.
+    """
+    rows = []
+    for in_features, out_features in sizes:
+        torch.manual_seed(0)
+        name = f"{in_features} -> {out_features}"
+        dense = torch.randn(out_features, in_features, dtype=torch.bfloat16)
+        for kernel, make in KERNELS.items():
+            layer = make(in_features, out_features)
+            if compiled:
+                compile_linears(layer)
+            for count in tokens:
+                x = torch.randn(count, in_features, dtype=torch.bfloat16)
+                label = f"{name} {kernel} {count}" if progress else None
+                found = paired_ratio(lambda x=x, f=layer: f(x), _dense(dense, x), rounds, progress=label)
+                times = {"times_dense": found["ratio"], "ci": found["ci"], "dense_ms": 1e3 * found["baseline_seconds"]}
+                rows.append({"linear": name, "kernel": kernel, "tokens": count} | times)
+    return rows
+
+
+def _dense(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
+    return lambda: F.linear(x, weight)
+
+
+def write_speeds(output: str | Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write a report: the processor, the versions and the rows."""
+    write_json(Path(output), {"processor": hardware()["processor"], "versions": versions(), "rows": list(rows)})
