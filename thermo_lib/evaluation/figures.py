@@ -88,6 +88,8 @@ def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16", title=linear)
         ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}))
+        ax.set_ylim(0.5, 5)
+        ax.set_yticks([0.5, 0.7, 1, 1.5, 2, 3, 4], ["0.5", "0.7", "1", "1.5", "2", "3", "4"])
         ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize="small")
 
