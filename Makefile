@@ -50,8 +50,8 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/project/test_notebooks.py
-	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env notebooks/executed
+	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal --ignore=tests/project/test_notebooks.py
+	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadgroup --nbval --nbval-current-env notebooks/executed
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
 
 lab: .venv/.stamp

@@ -101,7 +101,11 @@ COMMITTED_WHOLE = ("train", "peers", "cluster", "speed")
 def test_a_changed_parameter_reruns_the_stages_that_depend_on_it(pipeline: Path, key: str, expected: set[str]) -> None:
     (pipeline / "params.yaml").write_text(change((pipeline / "params.yaml").read_text(), key))
     assert repro(pipeline) == expected
-    assert repro(pipeline) == set(), "nothing changed, nothing runs"
+
+
+def test_where_nothing_changed_nothing_runs(pipeline: Path) -> None:
+    repro(pipeline)
+    assert repro(pipeline) == set()
 
 
 PUBLIC = {
