@@ -31,6 +31,9 @@ repro test: export HF_HUB_OFFLINE := 1
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
 # Before a command: what it starts by name (papermill, python, a kernel) is that of .venv.
 IN_VENV = PATH="$$(pwd)/.venv/bin:$$PATH"
+# Executed notebooks that read what the ones before them have written, and the rest.
+IN_A_ROW = $(sort $(wildcard notebooks/executed/0[1-6]_*.ipynb))
+ALONE = $(filter-out $(IN_A_ROW),$(wildcard notebooks/executed/*.ipynb))
 PIP_MODULE = -m pip --disable-pip-version-check --no-input
 PIP = .venv/bin/python $(PIP_MODULE)
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
@@ -50,8 +53,9 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal --ignore=tests/project/test_notebooks.py
-	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadgroup --nbval --nbval-current-env notebooks/executed
+	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/project/test_notebooks.py
+	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env $(IN_A_ROW)
+	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env $(ALONE)
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
 
 lab: .venv/.stamp

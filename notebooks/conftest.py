@@ -1,7 +1,5 @@
 """nbval compares what a notebook printed, not its progress bars and warnings on stderr.
 
-Notebooks 01 to 06 read what the ones before them have written, so that one worker runs them in their order.
-
 On the model of processor that a notebook was executed on, every character counts. On another one numbers with a decimal
 point may differ by 0.1 or a tenth: the last bits of a sum are others there, so that GPTQ takes other codes.
 """
@@ -40,8 +38,6 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     notebook = item.parent
     if not hasattr(notebook, "skip_compare"):
         return
-    name = item.path.stem
-    item.add_marker(pytest.mark.xdist_group("in a row" if "01" <= name[:2] <= "06" else name))
     if "stderr" not in notebook.skip_compare:
         notebook.skip_compare = (*notebook.skip_compare, "stderr")
     if notebook.nb.metadata.get("processor") != processor():
