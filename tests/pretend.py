@@ -6,6 +6,7 @@ the CPU. What moves from one device to the other is counted.
 """
 
 from collections import Counter
+from types import ModuleType
 from typing import Any, Self
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("lazy")
+torch._register_device_module("lazy", ModuleType("torch.lazy"))  # torch.utils.checkpoint asks for one
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
 
 
@@ -97,7 +99,7 @@ def _move(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str], ont
         return destination
     source = args[0]
     plain = source.held if isinstance(source, OnDevice) else source
-    options = {name: value for name, value in kwargs.items() if name != "device"}
+    options = {name: value for name, value in kwargs.items() if name != "device" or not onto}
     result = func(plain, **options)
     stays = isinstance(source, OnDevice) if target is None else onto
     if stays != isinstance(source, OnDevice):

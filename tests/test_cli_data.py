@@ -36,8 +36,7 @@ def test_quantize_calibrates_on_a_file(run: Any, folder: Path, lines: Path, monk
     )
     assert (status, err.count("error")) == (0, 0)
     lm = load_model(str(folder))
-    source = "forward" if layerwise else "trajectory"
-    states = calibrate(lm, text_batches(lm, TEXTS, sequences=4, length=12), timesteps=4, source=source, progress=False)
+    states = calibrate(lm, text_batches(lm, TEXTS, sequences=4, length=12), timesteps=4, progress=False)
     expected = quantize(lm, ThermoConfig(**fields), states)
     ids = torch.arange(12)[None]
     assert torch.equal(load_quantized("q").model(ids), expected.model(ids))

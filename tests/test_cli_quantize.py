@@ -15,8 +15,6 @@ from thermo_lib import (
     quantize,
 )
 from thermo_lib import __main__ as command_line
-from thermo_lib.pipeline import streaming
-from thermo_lib.pipeline.streaming import calibration_states
 
 FAST = ("preset=fast", "group_size=16")
 
@@ -93,29 +91,20 @@ class TestQuantize:
             assert torch.equal(found.model(ids), expected.model(ids))
 
     @pytest.mark.parametrize(("word", "count"), [("6", 6), ("all", None)])
-    def test_layerwise_it_is_calibrated_on_the_forward_process(
-        self, run: Run, folder: Path, word: str, count: int | None, monkeypatch: pytest.MonkeyPatch
+    def test_layerwise_it_is_the_model_that_is_calibrated_in_memory(
+        self, run: Run, folder: Path, word: str, count: int | None
     ) -> None:
-        monkeypatch.setattr(streaming, "calibrate", small_calibration)
         fields = {"quantizer": "gptq", "group_size": 16, "timesteps": 4}
         words = [f"{name}={value}" for name, value in fields.items()]
-        status, out, _ = run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", word, *words)
-        assert status == 0
-        assert "masked text and not to the model's own denoising" in out
-        states = calibration_states(folder, 4, count)
-        assert states.source == "forward"
-        assert len(states) == (2 * count if count else 4 * (4 + 2 * 2))
-        expected, found = (
-            quantize(load_model(str(folder)), ThermoConfig(**fields), states),
-            load_quantized("calibrated"),
-        )
+        assert run("quantize", "--model", folder, "--output", "calibrated", "--layerwise", word, *words)[0] == 0
+        lm = load_model(str(folder))
+        states = small_calibration(lm, timesteps=4)
+        states = states if count is None else states.thinned(count)
+        expected, found = quantize(lm, ThermoConfig(**fields), states), load_quantized("calibrated")
         ids = torch.arange(12)[None]
         assert torch.equal(found.model(ids), expected.model(ids))
 
-    def test_more_states_than_there_are_is_refused(
-        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(streaming, "calibrate", small_calibration)
+    def test_more_states_than_there_are_is_refused(self, run: Run, folder: Path) -> None:
         words = ("--layerwise", 17, "timesteps=4")
         status, out, err = run("quantize", "--model", folder, "--output", "never", *words)
         assert (status, out) == (2, "")
@@ -138,8 +127,6 @@ class TestQuantize:
             (["--scheduler", "nowhere://x", "preset=fast"], "scheduler: found no dask scheduler at 'nowhere://x'"),
             (["--layerwise", "4", "preset=fast"],
              "layerwise: found weights.method='least_squares', which needs no calibration states"),
-            (["--layerwise", "4", "activation_bits=4"], "activations.ranges: found 'static'"),
-            (["--layerwise", "4", "preset=w2a4-static"], "training: found 'path_kl'"),
             (["group_size"], "quantize: found 'group_size', expected NAME=VALUE"),
             (["colour=1"], "quantize: found 'colour=1', expected NAME=VALUE, NAME one of preset, embedding_bits"),
             (["weights.colour=1"], "weights.colour: found 1, allowed are the fields method, bits, group_size"),

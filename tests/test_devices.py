@@ -18,7 +18,7 @@ from thermo_lib.data.puzzles import make_puzzles
 from thermo_lib.diffusion.sampling import SAMPLERS
 from thermo_lib.diffusion.states import trajectory_states
 from thermo_lib.evaluation.scores import Suite, evaluate
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import requantize_activations, smooth_each_layer
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.parts import (
@@ -34,7 +34,7 @@ from thermo_lib.pipeline.parts import (
 )
 from thermo_lib.pipeline.parts import TimeGrouping as Groups
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
-from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
+from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 TIMESTEPS = 6
 SHORT = {"steps": 2, "batch": 4}
@@ -144,13 +144,19 @@ def test_a_model_is_saved_from_the_device(there: DiffusionLM, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "fields", [{"weights": GPTQ(group_size=16)}, {"weights": LeastSquares(group_size=16)}], ids=str
+    "fields",
+    [
+        {"weights": GPTQ(group_size=16)},
+        {"weights": LeastSquares(group_size=16)},
+        {"weights": Trellis(bits=2.2, beam=4), "training": (Sequential(**SHORT), PathKL(what="network", **SHORT))},
+    ],
+    ids=str,
 )
 def test_a_checkpoint_is_quantized_on_the_device(
     folder: Path, tmp_path: Path, random_ids: Callable[..., Tensor], fields: dict[str, Any]
 ) -> None:
     config = ThermoConfig(timesteps=4, **fields)
-    states = calibration_states(folder, 4, batches=lambda lm: [(random_ids(4, 12), None)])
+    states = calibrate(load_model(str(folder)), [(random_ids(4, 12), None)], timesteps=4, progress=False)
     quantize_checkpoint(folder, tmp_path / "here", config, states)
     with PretendedDevice() as device:
         quantize_checkpoint(folder, tmp_path / "there", config, states, device=DEVICE)

@@ -35,8 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         "--layerwise",
         type=_states,
         metavar="STATES",
-        help="calibrate block by block in little memory, on masked text instead of the model's own denoising, on so "
-        "many states of each length or on all there are",
+        help="calibrate block by block in little memory, on so many states of each length, or on 'all' there are",
     )
     writer.add_argument(
         "--scheduler",

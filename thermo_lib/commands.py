@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from thermo_lib.data.texts import read_texts
 from thermo_lib.diffusion.sampling import generate
-from thermo_lib.diffusion.states import calibrate, text_batches
+from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.scores import build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
@@ -32,25 +32,20 @@ from thermo_lib.files.folders import output_folder
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import write_json, write_text
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder
+from thermo_lib.models.streamed import load_streamed
 from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.flat import FLAT, PARTS, is_single
-from thermo_lib.pipeline.layerwise import check_layerwise
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
-from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
+from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
 from thermo_lib.studies.speed import SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
-
-_LAYERWISE = (
-    "Block by block, weights are fitted to masked text and not to the model's own denoising, which costs some path KL; "
-    "as a whole (without --layerwise) they are fitted to what the model sees."
-)
 
 
 def _read_fields(command: str, words: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
@@ -127,9 +122,20 @@ def _own_texts(lm: DiffusionLM, path: Path) -> list[str]:
 
 def _own_batches(lm: DiffusionLM, arguments: argparse.Namespace, seed: int) -> list[tuple[torch.Tensor, None]]:
     """Calibration text from the file that was named."""
-    size = {name: getattr(arguments, name) for name in ("sequences", "length")}
-    given = {name: value for name, value in size.items() if value is not None}
-    return text_batches(lm, _own_texts(lm, arguments.calibration), seed=seed, **given)
+    size = _given(arguments, "sequences", "length")
+    return text_batches(lm, _own_texts(lm, arguments.calibration), seed=seed, **size)
+
+
+def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Those of some arguments that were given."""
+    values = {name: getattr(arguments, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _states(lm: DiffusionLM, config: ThermoConfig, arguments: argparse.Namespace) -> Calibration:
+    """Calibration states of the project's text, or of the file that was named."""
+    own = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
+    return calibrate(lm, timesteps=config.timesteps, seed=config.seed, **own)
 
 
 def run_quantize(arguments: argparse.Namespace) -> None:
@@ -151,21 +157,18 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
-        check_layerwise(config)
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
-        count = None if arguments.layerwise == "all" else int(arguments.layerwise)
-        batches = None if arguments.calibration is None else lambda lm: _own_batches(lm, arguments, config.seed)
-        calibration = calibration_states(arguments.model, config.timesteps, count, config.seed, batches)
-        print(_LAYERWISE)
+        reproducible()
+        calibration = _states(load_streamed(arguments.model, device=device), config, arguments)
+        if arguments.layerwise != "all":
+            calibration = calibration.thinned(int(arguments.layerwise))
         quantize_checkpoint(arguments.model, arguments.output, config, calibration, device=device, progress=True)
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
         lm = load_model(arguments.model)
         lm.model.to(device)
-        own = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
-        calibration = calibrate(lm, timesteps=config.timesteps, seed=config.seed, **own)
-        save_quantized(quantize(lm, config, calibration, progress=True), arguments.output)
+        save_quantized(quantize(lm, config, _states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
         with cluster_client(arguments.scheduler) as client:
             print(f"dashboard: {client.dashboard_link}")
@@ -211,8 +214,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
     if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
-    size = {name: getattr(arguments, name) for name in ("sequences", "trajectories", "length")}
-    given = {name: value for name, value in size.items() if value is not None}
+    given = _given(arguments, "sequences", "trajectories", "length")
     given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
     suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
     row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))

@@ -22,6 +22,15 @@ def test_a_text_file_is_one_text(tmp_path: Path) -> None:
     assert read_texts(written(tmp_path, "a.txt", "one", "", "two ü")) == ["one\n\ntwo ü"]
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\x85", "\u2029", "\x0c"], ids=ascii)
+def test_only_a_newline_ends_a_line(tmp_path: Path, inside: str) -> None:
+    """JSON allows other separators of lines inside a text as they are."""
+    text = f"a{inside}b"
+    path = written(tmp_path, "a.jsonl", json.dumps({"text": text}, ensure_ascii=inside == "\x0c"), {"text": "c"})
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_texts(path) == [text, "c"]
+
+
 def test_json_lines_are_texts_or_conversations(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
     path = written(tmp_path, "a.jsonl", {"text": "one", "id": 3}, "", {"messages": messages}, {"text": "  "})

@@ -1,4 +1,4 @@
-"""Block by block, calibration gives the model that it gives in memory; whatever needs more is refused."""
+"""Block by block, calibration and training give the model that they give in memory."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +13,9 @@ from thermo_lib import Calibration, load_model, quantize, save_quantized
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
+SHORT = {"steps": 3, "batch": 4}
+FRESH = {"num_texts": 2, "num_prompts": 2}
+
 pytestmark = pytest.mark.usefixtures("several_shards")
 
 
@@ -26,6 +29,18 @@ class TestResult:
             {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
             {"quantizer": "least_squares", "num_time_groups": 2},
             {"quantizer": "trellis", "bit_width": 2, "weights.token_weights": "uniform"},
+            {"quantizer": "trellis", "average_bits": 2.2},
+            {"quantizer": "gptq", "hessian": "transition"},
+            {"quantizer": "gptq", "activation_bits": 4, "num_time_groups": 2},
+            {"training": ({"phase": "blocks", **SHORT}, {"phase": "path_kl", **SHORT})},
+            {
+                "quantizer": "trellis",
+                "average_bits": 2.2,
+                "training": (
+                    {"phase": "sequential", "states": "fresh", **FRESH, **SHORT},
+                    {"phase": "path_kl", "what": "network", "states": "fresh", **FRESH, "steps": 3},
+                ),
+            },
         ],
         ids=str,
     )
@@ -49,18 +64,12 @@ class TestBadSource:
         [
             ({"quantizer": "gptq"}, "calibration: found None, required by 'gptq'"),
             ({"num_time_groups": 2}, "calibration: found None, required by time groups"),
-            ({"activation_bits": 8}, "activations.ranges: found 'static', allowed block by block is 'dynamic"),
-            ({"quantizer": "gptq", "hessian": "transition"}, "weights.token_weights: found 'path_kl'"),
-            (
-                {"quantizer": "trellis", "average_bits": 2.2, "weights.token_weights": "uniform"},
-                "weights.spread: found True",
-            ),
-            ({"reconstruction": "blocks"}, "training: found 'blocks'"),
-            ({"transitions": "network"}, "training: found 'path_kl'"),
+            ({"activation_bits": 8}, "calibration: found None, required by static activation ranges"),
+            ({"reconstruction": "blocks"}, "calibration: found None, required by training 'blocks'"),
         ],
         ids=str,
     )
-    def test_what_needs_calibration_or_the_whole_model_is_refused(
+    def test_what_needs_calibration_is_refused_without_it(
         self, write: Callable[..., Path], output: Path, fields: dict[str, Any], reason: str
     ) -> None:
         with pytest.raises(ValueError, match=reason):
@@ -73,7 +82,7 @@ class TestBadSource:
         source, config = write(), configured(quantizer="gptq", timesteps=8)
         calibration = states_of(source)
         with monkeypatch.context() as patch:
-            patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+            patch.setattr(streaming, "_write", _stop_at_second(streaming._write))
             with pytest.raises(KeyboardInterrupt):
                 quantize_checkpoint(source, output, config, calibration)
         (first, second), rows = calibration.parts, torch.arange(8)

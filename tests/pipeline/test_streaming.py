@@ -18,7 +18,7 @@ from thermo_lib.files import folders
 from thermo_lib.files.folders import only_writer, write_folder
 from thermo_lib.models.architectures import build_model
 from thermo_lib.models.families import read_config
-from thermo_lib.pipeline.streaming import calibration_states, quantize_checkpoint
+from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 pytestmark = pytest.mark.usefixtures("several_shards")
 
@@ -191,17 +191,6 @@ class TestOutput:
 
 
 class TestBadSource:
-    def test_calibration_states_need_no_weights(self, write: Callable[..., Path]) -> None:
-        source = write()
-        for path in source.glob("*.safetensors"):
-            path.unlink()
-        states = calibration_states(source, 8, 12, seed=0)
-        assert [len(part.ids) for part in states.parts] == [12, 12]  # of code and of puzzles
-        assert all(part.timestep.unique().tolist() == list(range(8)) for part in states.parts)
-        assert [len(part.ids) for part in calibration_states(source, 8).parts] == [8 * 32, 8 * 32]
-        with pytest.raises(ValueError, match="states: found 0, allowed are 1"):
-            calibration_states(source, 8, 0, seed=0)
-
     @BOTH
     def test_damaged_tensors_are_named_in_the_names_of_the_checkpoint(
         self, write: Callable[..., Path], output: Path, layout: Layout

@@ -37,7 +37,7 @@ def read_texts(path: str | Path, render: Render | None = None) -> list[str]:
     if path.suffix != ".jsonl":
         texts = [content]
     else:
-        lines = enumerate(content.splitlines(), 1)
+        lines = enumerate(content.split("\n"), 1)  # not at U+2028, which JSON allows inside a text
         texts = [_text(line, f"data: {path}:{number}", render) for number, line in lines if line.strip()]
     texts = [text for text in texts if text.strip()]
     if not texts:

@@ -108,6 +108,18 @@ class Calibration:
         """The states on a device."""
         return Calibration(tuple(part.to(device) for part in self.parts), self.timesteps, self.source)
 
+    def thinned(self, count: int) -> "Calibration":
+        """So many states of each part, spread evenly over it and so over its timesteps.
+
+        Raises:
+            ValueError: more states than the smallest part has, or none.
+        """
+        most = min(len(part.ids) for part in self.parts)
+        if not 1 <= count <= most:
+            raise ValueError(f"states: found {count}, allowed are 1..{most}")
+        parts = (part[torch.arange(count) * len(part.ids) // count] for part in self.parts)
+        return Calibration(tuple(parts), self.timesteps, self.source)
+
     def tensors(self) -> dict[str, Tensor]:
         """The states' tensors by number of the part and name, e.g. ``0.ids``."""
         return {f"{i}.{name}": tensor for i, part in enumerate(self.parts) for name, tensor in vars(part).items()}

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -71,6 +72,10 @@ class DiffusionLM:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.device
+
+    def identity(self) -> Mapping[str, Any]:
+        """What tells the model's weights from others, for ``files.snapshots.digest``."""
+        return self.model.state_dict()
 
     @property
     def end_token_id(self) -> int | None:

@@ -1,6 +1,6 @@
 """What a phase of training works on: its states, and the snapshots from which a stopped run goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,17 +64,17 @@ class PhaseRun:
         Raises:
             ValueError: neither calibration nor prompts, where the phase needs them.
         """
-        if phase.states == "fresh" and prompts is not None:
+        is_fresh = phase.states == "fresh"
+        if is_fresh and prompts is not None:
             source: Calibration | Sequence[Prompts] = prompts
         elif calibration is None:
             raise ValueError(f"calibration: found None, required by states={phase.states!r}")
         else:
-            is_fresh = phase.states == "fresh"
             source = prompts_of(calibration, reference.mask_token_id) if is_fresh else calibration
         snapshot = None
         if resume is not None:
-            seen = source.tensors() if isinstance(source, Calibration) else _first_starts(source, config)
-            models = (lm.model.state_dict() for lm in (reference, start) if lm is not None)
+            seen = source.tensors() if isinstance(source, Calibration) else first_starts(source, config.seed)
+            models = (lm.identity() for lm in (reference, start) if lm is not None)
             run = digest(config.digest(), str(torch.__version__), *models, seen)
             snapshot = Snapshot(Path(resume) / f"{name}.safetensors", run)
         return cls(phase, config, reference, source, snapshot, progress)
@@ -83,9 +83,8 @@ class PhaseRun:
         """The states to train on: those of the calibration, or fresh ones, which no other seed makes."""
         if isinstance(self.source, Calibration):
             return self.source
-        phase, seed = self.phase, self.config.seed + 2
-        counted = ((starts, phase.num_texts if starts.is_empty else phase.num_prompts) for starts in self.source)
-        ids = [starts.draw(count, seed) for starts, count in counted if count]
+        seed = self.config.seed + 2
+        ids = [starts.draw(count, seed) for starts, count in _counted(self.source, self.phase)]
         return calibrate(
             self.reference,
             [(starts, starts == self.reference.mask_token_id) for starts in ids],
@@ -100,9 +99,28 @@ class PhaseRun:
         return text if self.progress else None
 
 
-def _first_starts(source: Sequence[Prompts], config: ThermoConfig) -> dict[str, Tensor]:
+def weights_snapshot(
+    reference: DiffusionLM, config: ThermoConfig, calibration: Calibration | None, resume: str | Path
+) -> Snapshot:
+    """Where the blocks are kept whose weights are quantized without training; arguments as for ``PhaseRun.of``."""
+    states = {} if calibration is None else calibration.tensors()
+    how = config.replace(training=()).digest()
+    return Snapshot(
+        Path(resume) / "weights.safetensors", digest(how, str(torch.__version__), reference.identity(), states)
+    )
+
+
+def first_starts(source: Sequence[Prompts], seed: int) -> dict[str, Tensor]:
     """What tells one source of prompts from another."""
-    return {str(number): starts.draw(64, config.seed) for number, starts in enumerate(source)}
+    return {str(number): starts.draw(64, seed) for number, starts in enumerate(source)}
+
+
+def _counted(source: Sequence[Prompts], phase: Phase) -> Iterator[tuple[Prompts, int]]:
+    """Prompts with how many fresh sequences start from them, of those from which any do."""
+    for starts in source:
+        count = phase.num_texts if starts.is_empty else phase.num_prompts
+        if count:
+            yield starts, count
 
 
 class FreshChains:
@@ -117,12 +135,10 @@ class FreshChains:
 
     def __init__(self, loss: TransitionLoss, source: Sequence[Prompts], phase: PathKL, seed: int):
         self.chains = []
-        for starts in source:
-            count = phase.num_texts if starts.is_empty else phase.num_prompts
+        for starts, count in _counted(source, phase):
             own = round(phase.own_share * count) if starts.is_empty else 0
-            if count:
-                start = lambda number, starts=starts: starts.start(number, seed)  # noqa: E731
-                self.chains.append(Chains(loss, start, count, own, seed))
+            start = lambda number, starts=starts: starts.start(number, seed)  # noqa: E731
+            self.chains.append(Chains(loss, start, count, own, seed))
 
     def step(self) -> Batch:
         """The present states of all chains and their targets."""

@@ -12,7 +12,7 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
-from thermo_lib.pipeline.phases import PhaseRun
+from thermo_lib.pipeline.phases import PhaseRun, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.training import optimize_transitions, quantize_sequentially, reconstruct_blocks
 from thermo_lib.pipeline.weights import code_tables, quantize_weights
@@ -34,8 +34,8 @@ def quantize(
         config: how to quantize, or the name of a preset such as ``"best"``.
         calibration: states to fit on, see ``calibrate``; needed by all but data-free weights.
         prompts: what fresh training states start from; by default what the calibration states do.
-        resume: folder where training keeps snapshots; the same call goes on from them, with the same result. They stay
-            when it is done.
+        resume: folder where finished blocks and training keep snapshots; the same call goes on from them, with the same
+            result. They stay when it is done.
         progress: show bars.
 
     Raises:
@@ -61,7 +61,8 @@ def quantize(
             run = PhaseRun.of(sequential, config, lm, calibration, name="sequential", **how)
             quantize_sequentially(quantized, run)
         else:
-            quantize_weights(quantized, calibration, progress)
+            snapshot = None if resume is None else weights_snapshot(lm, config, calibration, resume)
+            quantize_weights(quantized, calibration, snapshot, progress)
         quantized.config = config.replace(training=() if sequential is None else (sequential,))
         if config.activations is not None:
             quantize_activations(quantized, lm, calibration, progress)

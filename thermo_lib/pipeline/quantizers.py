@@ -1,7 +1,7 @@
 """The methods that quantize a weight: each knows the layer that computes from its codes, and what that stores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -31,7 +31,7 @@ class Quantizer(ABC):
         layer: the class of the layers that compute from its codes.
         parameters: the parameters that are stored beside the codes.
         needs_hessians: whether ``code`` needs Hessians.
-        needs_all_hessians: whether ``prepare`` needs the Hessians of all linears, before any is quantized.
+        needs_all_hessians: whether all linears are seen before any is quantized, see ``see`` and ``decide``.
     """
 
     layer: ClassVar[type[QuantizedLinear]] = QuantizedLinear
@@ -42,14 +42,13 @@ class Quantizer(ABC):
         self.how, self.groups = config.weights, config.weight_groups
         self.needs_hessians = type(self.how) not in ROUNDING or self.groups.num_groups > 1
 
-    @abstractmethod
-    def prepare(self, linears: Mapping[str, nn.Linear], hessians: Mapping[str, Tensor]) -> None:
-        """Decide what depends on the whole model.
+    def see(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:
+        """Take note of a linear before any is quantized; ``hessian`` is ``sum x x^T`` of all its inputs."""
+        raise NotImplementedError
 
-        Args:
-            linears: all linears that are to be quantized, by name.
-            hessians: name to ``sum x x^T``, ``(1, in_features, in_features)``.
-        """
+    def decide(self) -> None:
+        """Decide what depends on the whole model, all of whose linears have been seen."""
+        raise NotImplementedError
 
     def code(self, name: str, weight: Tensor, hessians: Tensor | None) -> Coded:
         """Quantize a weight.
@@ -90,9 +89,6 @@ class Quantizer(ABC):
 class UniformGrid(Quantizer):
     """Codes on a uniform grid: round to nearest, least squares, or GPTQ."""
 
-    def prepare(self, linears: Mapping[str, nn.Linear], hessians: Mapping[str, Tensor]) -> None:
-        """Nothing depends on the whole model."""
-
     def _code(self, name: str, weight: Tensor, hessians: Tensor | None, group_size: int) -> Coded:
         bits = self.how.bits
         if isinstance(self.how, GPTQ):
@@ -118,14 +114,18 @@ class TrellisCodes(Quantizer):
     def __init__(self, config: ThermoConfig):
         super().__init__(config)
         self.needs_all_hessians = self.how.spread
+        self._costs: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
         self._column_bits: dict[str, Tensor] = {}
 
-    def prepare(self, linears: Mapping[str, nn.Linear], hessians: Mapping[str, Tensor]) -> None:
+    def see(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:
+        """Work out what each number of bits costs in each of the linear's columns."""
+        self._costs[name] = column_costs(linear.weight, hessian, self.how.damping)
+        self._rows[name] = linear.out_features
+
+    def decide(self) -> None:
         """Give every column of every linear its bits."""
-        if self.how.spread:
-            costs = {n: column_costs(linear.weight, hessians[n][0], self.how.damping) for n, linear in linears.items()}
-            rows = {n: linear.out_features for n, linear in linears.items()}
-            self._column_bits = allocate_bits(costs, rows, self.how.bits)
+        self._column_bits = allocate_bits(self._costs, self._rows, self.how.bits)
 
     def _code(self, name: str, weight: Tensor, hessians: Tensor | None, group_size: int) -> Coded:
         equal = torch.full((weight.shape[1],), int(self.how.bits))

@@ -47,8 +47,13 @@ def _parameter_names(kind: str, config: ThermoConfig) -> tuple[str, ...]:
 
 def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
     """What is stored of a quantized layer's weights: codes, and parameters of the time groups before smoothing."""
-    layer = lm.model.get_submodule(name)
     _check_held(lm, name)
+    return weight_tensors(lm, name)
+
+
+def weight_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
+    """``stored_tensors`` of a layer that isn't checked, as before its activations are quantized."""
+    layer = lm.model.get_submodule(name)
     codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
     return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
 
@@ -248,6 +253,26 @@ def _check_positive(scales: Tensor, name: str, where: Path) -> None:
         raise ValueError(f"{where}: tensor {name}: found {scales.min().item():.3g}, allowed is above 0")
 
 
+def time_group_params(
+    kind: str, values: Mapping[str, Tensor], config: ThermoConfig, in_features: int
+) -> list[TimeGroupParams]:
+    """The parameters of a layer's time groups.
+
+    Args:
+        kind: ``weight`` or ``activation``.
+        values: ``scale``, and ``zero_point`` where it is stored, the time groups first.
+        config: how the layer is quantized.
+        in_features: of the layer.
+    """
+    groups = config.weight_groups if kind == "weight" else config.groups
+    group_size = config.group_size or in_features if kind == "weight" else None
+    zeros = values.get("zero_point", torch.zeros_like(values["scale"]))
+    return [
+        TimeGroupParams(time_range, scale, zero, group_size)
+        for time_range, scale, zero in zip(groups.intervals, values["scale"], zeros, strict=True)
+    ]
+
+
 def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: torch.dtype) -> None:
     """Put what is stored of quantized linears and tables into a model that isn't quantized yet.
 
@@ -264,17 +289,10 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
     for name in linear_names(lm.model):
         linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
-        group_size = thermo.group_size or linear.in_features
         for kind, layers in kinds.items():
-            intervals = (thermo.weight_groups if kind == "weight" else thermo.groups).intervals
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
-            scales = values["scale"]
-            _check_positive(scales, f"{stored_name}.{kind}_scale", folder)
-            zeros = values.get("zero_point", torch.zeros_like(scales))
-            layers[name] = [
-                TimeGroupParams(time_range, scale, zero, group_size if kind == "weight" else None)
-                for time_range, scale, zero in zip(intervals, scales, zeros, strict=True)
-            ]
+            _check_positive(values["scale"], f"{stored_name}.{kind}_scale", folder)
+            layers[name] = time_group_params(kind, values, thermo, linear.in_features)
         stored = {key: tensors.pop(f"{name}.{key}") for key in quantizer_of(thermo).layer.STORED}
         if linear.bias is not None:
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)

@@ -4,16 +4,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from thermo_lib.diffusion.inputs import shared_inputs
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.files.snapshots import Snapshot, named, part_of
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.streamed import held, keep
 from thermo_lib.pipeline.activations import check_constant_weights, present_ranges
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
@@ -21,13 +20,13 @@ from thermo_lib.pipeline.model import (
     copied,
     install_activations,
     install_dynamic_ranges,
-    install_layer,
     install_weights,
     linear_names,
     names_by_block,
 )
 from thermo_lib.pipeline.parts import Blocks, PathKL, Phase, Sequential
 from thermo_lib.pipeline.phases import FreshChains, PhaseRun
+from thermo_lib.pipeline.progress import BlockSnapshots
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.weights import counts_tokens, prepare_quantizer, quantize_layer
 from thermo_lib.quant.input_ranges import StaticRanges
@@ -58,23 +57,29 @@ def quantize_sequentially(lm: QuantizedLM, run: PhaseRun) -> None:
     quantizer = quantizer_of(config)
     prepare_quantizer(lm, quantizer, calibration, token_weights)
     targets, stream = BlockStream(run.reference, calibration), BlockStream(lm, calibration)
-    _resume(lm, run.snapshot)
-    install_dynamic_ranges(lm)
+    snapshots = BlockSnapshots(run.snapshot)
     shared = shared_inputs(run.reference, names)
     bar = tqdm(total=len(shared), desc=f"sequential {config.precision}", disable=not run.progress, leave=False)
     for number, (block, linears) in enumerate(blocks.items()):
         targets.advance()
-        for together in (names for names in shared if names[0] in linears):
-            label = f"block {number}: {', '.join(name.rpartition('.')[2] for name in together)}"
-            if label not in lm.losses:
+        keep(stream.block)
+        inside, losses = [names for names in shared if names[0] in linears], {}
+        if snapshots.restore(lm, block):
+            install_dynamic_ranges(lm)
+            bar.update(len(inside))
+        else:
+            for together in inside:
                 hessians = stream.hessians(together, config.weight_groups, token_weights)
                 for name in together:
                     quantize_layer(lm, quantizer, name, hessians[name])
                 install_dynamic_ranges(lm)
-                lm.losses[label] = _fit_rest(lm, run.phase, stream, targets.hidden, linears, importance[block])
-                _save_progress(lm, run.snapshot)
-            bar.update()
-        stream.advance()
+                label = f"block {number}: {', '.join(name.rpartition('.')[2] for name in together)}"
+                losses[label] = _fit_rest(lm, run.phase, stream, targets.hidden, linears, importance[block])
+                bar.update()
+            lm.losses |= losses
+            snapshots.save(lm, block, losses)
+        if not stream.is_last:
+            stream.advance()
     bar.close()
 
 
@@ -106,40 +111,17 @@ def _fit_rest(
     return losses
 
 
-def _save_progress(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
-    """Take a snapshot of a model, some of whose blocks have been trained."""
-    if snapshot is not None:
-        losses = {phase: torch.tensor(values, dtype=torch.float64) for phase, values in lm.losses.items()}
-        snapshot.save(named("model", lm.model.state_dict()) | named("losses", losses))
-
-
-def _resume(lm: QuantizedLM, snapshot: Snapshot | None) -> None:
-    """Bring a model to where the last snapshot was taken."""
-    state = snapshot.load() if snapshot is not None else {}
-    if not state:
-        return
-    model = {name: tensor.to(lm.device) for name, tensor in part_of(state, "model").items()}
-    for name, layer in list(lm.model.named_modules()):
-        if f"{name}.packed" not in model:
-            continue
-        scale, zero_point = (model[f"{name}.{key}"][0] for key in ("scale", "zero_point"))
-        group_size = lm.config.group_size or layer.in_features
-        lm.weight_params[name] = [TimeGroupParams((0, lm.config.timesteps), scale, zero_point, group_size)]
-        if not isinstance(layer, QuantizedLinear):
-            stored = quantizer_of(lm.config).layer.STORED
-            install_layer(lm, name, {key: model[f"{name}.{key}"] for key in stored})
-    lm.model.load_state_dict(model)
-    lm.losses |= {phase: values.tolist() for phase, values in part_of(state, "losses").items()}
-
-
 def _trainable_weights(
     layers: Mapping[str, QuantizedLinear], targets: MaskPredictor | None = None
 ) -> dict[str, TrainableWeight]:
     """The layers' weights, their codes too where the full-precision model is given."""
-    return {
-        name: TrainableWeight(layer, targets.get_submodule(name).weight if targets is not None else None)
-        for name, layer in layers.items()
-    }
+    if targets is None:
+        return {name: TrainableWeight(layer) for name, layer in layers.items()}
+    found = {}
+    for block, names in names_by_block(list(layers)).items():
+        with held(targets.get_submodule(block)):
+            found |= {name: TrainableWeight(layers[name], targets.get_submodule(name).weight) for name in names}
+    return found
 
 
 def _weight_rates(weights: Iterable[TrainableWeight], phase: Phase) -> dict[nn.Parameter, float]:
@@ -198,12 +180,12 @@ def reconstruct_blocks(
     blocks = names_by_block(linear_names(reference.model))
     importance = token_importance(reference, states, list(blocks), config.seed, run.label("importance"))
     targets, stream = BlockStream(reference, states), BlockStream(changed, states)
+    snapshots = BlockSnapshots(run.snapshot)
     with _without_static_ranges(changed):
-        _resume(changed, run.snapshot)
         for number, (block, linears) in enumerate(blocks.items()):
             targets.advance()
             label = f"block {number}"
-            if label not in changed.losses:
+            if not snapshots.restore(changed, block):
                 layers = changed.quantized_layers()
                 weights = _trainable_weights({name: layers[name] for name in linears}, reference.model)
                 with TrainableLayers(changed, {}, weights):
@@ -218,8 +200,9 @@ def reconstruct_blocks(
                         progress=run.label(f"{label} of {len(blocks)}"),
                     )
                 _store_weights(changed, weights)
-                _save_progress(changed, run.snapshot)
-            stream.advance()
+                snapshots.save(changed, block, {label: changed.losses[label]})
+            if not stream.is_last:
+                stream.advance()
     return changed
 
 

@@ -11,7 +11,9 @@ from tqdm import tqdm
 
 from thermo_lib.diffusion.inputs import run_states
 from thermo_lib.diffusion.states import Calibration
+from thermo_lib.files.snapshots import Snapshot
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.streamed import keep
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     QuantizedLM,
@@ -21,6 +23,7 @@ from thermo_lib.pipeline.model import (
     linear_names,
     names_by_block,
 )
+from thermo_lib.pipeline.progress import BlockSnapshots
 from thermo_lib.pipeline.quantizers import ROUNDING, Quantizer, quantizer_of
 from thermo_lib.quant.codes import check_weight, pack
 from thermo_lib.quant.hessians import Hessians
@@ -94,25 +97,41 @@ def _in_batches(token_weights: Sequence[Tensor], calibration: Calibration) -> It
     return (token_weights[number][rows] for number, _, rows in calibration.batches())
 
 
-def quantize_weights(lm: QuantizedLM, calibration: Calibration | None, progress: bool) -> None:
+def quantize_weights(
+    lm: QuantizedLM, calibration: Calibration | None, snapshot: Snapshot | None, progress: bool
+) -> None:
+    """Quantize all linears.
+
+    Args:
+        lm: a copy of the full-precision model, with the configuration; it is quantized in place.
+        calibration: the states; None for data-free weights.
+        snapshot: where finished blocks are kept, by name and digest; None for nowhere.
+        progress: show a bar.
+    """
     config, quantizer = lm.config, quantizer_of(lm.config)
     names = linear_names(lm.model)
     label = f"{config.quantizer} {config.precision}"
     if not quantizer.needs_hessians:
-        for name in tqdm(names, desc=label, disable=not progress, leave=False):
-            quantize_layer(lm, quantizer, name, None)
+        for block, linears in tqdm(names_by_block(names).items(), desc=label, disable=not progress, leave=False):
+            keep(lm.model.get_submodule(block))
+            for name in linears:
+                quantize_layer(lm, quantizer, name, None)
         return
 
     importance: dict[str, list[Tensor]] = {}
     if counts_tokens(config):
         importance = token_importance(lm, calibration, names, config.seed, "importance" if progress else None)
     prepare_quantizer(lm, quantizer, calibration, importance)
-    stream = BlockStream(lm, calibration)
-    for linears in tqdm(names_by_block(names).values(), desc=label, disable=not progress, leave=False):
-        hessians = stream.hessians(linears, config.weight_groups, importance)
-        for name in linears:
-            quantize_layer(lm, quantizer, name, hessians[name])
-        stream.advance()
+    stream, snapshots = BlockStream(lm, calibration), BlockSnapshots(snapshot)
+    for block, linears in tqdm(names_by_block(names).items(), desc=label, disable=not progress, leave=False):
+        keep(stream.block)
+        if not snapshots.restore(lm, block):
+            hessians = stream.hessians(linears, config.weight_groups, importance)
+            for name in linears:
+                quantize_layer(lm, quantizer, name, hessians[name])
+            snapshots.save(lm, block, {})
+        if not stream.is_last:
+            stream.advance()
 
 
 def quantize_layer(lm: QuantizedLM, quantizer: Quantizer, name: str, hessians: Tensor | None) -> None:
@@ -133,10 +152,14 @@ def prepare_quantizer(
         calibration: the states.
         token_weights: see ``input_hessians``.
     """
-    names = linear_names(lm.model)
-    if quantizer.needs_all_hessians:
-        hessians = input_hessians(lm, calibration, names, lm.config.weight_groups, token_weights)
-        quantizer.prepare({name: lm.model.get_submodule(name) for name in names}, hessians)
+    if not quantizer.needs_all_hessians:
+        return
+    stream = BlockStream(lm, calibration)
+    for linears in names_by_block(linear_names(lm.model)).values():
+        for name, hessians in stream.hessians(linears, lm.config.weight_groups, token_weights).items():
+            quantizer.see(name, lm.model.get_submodule(name), hessians.sum(0))
+        stream.advance()
+    quantizer.decide()
 
 
 def counts_tokens(config: ThermoConfig) -> bool:

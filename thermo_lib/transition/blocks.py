@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from thermo_lib.diffusion.inputs import SeenEnough, block_arguments, group_by_input, watch_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.streamed import hold, release
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.hessians import Hessians
 from thermo_lib.time_aware.groups import TimeGroups
@@ -20,26 +21,23 @@ _BATCH = 64  # states of a batch at most, as in ``run_states``
 class BlockStream:
     """The hidden states that enter one block of a model, on all calibration states.
 
-    It starts at the first block and moves on with ``advance``. Only the block at which it stands needs weights.
+    It starts at the first block and moves on with ``advance``. The block at which it stands is held, see
+    ``models.streamed.hold``.
 
     Args:
         lm: the model.
         calibration: the states.
-        number: the block at which it stands.
-        hidden: what enters that block, ``(states, length, hidden)`` for each part of the calibration; it is replaced in
-            place. None for the embeddings of the states, which enter the first block.
+
+    Attributes:
+        number: of the block at which it stands.
+        hidden: what enters that block, ``(states, length, hidden)`` for each part of the calibration.
     """
 
-    def __init__(
-        self, lm: DiffusionLM, calibration: Calibration, number: int = 0, hidden: Sequence[Tensor] | None = None
-    ):
-        device = lm.device if hidden is None else hidden[0].device
-        calibration = calibration.to(device)
-        self.lm, self.calibration, self.number = lm, calibration, number
-        if hidden is None:
-            with torch.no_grad():
-                hidden = [lm.model.model.embed_tokens(part.ids) for part in calibration.parts]
-        self.hidden = list(hidden)
+    def __init__(self, lm: DiffusionLM, calibration: Calibration):
+        calibration = calibration.to(lm.device)
+        self.lm, self.calibration, self.number = lm, calibration, 0
+        with torch.no_grad():
+            self.hidden = [lm.model.model.embed_tokens(part.ids) for part in calibration.parts]
         self._arguments = [block_arguments(lm, x[:1]) for x in self.hidden]
         widest = max(x.shape[1] for x in self.hidden) * lm.model.config.intermediate_size
         self._batch = max(1, min(_BATCH, _NUMBERS // widest))
@@ -49,8 +47,14 @@ class BlockStream:
         """The block at which the stream stands, as it is now."""
         return self.lm.model.model.layers[self.number]
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no block follows."""
+        return self.number + 1 == len(self.lm.model.model.layers)
+
     def run(self, part: int, x: Tensor) -> Tensor:
         """The block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
+        hold(self.block)
         return self.block(x, **self._arguments[part])
 
     def _output(self, part: int, timestep: int, rows: Tensor) -> Tensor:
@@ -102,4 +106,5 @@ class BlockStream:
         """Take the states through the block, as it is now, to the next one."""
         for part, timestep, rows in self.calibration.batches(self._batch):
             self.hidden[part][rows] = self._output(part, timestep, rows)
+        release(self.block)
         self.number += 1

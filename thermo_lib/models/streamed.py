@@ -1,0 +1,237 @@
+"""A full-precision model in little memory: its blocks are read when they run, and dropped again.
+
+Embeddings, last norm and head are there all the time. Where gradients are needed a block runs again on the way back
+(activation checkpointing, arXiv 1604.06174), so that no more than one block's weights and activations are held.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from thermo_lib.files.tensors import check_finite, check_full_precision, check_shapes, open_safetensors, weight_files
+from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.families import HEAD, read_config, stored_names
+from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
+from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
+from thermo_lib.quant.calls import CALL, denoising
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file.
+
+    Attributes:
+        key: its name there.
+        path: the file.
+        shape: of the tensor.
+        itemsize: bytes of a number.
+    """
+
+    key: str
+    path: Path
+    shape: tuple[int, ...]
+    itemsize: int
+
+
+class Checkpoint:
+    """The tensors of a full-precision checkpoint, read one at a time.
+
+    Args:
+        folder: of the checkpoint.
+        model: of its configuration; needs no weights.
+
+    Attributes:
+        tensors: the library's name to where the tensor is; a copy of tied embeddings as the head is left out.
+
+    Raises:
+        ValueError: what ``weight_files``, ``stored_names`` and ``check_shapes`` raise.
+    """
+
+    def __init__(self, folder: Path, model: MaskPredictor):
+        expected, found = model.state_dict(), {}
+        for path in weight_files(folder):
+            with open_safetensors(path) as file:
+                for key in sorted(file.keys()):
+                    part = file.get_slice(key)
+                    found[key] = StoredTensor(key, path, tuple(part.get_shape()), _itemsize(part.get_dtype()))
+        names = stored_names(found, model.config, expected)
+        shapes = {key: stored.shape for key, stored in found.items()}
+        check_shapes(shapes, {key: expected[name] for key, name in names.items()}, folder)
+        is_tied = model.config.tie_word_embeddings
+        self.folder = folder
+        self.tensors = {names[key]: stored for key, stored in found.items() if not (is_tied and names[key] == HEAD)}
+        self._seen: set[str] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A tensor by the library's name, of the type in which it is stored.
+
+        Raises:
+            ValueError: not a complete file, a type that full precision doesn't have, NaN or infinity.
+        """
+        stored = self.tensors[name]
+        with open_safetensors(stored.path) as file:
+            tensor = file.get_tensor(stored.key).to(device)
+        if name not in self._seen:
+            check_full_precision(tensor.dtype, stored.key, stored.path)
+            check_finite(tensor, stored.key, stored.path)
+            self._seen.add(name)
+        return tensor
+
+    def identity(self) -> dict[str, Any]:
+        """What tells this checkpoint from others.
+
+        Weights are known by their file's size, time and header: other numbers under the same size and time aren't
+        noticed, and the same file with another time is taken for another.
+        """
+        found: dict[str, Any] = {}
+        for path in [self.folder / "config.json", *(self.folder / name for name in TOKENIZER_FILES)]:
+            if path.is_file():
+                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in weight_files(self.folder):
+            about = path.stat()
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                file.seek(0)
+                start = hashlib.sha256(file.read(min(8 + length, about.st_size))).hexdigest()
+            found[path.name] = [about.st_size, about.st_mtime_ns, start]
+        return found
+
+
+def _itemsize(dtype: str) -> int:
+    """Bytes of a number, from a safetensors type such as ``BF16``."""
+    return int("".join(c for c in dtype if c.isdigit()) or 8) // 8
+
+
+class StreamedForward:
+    """Stands for a block's ``forward``: reads its weights before it runs, and drops them after it.
+
+    Args:
+        block: the block, on the meta device.
+        name: of the block.
+        checkpoint: where its weights are.
+        device: where it runs.
+        dtype: of its weights in memory.
+
+    Attributes:
+        is_held: whether the weights stay for the time being.
+        is_kept: whether the weights belong to the model from now on, whatever becomes of them.
+    """
+
+    def __init__(self, block: nn.Module, name: str, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.block, self.name, self.checkpoint, self.device, self.dtype = block, name, checkpoint, device, dtype
+        self.is_held = self.is_kept = False
+
+    def __call__(self, hidden_states: Tensor, **arguments: Any) -> Any:
+        """The block on ``hidden_states (batch, length, hidden)``; where it isn't held, it runs again for gradients."""
+        if self.is_held:
+            return type(self.block).forward(self.block, hidden_states, **arguments)
+        call = CALL.step, CALL.is_masked
+
+        def run(x: Tensor) -> Any:
+            self.fill()
+            try:
+                with denoising(*call):
+                    return type(self.block).forward(self.block, x, **arguments)
+            finally:
+                self.empty()
+
+        if not torch.is_grad_enabled():
+            return run(hidden_states)
+        return checkpoint(run, hidden_states, use_reentrant=False, preserve_rng_state=False)  # nothing is drawn
+
+    def fill(self) -> None:
+        """Read the weights, unless they are there."""
+        if self.is_kept:
+            return
+        for name, parameter in self.block.state_dict().items():
+            if parameter.is_meta:
+                tensor = self.checkpoint.read(f"{self.name}.{name}", self.device).to(self.dtype)
+                self.block.load_state_dict({name: tensor}, strict=False, assign=True)
+        self.block.requires_grad_(False)
+
+    def empty(self) -> None:
+        """Drop the weights, unless they are held or kept."""
+        if not (self.is_held or self.is_kept):
+            self.block.to("meta")
+
+
+def hold(block: nn.Module) -> None:
+    """Let a streamed block's weights stay until ``release``; other blocks have theirs anyway."""
+    if isinstance(streamed := vars(block).get("forward"), StreamedForward) and not streamed.is_held:
+        streamed.fill()
+        streamed.is_held = True
+
+
+def release(block: nn.Module) -> None:
+    """End what ``hold`` began."""
+    if isinstance(streamed := vars(block).get("forward"), StreamedForward):
+        streamed.is_held = False
+        streamed.empty()
+
+
+@contextmanager
+def held(block: nn.Module) -> Iterator[None]:
+    """While it is entered (``with``), a block's weights are there, and of a streamed block afterwards dropped."""
+    hold(block)
+    try:
+        yield
+    finally:
+        release(block)
+
+
+def keep(block: nn.Module) -> None:
+    """Let a streamed block's weights belong to the model from now on, so that they can be changed."""
+    if isinstance(streamed := vars(block).get("forward"), StreamedForward):
+        streamed.fill()
+        streamed.is_kept = True
+
+
+@dataclass
+class StreamedLM(DiffusionLM):
+    """A diffusion language model whose blocks are read when they run.
+
+    Attributes:
+        checkpoint: where from.
+    """
+
+    checkpoint: Checkpoint
+
+    def identity(self) -> dict[str, Any]:
+        """See ``DiffusionLM``."""
+        return self.checkpoint.identity()
+
+
+def load_streamed(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StreamedLM:
+    """Load a full-precision model whose blocks stay in its checkpoint; it computes what ``load_model``'s does.
+
+    Args:
+        name: ``"reference"`` for the embedded model, a local folder, or a hub id.
+        device: where it runs; the model can't be moved.
+        dtype: of the weights in memory.
+
+    Raises:
+        ValueError: what ``load_model`` raises; of a block's weights when it is first read.
+    """
+    folder, device = model_folder(name), torch.device(device)
+    config = read_config(folder)
+    check_unquantized(folder)
+    tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
+    model = skeleton(config)
+    source = Checkpoint(folder, model)
+    fill(model, {n: source.read(n, device) for n in source.tensors if ".layers." not in n}, dtype)
+    model.model.rotary_emb.to(device)
+    for number, block in enumerate(model.model.layers):
+        block.forward = StreamedForward(block, f"model.layers.{number}", source, device, dtype)
+    carried = read_carried(folder)
+    about = tokenizer, config.mask_token_id, name
+    return StreamedLM(model, *about, source, chat_template=chat_template, carried=carried)

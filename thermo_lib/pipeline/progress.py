@@ -1,0 +1,77 @@
+"""Snapshots of a model whose blocks are quantized or trained one after the other: one of each finished block."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from thermo_lib.files.snapshots import Snapshot, named, part_of
+from thermo_lib.pipeline.model import QuantizedLM, install_layer, install_weights
+from thermo_lib.pipeline.quantizers import quantizer_of
+from thermo_lib.pipeline.storage import time_group_params, weight_tensors
+from thermo_lib.quant.layers import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class BlockSnapshots:
+    """One snapshot for each block.
+
+    Attributes:
+        of_all: path and digest, from which those of the blocks are made; None for no snapshots.
+    """
+
+    of_all: Snapshot | None
+
+    def _of(self, block: str) -> Snapshot:
+        path = self.of_all.path
+        return Snapshot(path.with_name(f"{path.stem}-{block.rpartition('.')[2]}{path.suffix}"), self.of_all.run)
+
+    def save(self, lm: QuantizedLM, block: str, losses: dict[str, list[float]]) -> None:
+        """Keep a finished block.
+
+        Args:
+            lm: the model.
+            block: name of the block.
+            losses: what was trained in it to the loss of each step.
+        """
+        if self.of_all is None:
+            return
+        module = lm.model.get_submodule(block)
+        layers = [name for name in lm.quantized_layers() if name.startswith(f"{block}.")]
+        tables = {f"{name}.{key}" for name in layers for key in _held(lm.model.get_submodule(name))}
+        rest = {name: tensor for name, tensor in named(block, module.state_dict()).items() if name not in tables}
+        stored = {key: tensor for name in layers for key, tensor in weight_tensors(lm, name).items()}
+        trained = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
+        self._of(block).save(named("stored", stored) | named("rest", rest) | named("losses", trained))
+
+    def restore(self, lm: QuantizedLM, block: str) -> bool:
+        """Bring a block to where its snapshot was taken; False where there is none.
+
+        Raises:
+            ValueError: what ``Snapshot.load`` raises.
+        """
+        state = {} if self.of_all is None else self._of(block).load()
+        if not state:
+            return False
+        device, config, quantizer = lm.device, lm.config, quantizer_of(lm.config)
+        stored = {name: tensor.to(device) for name, tensor in part_of(state, "stored").items()}
+        for name in sorted({name.rpartition(".")[0] for name in stored}):
+            layer, found = lm.model.get_submodule(name), part_of(stored, name)
+            parameters = {key: found[f"weight_{key}"] for key in quantizer.parameters}
+            lm.weight_params[name] = time_group_params("weight", parameters, config, layer.in_features)
+            codes = {key: found[key] for key in quantizer.layer.STORED}
+            if isinstance(layer, QuantizedLinear):
+                for key, tensor in codes.items():
+                    setattr(layer, key, tensor)
+                install_weights(layer, lm.weight_params[name], config)
+            else:
+                install_layer(lm, name, codes)
+        rest = {name: tensor.to(device) for name, tensor in part_of(state, "rest").items()}
+        lm.model.load_state_dict(rest, strict=False)
+        lm.losses |= {name: values.tolist() for name, values in part_of(state, "losses").items()}
+        return True
+
+
+def _held(layer: nn.Module) -> tuple[str, ...]:
+    """The buffers of a quantized layer that its codes and parameters decide."""
+    return (*layer.STORED, "scale", "zero_point", "row_of_step")
