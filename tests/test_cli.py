@@ -173,13 +173,17 @@ class TestGenerate:
 class TestEvaluate:
     """The scores of one model."""
 
-    def test_scores_of_a_quantized_model(self, run: Run, folder: Path) -> None:
+    @pytest.mark.parametrize(("words", "dtype"), [((), torch.bfloat16), (("--dtype", "float32"), torch.float32)])
+    def test_scores_of_a_quantized_model(
+        self, run: Run, folder: Path, words: tuple[str, ...], dtype: torch.dtype
+    ) -> None:
+        """The folders hold bfloat16, which the model computes in unless another type is asked for."""
         assert run("quantize", "--model", folder, "--output", "small", *FAST, "timesteps=4")[0] == 0
         arguments = ("--model", "small", "--reference", folder, "--output", "scores.json")
-        status, out, _ = run("evaluate", *arguments, "--timesteps", 4)
+        status, out, _ = run("evaluate", *arguments, "--timesteps", 4, *words)
         assert status == 0
-        suite = small_suite(load_model(str(folder)), timesteps=4)
-        lm = load_quantized("small")
+        suite = small_suite(load_model(str(folder), dtype=dtype), timesteps=4)
+        lm = load_quantized("small", dtype=dtype)
         expected = summarize("small", lm, evaluate(lm, suite))
         assert json.loads(Path("scores.json").read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
         assert out.splitlines()[2].startswith("small ")
@@ -194,6 +198,25 @@ class TestEvaluate:
         status, _, err = run("evaluate", "--model", "small")
         assert status == 2
         assert "reference: found none, expected the full-precision model" in err
+
+    @pytest.mark.parametrize(
+        "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError("Unable to allocate 7 GiB")]
+    )
+    def test_no_memory_left_is_one_line(
+        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+    ) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(commands, "evaluate", fail)
+        status, out, err = run("evaluate", "--model", folder)
+        assert (status, out) == (2, "")
+        (line,) = [line for line in err.splitlines() if line.startswith("error")]
+        assert f"memory: found none left ({str(error).splitlines()[0]}); quantize --layerwise" in line
+
+    def test_more_memory_than_there_is_is_one_line(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(commands, "evaluate", lambda *_, **__: torch.empty(2**50))
+        assert "error: memory: found none left" in run("evaluate")[2]
 
     def test_a_reference_with_other_tokens_is_refused(self, run: Run, folder: Path) -> None:
         status, _, err = run("evaluate", "--model", folder, "--reference", "reference")

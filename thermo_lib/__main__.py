@@ -25,7 +25,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
     devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
-    dtypes = {"choices": ["float32", "bfloat16"], "default": "float32", "help": "of the computation (%(default)s)"}
+    dtypes = {
+        "choices": ["stored", "float32", "bfloat16", "float16"],
+        "default": "stored",
+        "help": "of the computation: 'stored' is that of the model's files (%(default)s)",
+    }
     some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
 
     writer = commands.add_parser("quantize", help="write a quantized folder")
@@ -150,7 +154,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        less = "quantize --layerwise needs less, and so do fewer --sequences or a shorter --length"
+        print(f"error: memory: found none left ({str(error).splitlines()[0]:.150}); {less}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, of a GPU or of the machine; torch has no class for the second."""
+    kind = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return kind or "can't allocate memory" in str(error)
 
 
 if __name__ == "__main__":

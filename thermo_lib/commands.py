@@ -31,7 +31,7 @@ from thermo_lib.extras import needs
 from thermo_lib.files.folders import output_folder
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import write_json, write_text
-from thermo_lib.models.lm import DiffusionLM, load_model, model_folder
+from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.activations import resmooth, resmoothed
@@ -89,7 +89,8 @@ def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
         ValueError: there is no such device, or what loading the model raises.
     """
     device = _device(arguments.device)
-    lm = load_any(name, dtype=getattr(torch, arguments.dtype))
+    dtype = stored_dtype(name) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
+    lm = load_any(name, dtype=dtype)
     lm.model.to(device)
     return lm
 

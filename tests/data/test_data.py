@@ -163,7 +163,7 @@ class TestHeldOutSequences:
         assert not torch.equal(first, other)
 
     def test_more_sequences_than_there_are_is_an_error(self, tokenizer: Tokenizer) -> None:
-        with pytest.raises(ValueError, match="count: found 3 sequences of 4 tokens, the files hold 2"):
+        with pytest.raises(ValueError, match=r"sequences: found 3 of 4 tokens, the texts hold 2 \(\d+ tokens\)"):
             held_out_sequences({"a": "12345678"}, tokenizer, 3, 4, seed=0)
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from thermo_lib.quant import planes
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
@@ -136,4 +135,3 @@ def test_what_isn_t_for_it_is_computed_as_before() -> None:
         assert not layer._multiplies_codes(x)
     dynamic.compiled = False
     assert not dynamic._multiplies_codes(inputs(3, 64))
-    assert planes.SMALLEST_SCALE == 2.0**-24

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from matrices import HALF_ULP, SUBNORMAL, bit_widths, roundings, seeds, spread, thorough, weights
 from torch import Tensor
 
-from thermo_lib.quant.codes import BIT_WIDTHS, LARGEST
+from thermo_lib.quant.codes import BIT_WIDTHS
 from thermo_lib.quant.gptq import gptq
+from thermo_lib.quant.limits import LARGEST
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 
 

@@ -13,6 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from thermo_lib.data.puzzles import EOS, SPECIAL_TOKENS
+from thermo_lib.data.texts import drawn_windows
 
 CORPUS_PACKAGES = ("sympy", "networkx", "mpmath")  # torch brings them
 AS_INSTALLED: Mapping[str, None] = MappingProxyType(dict.fromkeys(CORPUS_PACKAGES))  # in whatever version
@@ -108,11 +109,5 @@ def held_out_sequences(
     Raises:
         ValueError: the files hold fewer than ``count`` sequences.
     """
-    windows = []
-    for encoding in tokenizer.encode_batch(list(files.values())):
-        ids = torch.tensor(encoding.ids)
-        windows.extend(ids[: len(ids) // length * length].view(-1, length))
-    if count > len(windows):
-        raise ValueError(f"count: found {count} sequences of {length} tokens, the files hold {len(windows)}")
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]
-    return torch.stack([windows[i] for i in order.tolist()])
+    streams = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(files.values()))]
+    return drawn_windows(streams, count, length, seed)

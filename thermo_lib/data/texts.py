@@ -91,8 +91,24 @@ def text_sequences(
     separator = [] if end is None else [end]
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
     stream = torch.tensor([token for encoding in encodings for token in (*encoding.ids, *separator)])
-    windows = stream[: len(stream) // length * length].view(-1, length)
+    return drawn_windows([stream], count, length, seed)
+
+
+def drawn_windows(streams: Sequence[Tensor], count: int, length: int, seed: int) -> Tensor:
+    """Sequences drawn at random from streams of tokens, each inside one stream; no two overlap.
+
+    Args:
+        streams: token ids, ``(tokens,)`` each.
+        count, length, seed: see ``text_sequences``.
+
+    Returns:
+        ``(count, length)``.
+
+    Raises:
+        ValueError: the streams hold fewer than ``count`` sequences.
+    """
+    windows = torch.cat([stream[: len(stream) // length * length].view(-1, length) for stream in streams])
     if count > len(windows):
-        held = f"the texts hold {len(windows)} ({len(stream)} tokens)"
+        held = f"the texts hold {len(windows)} ({sum(map(len, streams))} tokens)"
         raise ValueError(f"sequences: found {count} of {length} tokens, {held}")
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:count]]

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
-from thermo_lib.files.tensors import WEIGHTS_NAME, check_finite, check_full_precision, check_tensors, read_tensors
+from thermo_lib.files.tensors import (
+    WEIGHTS_NAME,
+    check_finite,
+    check_full_precision,
+    check_tensors,
+    read_headers,
+    read_tensors,
+    weight_files,
+)
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, skeleton
 from thermo_lib.models.families import HEAD, DreamConfig, config_json, read_config, stored_names, tensor_name
@@ -268,6 +276,17 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
         check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
     fill(model, tensors, dtype)
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
+
+
+def stored_dtype(name: str) -> torch.dtype:
+    """The type in which a model's files hold what isn't quantized; raises what ``load_model`` raises of files."""
+    folder = model_folder(name)
+    key = tensor_name(read_config(folder), "model.norm.weight")
+    found = read_headers(weight_files(folder))
+    if key not in found:
+        raise ValueError(f"{folder}: missing tensors {key} (1 in all)")
+    check_full_precision(found[key].dtype, key, folder)
+    return found[key].dtype
 
 
 def check_unquantized(folder: Path) -> None:

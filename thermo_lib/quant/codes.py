@@ -12,11 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thermo_lib.quant import planes
+from thermo_lib.quant.limits import LARGEST, LARGEST_ZERO_POINT, SMALLEST_SCALE
 
 BIT_WIDTHS = (2, 4, 8)
-SMALLEST_SCALE = planes.SMALLEST_SCALE
-LARGEST = 65504.0  # the largest float16
-LARGEST_ZERO_POINT = 1024.0  # up to here float16 resolves a zero point to half a code or better
 
 
 def pack(codes: Tensor, bits: int, group_size: int = 1) -> Tensor:

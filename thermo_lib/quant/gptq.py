@@ -4,15 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thermo_lib.quant.codes import (
-    LARGEST_ZERO_POINT,
-    SMALLEST_SCALE,
-    QuantizedWeight,
-    check_bits,
-    check_weight,
-    quantize_codes,
-    storable,
-)
+from thermo_lib.quant.codes import QuantizedWeight, check_bits, check_weight, quantize_codes, storable
+from thermo_lib.quant.limits import LARGEST_ZERO_POINT, SMALLEST_SCALE
 from thermo_lib.quant.rounding import least_squares_parameters
 
 

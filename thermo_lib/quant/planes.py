@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from thermo_lib.quant.kernels import Packed, Ranges, library
-
-SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+from thermo_lib.quant.limits import SMALLEST_SCALE
 
 _ROWS = 512  # of a weight that are dequantized at a time on a CPU
 _NUMBERS = 2**22  # the same uncompiled, which goes over them several times

@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from thermo_lib.quant.codes import SMALLEST_SCALE, QuantizedWeight, check_bits, check_weight, quantize_codes, storable
+from thermo_lib.quant.codes import QuantizedWeight, check_bits, check_weight, quantize_codes, storable
+from thermo_lib.quant.limits import SMALLEST_SCALE
 
 
 def minmax_parameters(weight: Tensor, bits: int, shrink: float = 1.0) -> tuple[Tensor, Tensor]:

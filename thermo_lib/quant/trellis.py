@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thermo_lib.quant.codes import SMALLEST_SCALE, check_weight, dequantize, storable
+from thermo_lib.quant.codes import check_weight, dequantize, storable
 from thermo_lib.quant.gptq import check_hessian, inverse_factor
+from thermo_lib.quant.limits import SMALLEST_SCALE
 
 STATE_BITS = 12
 MOST_BITS = 6  # of a column

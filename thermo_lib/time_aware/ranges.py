@@ -12,7 +12,8 @@ from torch import Tensor
 from thermo_lib.diffusion.inputs import run_states
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.quant.codes import SMALLEST_SCALE, fake_quantize
+from thermo_lib.quant.codes import fake_quantize
+from thermo_lib.quant.limits import SMALLEST_SCALE
 from thermo_lib.time_aware.groups import TimeGroups
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thermo_lib.quant.codes import SMALLEST_SCALE
+from thermo_lib.quant.limits import SMALLEST_SCALE
 from thermo_lib.time_aware.groups import TimeGroupParams, check_contiguous
 
 WINDOWED: dict[str, Callable[[Tensor], Tensor]] = {

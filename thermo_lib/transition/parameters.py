@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.quant.codes import SMALLEST_SCALE, dequantize, pack, storable
+from thermo_lib.quant.codes import dequantize, pack, storable
 from thermo_lib.quant.layers import QuantizedLinear
+from thermo_lib.quant.limits import SMALLEST_SCALE
 from thermo_lib.time_aware.groups import TimeGroupParams, TimeGroups
 
 
