@@ -14,11 +14,12 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from thermo_lib import ThermoConfig, load_model, quantize, save_quantized
+from thermo_lib import ThermoConfig, calibrate, load_model, quantize, save_quantized
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.integrations.lm_eval import HarnessLM
 from thermo_lib.models.lm import DiffusionLM, save_model
 
+BATCHES = [(torch.arange(24).view(2, 12) + 5, None)]
 CHOICES = """
 task: choices
 dataset_path: json
@@ -80,35 +81,79 @@ def exact_bound(lm: DiffusionLM, context: list[int], answer: list[int]) -> float
     return total
 
 
+def one_bound(harness: HarnessLM, context: list[int], answer: list[int]) -> float:
+    return harness._bounds([(context, answer)])[0]
+
+
 class TestLikelihood:
     def test_of_one_token_it_is_exact(self, harness: HarnessLM) -> None:
         context, answer = harness.tok_encode("def f(x):"), harness.tok_encode(" return")[:1]
-        assert harness._bound(context, answer) == pytest.approx(exact_bound(harness.lm, context, answer), rel=1e-6)
+        assert one_bound(harness, context, answer) == pytest.approx(exact_bound(harness.lm, context, answer), rel=1e-6)
 
     def test_of_more_it_approaches_the_mean_over_all_masks(self, harness: HarnessLM) -> None:
         context, answer = harness.tok_encode("def f(x):"), harness.tok_encode(" return x + 1")[:4]
         assert len(answer) == 4
         expected = exact_bound(harness.lm, context, answer)
-        assert harness._bound(context, answer) == pytest.approx(expected, rel=0.01)
+        assert one_bound(harness, context, answer) == pytest.approx(expected, rel=0.01)
         coarse = HarnessLM(str(harness.lm.name), mc_num=8)
-        assert coarse._bound(context, answer) != harness._bound(context, answer)
-        assert coarse._bound(context, answer) == coarse._bound(context, answer)
+        assert one_bound(coarse, context, answer) != one_bound(harness, context, answer)
+        assert one_bound(coarse, context, answer) == one_bound(coarse, context, answer)
 
     def test_the_batch_size_changes_nothing_else(self, harness: HarnessLM) -> None:
         ids = harness.tok_encode("for i in range(3): print(i)")
         one, many = (HarnessLM(harness.lm.name, mc_num=20, batch_size=size) for size in (1, 7))
-        assert one._bound(ids[:3], ids[3:]) == pytest.approx(many._bound(ids[:3], ids[3:]), rel=1e-5)
+        assert one_bound(one, ids[:3], ids[3:]) == pytest.approx(one_bound(many, ids[:3], ids[3:]), rel=1e-5)
 
     def test_greedy_is_what_the_model_fills_in(self, harness: HarnessLM) -> None:
         prompt = harness.tok_encode("x = ")
         ids = torch.tensor([prompt + [harness.lm.mask_token_id] * 3])
         filled = generate(harness.lm, ids, timesteps=3, sampler="maskgit_plus", eps=0.0)[0, len(prompt) :].tolist()
-        assert harness._is_greedy(prompt, filled)
-        assert not harness._is_greedy(prompt, [*filled[:2], (filled[2] + 1) % 100])
+        assert harness._are_greedy([(prompt, filled)])[0]
+        assert not harness._are_greedy([(prompt, [*filled[:2], (filled[2] + 1) % 100])])[0]
+
+    def test_answers_of_any_length_share_passes(
+        self, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Each is what it is alone, in fewer passes, padding and time groups included."""
+        grouped = ThermoConfig(quantizer="rtn", group_size=16, num_time_groups=2, timesteps=4)
+        lm = load_model(str(folders["full"]))
+        states = calibrate(lm, BATCHES, timesteps=4, progress=False)
+        save_quantized(quantize(lm, grouped, states), tmp_path / "q")
+        for name in (folders["full"], tmp_path / "q"):
+            lm = HarnessLM(str(name), dtype="float32", mc_num=8, batch_size=32)
+            ids = lm.tok_encode("for i in range(3): print(i)")
+            pairs = [(ids[:start], ids[start:stop]) for start, stop in ((3, 9), (0, 4), (5, 6), (1, 8), (2, 8))]
+            alone = [one_bound(lm, *pair) for pair in pairs]
+            passes = []
+            logits = lm.lm.logits
+            monkeypatch.setattr(lm.lm, "logits", lambda *a, f=logits, p=passes: p.append(len(a[0])) or f(*a))
+            assert lm._bounds(pairs) == pytest.approx(alone, rel=1e-4)
+            assert sum(passes) == 4 * 8 + 1
+            assert len(passes) <= 4
+
+    def test_greedy_answers_share_passes_and_a_wrong_one_ends_them(
+        self, harness: HarnessLM, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prompts = [harness.tok_encode(text) for text in ("x = ", "def f(x):", "for i in")]
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt + [harness.lm.mask_token_id] * 4])
+            answers.append(generate(harness.lm, ids, timesteps=4, sampler="maskgit_plus", eps=0.0)[0, -4:].tolist())
+        wrong = [[(token + 1) % 100 for token in answer] for answer in answers]
+        passes = []
+        logits = harness.lm.logits
+        monkeypatch.setattr(harness.lm, "logits", lambda *a: passes.append(len(a[0])) or logits(*a))
+        assert harness._are_greedy(list(zip(prompts, answers, strict=True))) == [True] * 3
+        assert passes == [3] * 4
+        mixed = [(prompts[0], answers[0]), (prompts[1], wrong[1]), (prompts[2], answers[2][:2])]
+        assert harness._are_greedy(mixed) == [True, False, False]
+        passes.clear()
+        assert harness._are_greedy(list(zip(prompts, wrong, strict=True))) == [False] * 3
+        assert passes == [3]
 
     def test_an_empty_context_stays_empty(self, harness: HarnessLM) -> None:
         ((found, _),) = harness.loglikelihood([request("loglikelihood", "", "def")], disable_tqdm=True)
-        assert found == pytest.approx(harness._bound([], harness.tok_encode("def")))
+        assert found == pytest.approx(one_bound(harness, [], harness.tok_encode("def")))
 
     def test_rolling_takes_every_token_once(self, harness: HarnessLM) -> None:
         text = "for i in range(3): print(i)"
@@ -118,12 +163,28 @@ class TestLikelihood:
             lm.loglikelihood_rolling([request("loglikelihood_rolling", text)], disable_tqdm=True)
             for lm in (HarnessLM(harness.lm.name, mc_num=16), short)
         )
-        assert whole == pytest.approx(HarnessLM(harness.lm.name, mc_num=16)._bound([], ids))
-        expected, done = short._bound([], ids[:6]), 6
+        assert whole == pytest.approx(one_bound(HarnessLM(harness.lm.name, mc_num=16), [], ids))
+        expected, done = one_bound(short, [], ids[:6]), 6
         while done < len(ids):
-            expected += short._bound(ids[done - 3 : done], ids[done : done + 3])
+            expected += one_bound(short, ids[done - 3 : done], ids[done : done + 3])
             done += 3
         assert parts == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"sampler": "origin"}], ids=str)
+def test_a_text_is_written_as_alone(folders: dict[str, Path], sampling: dict[str, object]) -> None:
+    """Prompts of any lengths share passes where nothing is drawn."""
+    lm = HarnessLM(str(folders["full"]), dtype="float32", batch_size=3, **sampling)
+    prompts = ["x = ", "def f(x):\n    return", "for i in", "a", "class A"]
+    requests = [
+        request("generate_until", p, {"until": ["("], "max_gen_toks": 5 + i % 2}) for i, p in enumerate(prompts)
+    ]
+    alone = [lm.generate_until([one], disable_tqdm=True)[0] for one in requests]
+    passes = []
+    logits = lm.lm.logits
+    lm.lm.logits = lambda *a: passes.append(len(a[0])) or logits(*a)
+    assert lm.generate_until(requests, disable_tqdm=True) == alone
+    assert len(passes) == (5 + 6 if not sampling else 3 * 5 + 2 * 6)
 
 
 @pytest.mark.parametrize("kind", ["full", "quantized"])
@@ -131,7 +192,7 @@ def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: s
     lm = HarnessLM(str(folders[kind]), mc_num=8)
     questions = ["x = ", "def f(", "for i in "]
     options = ["1", "range", " the"]
-    ids = [[lm._bound(*lm._encode_pair(q, o)) for o in options] for q in questions]
+    ids = [[one_bound(lm, *lm._encode_pair(q, o)) for o in options] for q in questions]
     best = [max(range(3), key=row.__getitem__) for row in ids]
     written = []
     for question in questions:
@@ -157,17 +218,16 @@ def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: s
     assert found["writing"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize(("command", "kind"), [("lm_eval", "quantized"), ("python -m lm_eval", "full")])
-def test_lm_eval_knows_the_model(folders: dict[str, Path], command: str, kind: str, tmp_path: Path) -> None:
+def test_lm_eval_knows_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "data.json").write_text(
         json.dumps({"question": "x = ", "options": ["1", "2"], "label": 0, "written": ""}), encoding="utf-8"
     )
     (tmp_path / "choices.yaml").write_text(CHOICES.format(data=tmp_path / "data.json"), encoding="utf-8")
-    options = ["--model", "thermo", "--model_args", f"pretrained={folders[kind]},mc_num=2"]
+    options = ["--model", "thermo", "--model_args", f"pretrained={folders['quantized']},mc_num=2"]
     options += ["--tasks", "choices", "--include_path", str(tmp_path)]
     found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environ = {**os.environ, "PATH": found, "HF_HOME": str(tmp_path)}
-    run = subprocess.run([*command.split(), *options], cwd=tmp_path, capture_output=True, text=True, env=environ)
+    run = subprocess.run(["lm_eval", *options], cwd=tmp_path, capture_output=True, text=True, env=environ)
     assert run.returncode == 0, run.stderr
     assert "|choices|" in run.stdout
     assert "thermo (" in run.stdout
@@ -199,5 +259,5 @@ def test_wrong_arguments_are_named(arguments: dict[str, object], message: str) -
 
 def test_bounds_are_finite_for_a_model_in_bfloat16(folders: dict[str, Path]) -> None:
     lm = HarnessLM(str(folders["quantized"]), dtype="bfloat16", mc_num=4)
-    assert math.isfinite(lm._bound([1, 2], [3, 4, 5]))
+    assert math.isfinite(one_bound(lm, [1, 2], [3, 4, 5]))
     assert load_model(str(folders["full"])).model.dtype == torch.float32

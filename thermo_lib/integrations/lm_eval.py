@@ -8,14 +8,18 @@ masked, ``l`` uniform in ``1..L``, and ``L / l`` times their log probability is 
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from thermo_lib.diffusion.inputs import SeenEnough
 from thermo_lib.diffusion.sampling import Sampling, generate
 from thermo_lib.extras import needs
+from thermo_lib.models.lm import stored_dtype
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.storage import load_any
 
@@ -28,6 +32,22 @@ register_model = needs("lm_eval.api.registry").register_model
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+Pair = tuple[Sequence[int], Sequence[int]]
+
+
+class _Copy(NamedTuple):
+    """A masked copy of a text.
+
+    Attributes:
+        pair: number of the text.
+        ids: its tokens, ``(length,)``.
+        is_masked: which of them are masked, bool ``(length,)``.
+    """
+
+    pair: int
+    ids: Tensor
+    is_masked: Tensor
+
 
 @register_model("thermo")
 class HarnessLM(TemplateLM):
@@ -35,9 +55,9 @@ class HarnessLM(TemplateLM):
 
     Args:
         pretrained: ``"reference"``, a folder (full precision or quantized) or a hub id.
-        dtype: of the computation: ``float32``, ``bfloat16`` or ``float16``.
+        dtype: of the computation: ``float32``, ``bfloat16``, ``float16``, or ``stored`` for that of the model's files.
         device: e.g. ``cuda``; by default the CPU.
-        batch_size: masked copies of a text in a forward pass.
+        batch_size: texts, or masked copies of them, in a forward pass.
         max_batch_size: not used; ``lm_eval`` gives it to every model.
         mc_num: draws for each likelihood; an answer of one token needs a single one, which is exact.
         check_greedy: also fill each answer with the likeliest tokens, the surest first, to see whether it is the one
@@ -56,7 +76,7 @@ class HarnessLM(TemplateLM):
     def __init__(
         self,
         pretrained: str = "reference",
-        dtype: str = "float32",
+        dtype: str = "stored",
         device: str | None = None,
         batch_size: int | str = 16,
         max_batch_size: int | None = None,
@@ -74,15 +94,15 @@ class HarnessLM(TemplateLM):
         seed: int = 0,
     ):
         super().__init__()
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: found {dtype!r}, allowed are {', '.join(_DTYPES)}")
+        if dtype not in (*_DTYPES, "stored"):
+            raise ValueError(f"dtype: found {dtype!r}, allowed are {', '.join(_DTYPES)}, stored")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size: found {batch_size!r}, allowed is at least 1")
         counts = {"mc_num": mc_num, "max_new_tokens": max_new_tokens, "timesteps": timesteps, "max_length": max_length}
         for name, value in counts.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: found {value!r}, allowed are whole numbers from 1")
-        self.lm = load_any(pretrained, dtype=_DTYPES[dtype])
+        self.lm = load_any(pretrained, dtype=_DTYPES[dtype] if dtype in _DTYPES else stored_dtype(pretrained))
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("device: found no GPU for %r, lm_eval's default; using the CPU", device)
         elif device is not None:
@@ -130,96 +150,182 @@ class HarnessLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        found = []
-        for args, context, answer in tqdm(requests, desc="loglikelihood", disable=disable_tqdm):
+        pairs = []
+        for _args, context, answer in requests:
             if not 1 <= len(answer) <= self.max_length:
                 allowed = f"allowed are 1..{self.max_length}"
                 raise ValueError(f"loglikelihood: found an answer of {len(answer)} tokens, {allowed}")
-            context = context[max(0, len(context) + len(answer) - self.max_length) :]
-            result = self._bound(context, answer), self.check_greedy and self._is_greedy(context, answer)
+            pairs.append((context[max(0, len(context) + len(answer) - self.max_length) :], answer))
+        bounds = self._bounds(pairs, None if disable_tqdm else "loglikelihood")
+        greedy = [False] * len(pairs)
+        if self.check_greedy:
+            greedy = self._are_greedy(pairs, None if disable_tqdm else "greedy")
+        found = list(zip(bounds, greedy, strict=True))
+        for (args, _context, _answer), result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", args, result)
-            found.append(result)
         return found
 
-    def _bound(self, context: Sequence[int], answer: Sequence[int]) -> float:
-        """The estimated bound of ``log p(answer | context)``."""
-        count, start = len(answer), len(context)
-        draws = 1 if count == 1 else self.mc_num
+    def _bounds(self, pairs: Sequence[Pair], progress: str | None = None) -> list[float]:
+        """The estimated bounds of ``log p(answer | context)``; draws of several pairs share a forward pass."""
+        draws = [1 if len(answer) == 1 else self.mc_num for _, answer in pairs]
+        tokens = sum(n * (len(context) + len(answer)) for n, (context, answer) in zip(draws, pairs, strict=True))
+        if progress is not None:
+            _log.info("%s: %d texts, %d masked copies of them, %d tokens", progress, len(pairs), sum(draws), tokens)
+        totals = [0.0] * len(pairs)
+        with tqdm(total=tokens, desc=progress, unit=" tokens", unit_scale=True, disable=progress is None) as bar:
+            for step, batch in self._batches(pairs, draws):
+                ids, visible, is_masked = _padded([(copy.ids, copy.is_masked) for copy in batch])
+                self.lm.set_timestep(step, self.steps)
+                hidden = torch.where(is_masked, self.lm.mask_token_id, ids)
+                logits = self.lm.logits(hidden, is_masked, visible).double()
+                log_p = logits.log_softmax(-1).gather(-1, ids[is_masked][:, None]).squeeze(-1)
+                masked = [int(copy.is_masked.sum()) for copy in batch]
+                for copy, part, count in zip(batch, log_p.split(masked), masked, strict=True):
+                    number = copy.pair
+                    totals[number] += part.sum().item() * len(pairs[number][1]) / count / draws[number]
+                bar.update(sum(len(copy.ids) for copy in batch))
+        return totals
+
+    def _batches(self, pairs: Sequence[Pair], draws: Sequence[int]) -> Iterator[tuple[int, list[_Copy]]]:
+        """Masked copies whose masks belong to one timestep, the longest texts first: what fits fits to the end."""
+        waiting: dict[int, list[_Copy]] = {}
+        for number in sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))):
+            for step, copy in self._copies(number, *pairs[number], draws[number]):
+                waiting.setdefault(step, []).append(copy)
+                if len(waiting[step]) == self.batch_size:
+                    yield step, waiting.pop(step)
+        yield from waiting.items()
+
+    def _copies(
+        self, number: int, context: Sequence[int], answer: Sequence[int], draws: int
+    ) -> Iterator[tuple[int, _Copy]]:
+        """The draws of one text, and the timestep that the share of their masks belongs to."""
+        count, ids = len(answer), torch.tensor([*context, *answer])
         generator = torch.Generator().manual_seed(self.seed)
         # Evenly spread over 1..L from a random start, which has less variance than independent draws.
         shift = torch.rand((), generator=generator, dtype=torch.float64)
         masked = 1 + ((torch.arange(draws) + shift) / draws * count).long().clamp(max=count - 1)
         order = torch.rand((draws, count), generator=generator, dtype=torch.float32).argsort(1).argsort(1)
-        is_masked = torch.zeros((draws, start + count), dtype=torch.bool)
-        is_masked[:, start:] = order < masked[:, None]
-        ids = torch.tensor([*context, *answer]).expand(draws, -1)
-        masked_ids = torch.where(is_masked, self.lm.mask_token_id, ids)
-        total = 0.0
-        for step, rows in self._by_timestep(1 - masked.double() / count):
-            self.lm.set_timestep(step, self.steps)
-            logits = self.lm.logits(masked_ids[rows], is_masked[rows]).double()
-            log_p = logits.log_softmax(-1).gather(-1, ids[rows][is_masked[rows]][:, None]).squeeze(-1)
-            weight = (count / masked.double())[rows]  # of every token of a draw
-            total += (log_p * weight.repeat_interleave(masked[rows])).sum().item()
-        return total / draws
+        is_masked = F.pad(order < masked[:, None], (len(context), 0))
+        steps = ((1 - masked.double() / count) * self.steps).long().clamp(max=self.steps - 1)
+        for step, row in zip(steps.tolist(), is_masked, strict=True):
+            yield step, _Copy(number, ids, row)
 
-    def _by_timestep(self, progress: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Batches of draws whose masks belong to the same timestep; all of them where nothing depends on it."""
-        steps = (progress * self.steps).long().clamp(max=self.steps - 1)
-        for step in steps.unique().tolist():
-            for rows in (steps == step).nonzero().squeeze(-1).split(self.batch_size):
-                yield step, rows
+    def _are_greedy(self, pairs: Sequence[Pair], progress: str | None = None) -> list[bool]:
+        """Whether the likeliest tokens, the surest filled first, are the answers; a wrong one ends the filling."""
+        found = [False] * len(pairs)
+        by_length: dict[int, list[int]] = {}
+        for number, (_context, answer) in enumerate(pairs):
+            by_length.setdefault(len(answer), []).append(number)
+        with tqdm(total=len(pairs), desc=progress, disable=progress is None) as bar:
+            for numbers in by_length.values():
+                for start in range(0, len(numbers), self.batch_size):
+                    some = numbers[start : start + self.batch_size]
+                    for number, is_same in zip(some, self._fills([pairs[i] for i in some]), strict=True):
+                        found[number] = is_same
+                    bar.update(len(some))
+        return found
 
-    def _is_greedy(self, context: Sequence[int], answer: Sequence[int]) -> bool:
-        """Whether the likeliest tokens, the surest filled first, are the answer."""
-        ids = torch.tensor([[*context, *[self.lm.mask_token_id] * len(answer)]])
-        filled = generate(self.lm, ids, timesteps=len(answer), sampler="maskgit_plus", eps=0.0)
-        return filled[0, len(context) :].tolist() == list(answer)
+    def _fills(self, pairs: Sequence[Pair]) -> list[bool]:
+        """``_are_greedy`` of answers of one length."""
+        count = len(pairs[0][1])
+        prompts = [torch.tensor([*context, *[self.lm.mask_token_id] * count]) for context, _ in pairs]
+        ids, visible, _ = _padded([(prompt, torch.zeros_like(prompt, dtype=torch.bool)) for prompt in prompts])
+        wanted = torch.tensor([list(answer) for _, answer in pairs])
+        same = [True] * len(pairs)
+
+        def compare(timestep: int, rows: slice, filled: Tensor) -> None:
+            tail = filled[:, -count:].cpu()
+            same[rows] = ((tail == wanted[rows]) | (tail == self.lm.mask_token_id)).all(1).tolist()
+            if not any(same):
+                raise SeenEnough
+
+        how = {"timesteps": count, "sampler": "maskgit_plus", "eps": 0.0, "batch_size": len(pairs)}
+        with suppress(SeenEnough):
+            compare(count, slice(None), generate(self.lm, ids, attention_mask=visible, on_state=compare, **how))
+        return same
 
     def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
         """The bound of each text, in nats; of one that is too long, of window after window, half of each known."""
-        found = []
-        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
+        pairs, owners = [], []
+        for number, request in enumerate(requests):
             (text,) = request.args
-            ids = self.tok_encode(text)
-            total, done = 0.0, 0
+            ids, done = self.tok_encode(text), 0
             while done < len(ids):
                 known = ids[max(0, done - self.max_length // 2) : done]
                 rest = ids[done : done + self.max_length - len(known)]
-                total += self._bound(known, rest)
+                pairs.append((known, rest))
+                owners.append(number)
                 done += len(rest)
+        found = [0.0] * len(requests)
+        bounds = self._bounds(pairs, None if disable_tqdm else "loglikelihood_rolling")
+        for number, bound in zip(owners, bounds, strict=True):
+            found[number] += bound
+        for request, total in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-            found.append(total)
         return found
 
     def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
         """The model's continuation of each text, up to the first stop string or special token."""
-        texts = []
-        for request in tqdm(requests, desc="generate_until", disable=disable_tqdm):
-            context, wanted = request.args
-            text = self._generate(context, wanted)
-            self.cache_hook.add_partial("generate_until", request.args, text)
-            texts.append(text)
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            how = self._how(request.args[1])
+            is_drawn = how["temperature"] > 0 or how["alg_temp"] > 0 or how["sampler"] == "origin"
+            # What is drawn depends on a text's place in its batch, so each is alone then.
+            alike.setdefault(f"{how} {number if is_drawn else ''}", []).append(number)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for numbers in alike.values():
+                numbers = sorted(numbers, key=lambda i: -len(requests[i].args[0]))
+                for start in range(0, len(numbers), self.batch_size):
+                    some = numbers[start : start + self.batch_size]
+                    found = self._generate([requests[i].args[0] for i in some], self._how(requests[some[0]].args[1]))
+                    for number, text in zip(some, found, strict=True):
+                        texts[number] = _before(text, requests[number].args[1].get("until") or [])
+                        self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
+                    bar.update(len(some))
         return texts
 
-    def _generate(self, context: str, wanted: Mapping[str, Any]) -> str:
+    def _how(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+        """How a request's text is generated: ``count`` tokens, and arguments of ``generate``."""
         count = int(wanted.get("max_gen_toks") or self.max_new_tokens)
         if not 1 <= count < self.max_length:
             raise ValueError(f"max_gen_toks: found {count}, allowed are 1..{self.max_length - 1}")
-        prompt = self.tok_encode(context)[-(self.max_length - count) :]
         sampling = self.sampling | {name: wanted[name] for name in ("top_p", "top_k") if name in wanted}
         if wanted.get("do_sample", True) and "temperature" in wanted:
             sampling["temperature"] = wanted["temperature"]
-        filled = generate(
-            self.lm,
-            torch.tensor([prompt + [self.lm.mask_token_id] * count]),
-            timesteps=min(self.timesteps or count, count) if self.block_length is None else self.timesteps or count,
-            block_length=self.block_length,
-            seed=self.seed,
-            **sampling,
-        )
-        text = self.lm.decode(filled[0, len(prompt) :])
-        until = wanted.get("until") or []
-        for stop in [until] if isinstance(until, str) else until:
-            text = text.partition(stop)[0] if stop else text
-        return text
+        steps = min(self.timesteps or count, count) if self.block_length is None else self.timesteps or count
+        return sampling | {"count": count, "timesteps": steps, "block_length": self.block_length}
+
+    def _generate(self, contexts: Sequence[str], how: Mapping[str, Any]) -> list[str]:
+        """The continuations of some texts, see ``_how``."""
+        count, options = how["count"], {name: value for name, value in how.items() if name != "count"}
+        known, masks = self.max_length - count, [self.lm.mask_token_id] * count
+        prompts = [torch.tensor([*self.tok_encode(text)[-known:], *masks]) for text in contexts]
+        padded, visible, _ = _padded([(row, torch.zeros_like(row, dtype=torch.bool)) for row in prompts])
+        filled = generate(self.lm, padded, attention_mask=visible, seed=self.seed, **options)
+        return [self.lm.decode(row[-count:]) for row in filled]
+
+
+def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Texts of any lengths as one batch, padded on the left.
+
+    Args:
+        rows: token ids and a mask of each, both ``(length,)``.
+
+    Returns:
+        Ids, where text is (None where it is everywhere, which is faster), and the masks, ``(rows, longest)``.
+    """
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row, _ in rows])
+    masks = torch.stack([F.pad(mask, (longest - len(mask), 0)) for _, mask in rows])
+    lengths = torch.tensor([len(row) for row, _ in rows])
+    visible = torch.arange(longest) >= (longest - lengths)[:, None]
+    return ids, None if bool(visible.all()) else visible, masks
+
+
+def _before(text: str, until: str | Sequence[str]) -> str:
+    """A text up to the first of some strings."""
+    for stop in [until] if isinstance(until, str) else until:
+        text = text.partition(stop)[0] if stop else text
+    return text
