@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from thermo_lib.pipeline.storage import load_quantized, save_quantized
     from thermo_lib.pipeline.streaming import quantize_checkpoint
     from thermo_lib.pipeline.training import optimize_transitions
+    from thermo_lib.quant.backends import backend, set_backend
     from thermo_lib.quant.planes import compile_linears
     from thermo_lib.time_aware.groups import TimeGroupParams, TimeGroups
     from thermo_lib.time_aware.markov import markov_report
@@ -34,6 +35,7 @@ _MODULES = {
     "ThermoConfig": "pipeline.config",
     "TimeGroupParams": "time_aware.groups",
     "TimeGroups": "time_aware.groups",
+    "backend": "quant.backends",
     "build_suite": "evaluation.scores",
     "calibrate": "diffusion.states",
     "compile_linears": "quant.planes",
@@ -50,6 +52,7 @@ _MODULES = {
     "quantize_checkpoint": "pipeline.streaming",
     "reproducible": "notebooks",
     "save_quantized": "pipeline.storage",
+    "set_backend": "quant.backends",
     "validate": "evaluation.summary",
 }
 
@@ -59,6 +62,7 @@ __all__ = [
     "ThermoConfig",
     "TimeGroupParams",
     "TimeGroups",
+    "backend",
     "build_suite",
     "calibrate",
     "compile_linears",
@@ -75,6 +79,7 @@ __all__ = [
     "quantize_checkpoint",
     "reproducible",
     "save_quantized",
+    "set_backend",
     "validate",
 ]
 

@@ -5,9 +5,11 @@ from types import ModuleType
 
 EXTRAS = {
     "distributed": "cluster",
+    "humming": "cuda",
     "lm_eval": "eval",
     "matplotlib": "pipeline",
     "nbformat": "pipeline",
+    "triton": "cuda",
     "yaml": "pipeline",
 }
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,7 +136,7 @@ def test_every_direct_dependency_is_locked_at_a_version_that_is_allowed(
 def test_installed_versions_are_the_locked_ones(locked: dict[str, str]) -> None:
     installed = {
         normalized(distribution.name): distribution.version.split("+")[0]
-        for distribution in importlib.metadata.distributions()
+        for distribution in importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
     }
     assert {name: installed.get(name, "not installed") for name in locked} == locked
 

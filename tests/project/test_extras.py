@@ -13,7 +13,8 @@ from thermo_lib.__main__ import main
 from thermo_lib.extras import EXTRAS, needs
 
 ROOT = Path(__file__).resolve().parents[2]
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where the name of the module isn't that of what is installed
+# Where the name of the module isn't that of what is installed.
+DISTRIBUTIONS = {"humming": "humming-kernels", "yaml": "pyyaml"}
 
 
 def message(module: str, extra: str) -> str:

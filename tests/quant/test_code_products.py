@@ -39,7 +39,7 @@ def inputs(*shape: int, seed: int = 1, spread: float = 1.0) -> Tensor:
 
 def compare(layer: QuantizedLinear, x: Tensor) -> None:
     """The layer's product against the exact one of the quantized input and weight."""
-    layer.compiled = True
+    layer.backend = "compiled"
     assert layer._multiplies_codes(x)
     found = layer(x)
     exact = layer.quantized_input(x.float()).double() @ layer.weight().double().T
@@ -116,7 +116,7 @@ def test_inputs_in_any_layout() -> None:
     layer = layer_of(20, 2, 2, 32, input_quantizer=DynamicRanges(8))
     compare(layer, inputs(3, 64, 5).mT)
     compare(layer, inputs(64))
-    layer.compiled = True
+    layer.backend = "compiled"
     assert layer(inputs(0, 64)).shape == (0, 20)
 
 
@@ -131,7 +131,7 @@ def test_what_isn_t_for_it_is_computed_as_before() -> None:
         (dynamic, inputs(3, 64).float()),
         (dynamic, inputs(3, 64).requires_grad_()),
     ):
-        layer.compiled = True
+        layer.backend = "compiled"
         assert not layer._multiplies_codes(x)
-    dynamic.compiled = False
+    dynamic.backend = "plain"
     assert not dynamic._multiplies_codes(inputs(3, 64))

@@ -160,7 +160,7 @@ def test_gradients_pass_through_a_compiled_layer() -> None:
     layer = layer_of(32, 2, 2)
     gradients = []
     for compiled in (False, True):
-        layer.compiled = compiled
+        layer.backend = "compiled" if compiled else "plain"
         x = whole_numbers(3, 32).requires_grad_()
         layer(x).sum().backward()
         gradients.append(x.grad)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from thermo_lib.quant import planes
+from thermo_lib.quant import backends, planes
 from thermo_lib.quant.buffers import PreciseBuffers, TimestepTable
 from thermo_lib.quant.codes import check_bits, dequantize, unpack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
@@ -31,8 +31,8 @@ class QuantizedLinear(TimestepTable):
     ``scale`` and ``zero_point`` are float16 ``(rows, out_features, groups)``, at first one row.
 
     ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
-    inputs of less than float32 are multiplied block by block as in ``quant.planes``, and if ``compiled`` is set,
-    with a compiled loop.
+    inputs of less than float32 are multiplied block by block as in ``quant.planes``. ``backend`` is what is asked to
+    multiply them, ``chosen`` what the last call took, see ``quant.backends``.
     """
 
     STORED: tuple[str, ...] = ("packed",)
@@ -56,7 +56,8 @@ class QuantizedLinear(TimestepTable):
         self.in_features, self.out_features = in_features, out_features
         self.bits, self.group_size = bits, group_size
         self.has_planes = planes.width(in_features, bits, group_size) > 0
-        self.compiled = False
+        self.backend, self.chosen = "auto", None
+        self._converted: dict[Any, Any] = {}
         packed_width = -(-in_features * bits // 8)
         self.register_buffer("packed", torch.zeros((out_features, packed_width), dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
@@ -88,8 +89,13 @@ class QuantizedLinear(TimestepTable):
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         if self._multiplies_codes(x):
+            self.chosen = "compiled"
             return self._code_linear(x)
         x = self.quantized_input(x)
+        self.chosen = backends.choose(self, x)
+        if self.chosen in ("triton", "humming"):
+            product = backends.product(self.chosen, self, x)
+            return product if self.bias is None else product + self.bias
         if x.dtype != torch.float32 and self.has_planes:
             row = self.row()
             parameters = self.packed, self.scale[row], self.zero_point[row]
@@ -101,6 +107,34 @@ class QuantizedLinear(TimestepTable):
         parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
         product = torch.cat([F.linear(x, self.weight(part).to(x.dtype)) for part in parts], -1)
         return product if self.bias is None else product + self.bias
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the compiled code is asked for."""
+        return self.backend == "compiled"
+
+    def triton_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight by a Triton kernel, ``(out_features, in_features)``."""
+        from thermo_lib.quant.triton_kernels import plane_weight
+
+        row = self.row()
+        return plane_weight(self.packed, self.scale[row], self.zero_point[row], self.bits, dtype)
+
+    def suits_triton(self) -> bool:
+        """Whether there is a Triton kernel for the layer's codes."""
+        return self.has_planes
+
+    def humming(self, dtype: torch.dtype) -> Any:
+        """The product by ``humming``; converted once for each row of the table, type and weight."""
+        from thermo_lib.quant.humming_kernels import humming_product
+
+        row = self.row()
+        key = "humming", row, dtype
+        held = self.packed, self.scale, self.zero_point
+        if key not in self._converted or any(a is not b for a, b in zip(self._converted[key][0], held, strict=True)):
+            weight = self.codes(), self.scale[row], self.zero_point[row]
+            self._converted[key] = held, humming_product(*weight, self.bits, self.group_size, dtype)
+        return self._converted[key][1]
 
     def _multiplies_codes(self, x: Tensor) -> bool:
         """Whether the input's codes are multiplied with the weight's, instead of what they stand for."""
@@ -119,7 +153,8 @@ class QuantizedLinear(TimestepTable):
     def extra_repr(self) -> str:
         """The layer's size and precision, for ``print(model)``."""
         size = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{size}, bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
+        bits = f"bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
+        return f"{size}, {bits}, backend={self.chosen or self.backend}"
 
 
 class QuantizedEmbedding(PreciseBuffers):
@@ -182,10 +217,25 @@ class TrellisLinear(QuantizedLinear):
         scale = self.scale[self.row(), rows].float()
         return stream_weight(self.packed[rows], self._layout(), scale, self.group_size, torch.float32)
 
+    def suits_triton(self) -> bool:
+        """See ``QuantizedLinear``."""
+        return True
+
+    def triton_weight(self, dtype: torch.dtype) -> Tensor:
+        """See ``QuantizedLinear``."""
+        from thermo_lib.quant.triton_kernels import stream_places, stream_weight
+
+        held, places = self._converted.get("places", (None, None))
+        if held is not self.packed_column_bits:
+            places = stream_places(unpack(self.packed_column_bits, 4, self.in_features))
+            self._converted["places"] = self.packed_column_bits, places
+        return stream_weight(self.packed, places, self.scale[self.row()], self.group_size, dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""
         if not (self.compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
             return super().forward(x)
+        self.chosen = "compiled"
         scale = self.scale[self.row()].float()
         product = stream_linear(self.quantized_input(x), self.packed, self._layout(), scale, self.group_size)
         return product if self.bias is None else product + self.bias

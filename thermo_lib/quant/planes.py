@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.kernels import Packed, Ranges, library
 from thermo_lib.quant.limits import SMALLEST_SCALE
 
@@ -195,7 +196,7 @@ def compile_linears(model: nn.Module) -> None:
     Raises:
         ValueError: there is no compiler for the model's device.
     """
-    layers = [module for module in model.modules() if hasattr(module, "compiled")]
+    layers = [module for module in model.modules() if hasattr(module, "backend")]
     if not layers:
         raise ValueError("compile: found no quantized linears, expected a quantized model")
     device = layers[0].packed.device
@@ -206,5 +207,4 @@ def compile_linears(model: nn.Module) -> None:
             _fused(2, 2, 16, 2, torch.bfloat16, device)
     except RuntimeError as error:
         raise ValueError(f"compile: found no working compiler for device {device} ({error})") from error
-    for layer in layers:
-        layer.compiled = True
+    set_backend(model, "compiled")

@@ -48,7 +48,8 @@ def codebook() -> Tensor:
 
 
 @cache
-def _codebook_on(device: torch.device) -> Tensor:
+def codebook_on(device: torch.device) -> Tensor:
+    """``codebook`` on a device."""
     return codebook().to(device)
 
 
@@ -96,7 +97,7 @@ def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
 
 def read_codes(packed: Tensor, column_bits: Tensor) -> Tensor:
     """The weights before scaling, float32 ``(out_features, in_features)``; arguments as ``read_states``."""
-    return _codebook_on(packed.device)[read_states(packed, column_bits)] * gains(column_bits)
+    return codebook_on(packed.device)[read_states(packed, column_bits)] * gains(column_bits)
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
         beam: partial rows kept.
     """
     rows, in_features = weight.shape
-    values, device = _codebook_on(weight.device), weight.device
+    values, device = codebook_on(weight.device), weight.device
     choices_of = {bits: torch.arange(2**bits, device=device) for bits in set(column_bits)}
     W = weight[:, None]  # (rows, kept, columns from the block's first)
     state, cost = (torch.zeros((rows, 1), dtype=dtype, device=device) for dtype in (torch.int64, torch.float32))

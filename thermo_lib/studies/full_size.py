@@ -29,6 +29,7 @@ from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
 from thermo_lib.pipeline.parts import GPTQ
+from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.planes import compile_linears
@@ -191,11 +192,12 @@ def linear_ratios(
         x = torch.randn(tokens, layer.in_features, dtype=torch.bfloat16, device=device)
         dense = layer.weight().to(torch.bfloat16)
         row: dict[str, Any] = {"size": size, "count": count}
-        was_compiled = layer.compiled
+        asked = layer.backend
         for kind in ("eager", "compiled"):
             if kind == "compiled":
                 compile_linears(layer)
-            layer.compiled = kind == "compiled"
+            else:
+                set_backend(layer, "plain")
             found = paired_ratio(
                 lambda layer=layer, x=x: _finished(layer(x)),
                 lambda x=x, dense=dense: _finished(F.linear(x, dense)),
@@ -203,7 +205,7 @@ def linear_ratios(
                 progress=f"{size} {kind}" if progress else None,
             )
             row |= {kind: found["ratio"], f"{kind}_ci": found["ci"], "dense_ms": 1000 * found["baseline_seconds"]}
-        layer.compiled = was_compiled
+        set_backend(layer, asked)
         rows.append(row)
     return rows
 
