@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test lab peers dream-7b clean check-platform
+.PHONY: help repro test test-library test-notebooks lab peers docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -25,7 +25,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # What is published can be computed without a network; the other targets may download the model that they are given.
-repro test: export HF_HUB_OFFLINE := 1
+repro test test-library test-notebooks: export HF_HUB_OFFLINE := 1
 
 # Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
@@ -41,11 +41,12 @@ PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
 help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
+	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
 	@echo "make dream-7b  quantize and run a checkpoint of Dream 7B's size (MODEL=random, a folder or a hub id)"
 	@echo "make clean   remove .venv, .venv-peers, the caches of the tools and the build leftovers; results stay"
-	@echo "Each of the first five makes .venv from requirements.lock first, where it is missing or out of date."
+	@echo "Each of the first six makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
@@ -53,10 +54,20 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-library test-notebooks
+
+# Side by side, since each leaves a core idle at times; a thread that waits for another leaves its core to the rest.
+test-library: .venv/.stamp
 	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/project/test_notebooks.py
+
+test-notebooks: export OMP_WAIT_POLICY := PASSIVE
+test-notebooks: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env $(IN_A_ROW)
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env $(ALONE)
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
+
+docs: .venv/.stamp
+	$(IN_VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs --quiet build --strict
 
 lab: .venv/.stamp
 	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
@@ -91,7 +102,8 @@ check-platform:
 	@echo "Setting up .venv from requirements.lock: this takes some minutes and some GB of disk."
 	@rm -f .venv/.packages .venv/.stamp
 	"$(PYTHON)" -m venv --clear .venv
-	$(PIP) install -qq --progress-bar off --no-deps --no-compile --use-pep517 -r requirements.lock
+	grep -v "^#" requirements.lock | xargs --max-procs=2 --max-args=32 \
+		$(PIP) install -qq --progress-bar off --no-deps --no-compile --use-pep517
 	@touch $@
 
 .venv/.stamp: requirements.lock pyproject.toml $(wildcard thermo_lib/integrations/lm_eval_plugin/*) .venv/.packages | check-platform
