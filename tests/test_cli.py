@@ -189,6 +189,19 @@ class TestEvaluate:
         assert out.splitlines()[2].startswith("small ")
         assert f"{expected['path_kl']:.2f}" in out
 
+    def test_dense_it_scores_the_same(self, run: Run, folder: Path) -> None:
+        assert run("quantize", "--model", folder, "--output", "small", *FAST, "timesteps=4")[0] == 0
+        rows = []
+        for words in ((), ("--dense",)):
+            arguments = ("--model", "small", "--reference", folder, "--output", "scores.json", "--dtype", "float32")
+            assert run("evaluate", *arguments, "--timesteps", 4, *words)[0] == 0
+            rows.append(json.loads(Path("scores.json").read_text(encoding="utf-8")))
+        assert rows[0] == rows[1]
+        status, _, err = run("generate", "--model", folder, "--prompt", "a", "--dense")
+        assert status == 2
+        assert "dense: found" in err
+        assert "which isn't quantized, allowed is a quantized model" in err
+
     def test_a_full_precision_model_is_its_own_reference(self, run: Run, folder: Path) -> None:
         assert run("evaluate", "--model", folder, "--output", "scores.json", "--timesteps", 4)[0] == 0
         assert json.loads(Path("scores.json").read_text(encoding="utf-8"))["path_kl"] == 0

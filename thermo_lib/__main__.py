@@ -30,6 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         "default": "stored",
         "help": "of the computation: 'stored' is that of the model's files (%(default)s)",
     }
+    dense = {"action": "store_true", "help": "dequantize once, for the speed and the memory of full precision"}
     some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
 
     writer = commands.add_parser("quantize", help="write a quantized folder")
@@ -80,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     teller.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
     teller.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
     teller.add_argument("--dtype", **dtypes)
+    teller.add_argument("--dense", **dense)
     teller.add_argument("--device", **devices)
 
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
@@ -97,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--timesteps", type=int, default=16, help="T (%(default)s)")
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
+    judge.add_argument("--dense", **dense)
     judge.add_argument("--device", **devices)
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")

@@ -37,6 +37,7 @@ from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.flat import FLAT, PARTS, is_single
+from thermo_lib.pipeline.model import QuantizedLM, dequantized
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
@@ -93,6 +94,19 @@ def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
     lm = load_any(name, dtype=dtype)
     lm.model.to(device)
     return lm
+
+
+def _computing(lm: DiffusionLM, arguments: argparse.Namespace) -> DiffusionLM:
+    """The model that computes: with ``--dense`` one with the plain weights that a quantized one stands for.
+
+    Raises:
+        ValueError: a full-precision model with ``--dense``, or what ``dequantized`` raises.
+    """
+    if not arguments.dense:
+        return lm
+    if not isinstance(lm, QuantizedLM):
+        raise ValueError(f"dense: found {arguments.model!r}, which isn't quantized, allowed is a quantized model")
+    return dequantized(lm)
 
 
 @contextmanager
@@ -184,7 +198,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     """Print a model's continuation of a text, up to the first special token."""
     if arguments.max_new_tokens < 1:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
-    lm = _load(arguments.model, arguments)
+    lm = _computing(_load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
     filled = generate(
@@ -218,7 +232,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
     given = _given(arguments, "sequences", "trajectories", "length")
     given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
     suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
-    row = summarize(arguments.model, lm, evaluate(lm, suite, progress=True))
+    row = summarize(arguments.model, lm, evaluate(_computing(lm, arguments), suite, progress=True))
     if arguments.output is not None:
         write_json(arguments.output, row)
     print(report.table([row]))

@@ -157,6 +157,10 @@ class TestHeldOutSequences:
             taken |= {(name, start + i) for name, start in places[:1] for i in range(length)}
         assert len(taken) == count * length
 
+    def test_files_without_a_token_or_a_whole_sequence_are_no_obstacle(self, tokenizer: Tokenizer) -> None:
+        found = held_out_sequences({"empty": "", "a": "12345678", "short": "1"}, tokenizer, 2, 4, seed=0)
+        assert (found.dtype, found.shape) == (torch.int64, (2, 4))
+
     def test_the_seed_decides_the_choice(self, tokenizer: Tokenizer) -> None:
         first, again, other = (held_out_sequences(self.FILES, tokenizer, 4, 8, seed) for seed in (1, 1, 2))
         assert torch.equal(first, again)

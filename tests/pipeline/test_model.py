@@ -1,14 +1,16 @@
-"""A quantized model has the bits per weight that are worked out by hand."""
+"""A quantized model has the bits per weight that are worked out by hand, and a dense one computes what it does."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from configurations import SMOOTH, Quantize, config_of
-from torch import nn
+from torch import Tensor, nn
 
 from thermo_lib import quantize
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.pipeline.model import QuantizedLM, dequantized
 
 
 class TestBitsPerWeight:
@@ -46,3 +48,42 @@ class TestBitsPerWeight:
         lm.model.model.layers = nn.ModuleList([nn.ModuleDict({"only": nn.Linear(3, 4, bias=False)})])
         assert quantize(lm, config_of()).bits_per_weight == (32 + 128) / 12
         assert block.self_attn.q_proj.weight.shape == (32, 32)
+
+
+class TestDense:
+    """Plain weights in the place of codes."""
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{}, {"embedding_bits": 8}, {"quantizer": "trellis", "average_bits": 2.2}, {"group_size": 20}],
+        ids=str,
+    )
+    def test_it_computes_what_the_quantized_model_does(
+        self, quantized: Quantize, random_ids: Callable[..., Tensor], changes: dict[str, Any]
+    ) -> None:
+        lm, ids = quantized(**changes), random_ids(2, 9)
+        dense = dequantized(lm)
+        assert not isinstance(dense, QuantizedLM)
+        assert not any(hasattr(module, "packed") for module in dense.model.modules())
+        assert torch.equal(dense.model(ids), lm.model(ids))
+        assert lm.quantized_layers(), "the quantized model stays as it is"
+
+    def test_a_tied_head_stays_tied(self, build_tiny: Callable[[int], DiffusionLM], random_ids: Callable[..., Tensor]):
+        lm = build_tiny(0)
+        lm.model.config.tie_word_embeddings = True
+        lm.model.tie_weights()
+        dense = dequantized(quantize(lm, config_of(quantizer="rtn", embedding_bits=8)))
+        assert dense.model.lm_head.weight is dense.model.model.embed_tokens.weight
+
+    @pytest.mark.parametrize(
+        ("changes", "found"),
+        [
+            ({"activation_bits": 8, "activation_ranges": "dynamic"}, "dense: found quantized activations"),
+            ({"num_time_groups": 3}, "dense: found weights that depend on the timestep"),
+        ],
+    )
+    def test_what_no_plain_weight_does_is_refused(
+        self, quantized: Quantize, changes: dict[str, Any], found: str
+    ) -> None:
+        with pytest.raises(ValueError, match=found):
+            dequantized(quantized(**changes))

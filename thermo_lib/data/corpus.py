@@ -109,5 +109,6 @@ def held_out_sequences(
     Raises:
         ValueError: the files hold fewer than ``count`` sequences.
     """
-    streams = [torch.tensor(encoding.ids) for encoding in tokenizer.encode_batch(list(files.values()))]
+    encodings = tokenizer.encode_batch(list(files.values()))
+    streams = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings]
     return drawn_windows(streams, count, length, seed)

@@ -90,7 +90,8 @@ def text_sequences(
             raise ValueError(f"{name}: found {found}, allowed is at least 1")
     separator = [] if end is None else [end]
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    stream = torch.tensor([token for encoding in encodings for token in (*encoding.ids, *separator)])
+    tokens = [token for encoding in encodings for token in (*encoding.ids, *separator)]
+    stream = torch.tensor(tokens, dtype=torch.int64)
     return drawn_windows([stream], count, length, seed)
 
 

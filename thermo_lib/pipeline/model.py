@@ -215,6 +215,42 @@ def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, l
     )
 
 
+def dequantized(lm: QuantizedLM) -> DiffusionLM:
+    """A model whose plain weights are the values of a quantized model's codes.
+
+    It computes what the quantized model does, as fast as one in full precision, and takes the memory of one.
+
+    Args:
+        lm: the quantized model, which stays as it is.
+
+    Raises:
+        ValueError: quantized activations, or weights that depend on the timestep: no plain weight does what they do.
+    """
+    if lm.config.activations is not None:
+        raise ValueError(
+            f"dense: found quantized activations ({lm.config.precision}), allowed are quantized weights only"
+        )
+    if any(len(layer.scale) > 1 for layer in lm.quantized_layers().values()):
+        raise ValueError("dense: found weights that depend on the timestep, allowed are those of one time group")
+    model = copy.deepcopy(lm.model)
+    dtype = model.model.norm.weight.dtype
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+            dense.weight = nn.Parameter(module.weight().to(dtype), requires_grad=False)
+            if module.bias is not None:
+                dense.bias = nn.Parameter(module.bias.to(dtype), requires_grad=False)
+        elif isinstance(module, QuantizedEmbedding):
+            weight = module(torch.arange(len(module.packed), device=module.packed.device)).to(dtype)
+            dense = nn.Embedding.from_pretrained(weight)
+        else:
+            continue
+        model.set_submodule(name, dense)
+    model.tie_weights()
+    about = lm.tokenizer, lm.mask_token_id, lm.name
+    return DiffusionLM(model, *about, chat_template=lm.chat_template, carried=lm.carried)
+
+
 def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
     """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
     if config.embedding_bits == 16:
