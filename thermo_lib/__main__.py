@@ -137,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     clock.add_argument("--rounds", type=int, default=15, help="counted turns, at least 2 (%(default)s)")
     clock.add_argument("--output", type=Path, default=Path("reports/speed.json"), help="JSON file (%(default)s)")
 
+    text = "which kernels are right on this machine's GPU, and how long everything takes"
+    checker = commands.add_parser("gpu-check", help=text)
+    checker.add_argument("--quick", action="store_true", help="within two minutes instead of eight")
+    checker.add_argument("--device", **devices)
+    checker.add_argument("--output", type=Path, default=Path("reports/gpu.json"), help="JSON file (%(default)s)")
+
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)
     return parser

@@ -42,6 +42,7 @@ from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
+from thermo_lib.studies import gpu
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
@@ -304,6 +305,20 @@ def run_speed(arguments: argparse.Namespace) -> None:
     print(report.table(rows, SPEED_COLUMNS))
 
 
+def run_gpu_check(arguments: argparse.Namespace) -> None:
+    """Check and time the kernels, models and quantizers on a GPU, write the report and print it."""
+    device = torch.device(_device(arguments.device))
+    if device.type != "cuda" and arguments.device is None:
+        raise ValueError("device: found no GPU, allowed is --device cpu to try the command out")
+    extent = gpu.QUICK if arguments.quick else gpu.WHOLE
+    found = gpu.gpu_check(device, extent, arguments.output, progress=True)
+    for name in gpu.PARTS:
+        if found[name]:
+            print(f"\n{name}\n{report.table(found[name], gpu.COLUMNS[name])}")
+    for name, reason in found["failed"].items():
+        print(f"{name}: {reason}")
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Run the command that was parsed; raises ValueError or OSError with the reason on one line."""
     transformers.logging.set_verbosity_error()
@@ -315,5 +330,6 @@ def run(arguments: argparse.Namespace) -> None:
         "study": run_study,
         "point": run_point,
         "speed": run_speed,
+        "gpu-check": run_gpu_check,
     }
     commands[arguments.command](arguments)

@@ -13,9 +13,10 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 
 @needs_compiler
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_row_for_each_kernel_size_and_number_of_tokens(tmp_path: Path, compiled: bool) -> None:
-    rows = kernel_speeds([(256, 64), (128, 32)], (1, 5), compiled=compiled, rounds=2)
+@pytest.mark.parametrize("backend", ["compiled", "plain"])
+def test_a_row_for_each_kernel_size_and_number_of_tokens(tmp_path: Path, backend: str) -> None:
+    rows = kernel_speeds([(256, 64), (128, 32)], (1, 5), backend=backend, rounds=2)
+    assert {row["backend"] for row in rows} == {backend}
     keys = [(row["linear"], row["kernel"], row["tokens"]) for row in rows]
     sizes = ("256 -> 64", "128 -> 32")
     assert keys == [(size, kernel, tokens) for size in sizes for kernel in KERNELS for tokens in (1, 5)]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from thermo_lib.evaluation.report import hardware, versions
 from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.text import write_json
+from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.codes import pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
@@ -30,10 +31,11 @@ _BITS = 2.17  # of a trellis code, mean
 
 
 def _planes(in_features: int, out_features: int, **more: Any) -> QuantizedLinear:
-    """Two bits in groups of 128, random codes."""
-    layer = QuantizedLinear(in_features, out_features, bits=2, group_size=_GROUP, bias=False, **more)
+    """Two bits in groups of 128, or of the row where it isn't so many times as long; random codes."""
+    group_size = _GROUP if in_features % _GROUP == 0 else in_features
+    layer = QuantizedLinear(in_features, out_features, bits=2, group_size=group_size, bias=False, **more)
     codes = torch.randint(0, 4, (out_features, in_features), dtype=torch.uint8)
-    layer.packed = pack(codes, 2, _GROUP)
+    layer.packed = pack(codes, 2, group_size)
     layer.scale = torch.rand(layer.scale.shape, dtype=torch.float32).add(0.5).div(100).half()
     layer.zero_point = torch.full_like(layer.scale, 1.5)
     return layer
@@ -69,7 +71,9 @@ def kernel_speeds(
     sizes: Sequence[tuple[int, int]] = DREAM_7B,
     tokens: Sequence[int] = (1, 32, 256, 2048),
     *,
-    compiled: bool = True,
+    kernels: Sequence[str] = tuple(KERNELS),
+    backend: str = "compiled",
+    device: torch.device | str = "cpu",
     rounds: int = 15,
     progress: bool = False,
 ) -> list[dict[str, Any]]:
@@ -78,34 +82,48 @@ def kernel_speeds(
     Args:
         sizes: ``(in_features, out_features)`` of the linears.
         tokens: numbers of tokens of the input.
-        compiled: use the compiled kernels.
+        kernels: names of ``KERNELS``.
+        backend: what is asked to compute, see ``quant.backends``.
+        device: where.
         rounds: number of counted turns.
         progress: show bars.
 
     Returns:
-        Rows with ``linear``, ``kernel``, ``tokens``, ``times_dense`` (median), its 95 % interval ``ci`` and
-        ``dense_ms``.
+        Rows with ``linear``, ``kernel``, ``backend`` (what computed), ``tokens``, ``times_dense`` (median), its 95 %
+        interval ``ci`` and ``dense_ms``.
     """
     rows = []
     for in_features, out_features in sizes:
         torch.manual_seed(0)
         name = f"{in_features} -> {out_features}"
-        dense = torch.randn(out_features, in_features, dtype=torch.bfloat16)
-        for kernel, make in KERNELS.items():
-            layer = make(in_features, out_features)
-            if compiled:
+        dense = torch.randn(out_features, in_features, dtype=torch.bfloat16).to(device)
+        for kernel in kernels:
+            layer = KERNELS[kernel](in_features, out_features).to(device)
+            if backend == "compiled":
                 compile_linears(layer)
+            set_backend(layer, backend)
             for count in tokens:
-                x = torch.randn(count, in_features, dtype=torch.bfloat16)
+                x = torch.randn(count, in_features, dtype=torch.bfloat16).to(device)
                 label = f"{name} {kernel} {count}" if progress else None
-                found = paired_ratio(lambda x=x, f=layer: f(x), _dense(dense, x), rounds, progress=label)
+                found = paired_ratio(_finished(layer, x), _finished(_dense(dense), x), rounds, progress=label)
                 times = {"times_dense": found["ratio"], "ci": found["ci"], "dense_ms": 1e3 * found["baseline_seconds"]}
-                rows.append({"linear": name, "kernel": kernel, "tokens": count} | times)
+                rows.append({"linear": name, "kernel": kernel, "backend": layer.chosen, "tokens": count} | times)
     return rows
 
 
-def _dense(weight: Tensor, x: Tensor) -> Callable[[], Tensor]:
-    return lambda: F.linear(x, weight)
+def _dense(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda x: F.linear(x, weight)
+
+
+def _finished(product: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
+    """A product that is done when the call returns, which on a GPU it isn't by itself."""
+
+    def run() -> None:
+        product(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+
+    return run
 
 
 def write_speeds(output: str | Path, rows: Sequence[dict[str, Any]]) -> None:

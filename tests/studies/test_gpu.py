@@ -1,0 +1,91 @@
+"""The check of a GPU, tried out on the CPU: every part has its rows, and one that fails doesn't stop the others."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import Run
+
+from thermo_lib.models.families import DreamConfig
+from thermo_lib.studies import gpu
+
+SMALL = gpu.Extent(
+    DreamConfig(
+        vocab_size=1100,
+        hidden_size=256,
+        intermediate_size=384,
+        num_hidden_layers=9,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        mask_token_id=3,
+    ),
+    layers=2,
+    tokens=(1, 5),
+    sizes=((256, 64),),
+    rounds=2,
+    seconds=1000.0,
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    found = gpu.gpu_check(torch.device("cpu"), SMALL, path)
+    assert json.loads(path.read_text(encoding="utf-8")) == found
+    return found
+
+
+def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
+    assert found["failed"] == {}
+    assert {(row["model"], row["tokens"]) for row in found["forward"]} == {
+        (model, tokens) for model in ("dense", "int2 w2a16", "trellis") for tokens in (1, 5)
+    }
+    assert all(row["times_dense"] == 1 for row in found["forward"] if row["model"] == "dense")
+    assert [row["model"] for row in found["generation"]] == ["dense", "int2 w2a16", "trellis"]
+    assert all(row["seconds"] > 0 and row["beside"] < 1 for row in found["generation"])
+    assert len(found["quantizers"]) == 4
+    assert {row["backend"] for row in found["rows"]} == {"plain"}, "no other kernel is for a CPU"
+    assert len(found["rows"]) == len(gpu.KERNELS) * 2
+
+
+def test_every_product_is_right(found: dict[str, Any]) -> None:
+    assert len(found["kernels"]) == len(gpu._CHECKED) * len(gpu._TOKENS) * (3 * 3 + 2)
+    assert all(row["right"] for row in found["kernels"])
+
+
+def test_a_part_that_fails_or_takes_too_long_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*_: object) -> Iterator[dict[str, Any]]:
+        yield {"row": 1}
+        raise RuntimeError("no kernel for this card\nmore")
+
+    parts = {
+        "fails": fails,
+        "endless": lambda *_: iter(lambda: {"row": 2}, None),
+        "good": lambda *_: iter([{"row": 3}]),
+    }
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    extent = gpu.Extent(SMALL.config, 1, (1,), SMALL.sizes, 2, seconds=0.3)
+    found = gpu.gpu_check(torch.device("cpu"), extent, tmp_path / "gpu.json")
+    assert (found["fails"], found["good"]) == ([{"row": 1}], [{"row": 3}])
+    assert found["failed"]["fails"] == "RuntimeError: no kernel for this card"
+    assert found["failed"]["endless"].startswith("no more than 0 s")
+    assert set(found["failed"]) == {"fails", "endless"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so(run: Run) -> None:
+    status, _, err = run("gpu-check")
+    assert status == 2
+    assert "device: found no GPU, allowed is --device cpu to try the command out" in err
+
+
+def test_the_command_prints_its_tables(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "QUICK", SMALL)
+    monkeypatch.setattr(gpu, "_CHECKED", gpu._CHECKED[:1])
+    status, out, _ = run("gpu-check", "--quick", "--device", "cpu", "--output", "gpu.json")
+    assert status == 0
+    assert all(f"\n{name}\n" in f"\n{out}" for name in gpu.PARTS)
+    assert json.loads(Path("gpu.json").read_text(encoding="utf-8"))["card"]

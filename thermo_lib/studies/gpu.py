@@ -1,0 +1,246 @@
+"""``python -m thermo_lib gpu-check``: which kernels are right on this machine's GPU, and how long everything takes.
+
+Models have random weights in the shapes of Dream 7B; times don't depend on what the weights are.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedConfig
+
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.evaluation.report import hardware, versions
+from thermo_lib.files.text import write_json
+from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
+from thermo_lib.models.tokenization import read_tokenizer
+from thermo_lib.pipeline.model import linear_names
+from thermo_lib.quant.backends import set_backend
+from thermo_lib.quant.gptq import gptq
+from thermo_lib.quant.rounding import least_squares, round_to_nearest
+from thermo_lib.quant.trellis import trellis
+from thermo_lib.studies.full_size import PUBLISHED
+from thermo_lib.studies.speed import DREAM_7B, KERNELS, SPEED_COLUMNS, kernel_speeds
+
+_CHECKED = ((31, 7), (100, 50), (768, 48), (512, 513), (3584, 512))  # in_features, out_features
+_TOKENS = (1, 33, 65, 257)
+_WRONG = 0.02  # error of a product, as a share of its size
+_STEPS, _TEXT = 16, 256  # of a generation: denoising steps and tokens
+_BEAM = 16
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much is measured.
+
+    Attributes:
+        config: of the models.
+        layers: number of blocks of the models.
+        tokens: numbers of tokens of the inputs.
+        sizes: ``(in_features, out_features)`` of the linears.
+        rounds: number of counted turns of a comparison.
+        seconds: after which no part begins another row.
+    """
+
+    config: PreTrainedConfig
+    layers: int
+    tokens: Sequence[int]
+    sizes: Sequence[tuple[int, int]]
+    rounds: int
+    seconds: float
+
+
+WHOLE = Extent(PUBLISHED["Dream 7B"], 28, (1, 32, 256, 1024, 4096), DREAM_7B, 15, 400.0)
+QUICK = Extent(PUBLISHED["Dream 7B"], 4, (32, 256, 1024), DREAM_7B[:1], 7, 90.0)
+
+Rows = Iterator[dict[str, Any]]
+
+
+def _backends(kernel: str) -> tuple[str, ...]:
+    return ("plain", "triton") if kernel == "trellis" else ("plain", "triton", "humming")
+
+
+@torch.no_grad()
+def kernel_rows(device: torch.device, extent: Extent) -> Rows:
+    """Products by each kernel against float32 ones of the dequantized weight; ``error`` as a share of their size."""
+    for kernel, make in KERNELS.items():
+        for in_features, out_features in _CHECKED:
+            layer = make(in_features, out_features).to(device)
+            for backend in _backends(kernel):
+                for tokens in _TOKENS:
+                    set_backend(layer, backend)
+                    x = torch.randn(tokens, in_features, device=device, dtype=torch.bfloat16)
+                    found, expected = layer(x).float(), F.linear(layer.quantized_input(x).float(), layer.weight())
+                    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+                    size = f"{in_features} -> {out_features}"
+                    about = {"kernel": kernel, "asked": backend, "computed": layer.chosen, "linear": size}
+                    yield about | {"tokens": tokens, "error": error, "right": error < _WRONG}
+
+
+def linear_rows(device: torch.device, extent: Extent) -> Rows:
+    """Times of single linears, see ``kernel_speeds``; kernels that aren't used for a size are left out."""
+    for size in extent.sizes:
+        for kernel in KERNELS:
+            for backend in _backends(kernel):
+                how = {"kernels": [kernel], "backend": backend, "device": device, "rounds": extent.rounds}
+                rows = kernel_speeds([size], extent.tokens, **how)
+                yield from (row for row in rows if row["backend"] == backend)
+
+
+def random_model(extent: Extent, device: torch.device, kernel: str | None) -> MaskPredictor:
+    """A model of random weights in bfloat16 on a device; its linears have random codes where a kernel is named."""
+    settings = {**extent.config.to_dict(), "num_hidden_layers": extent.layers}
+    model = skeleton(type(extent.config)(**{k: v for k, v in settings.items() if k != "layer_types"}))
+    names = set(linear_names(model))
+    for name, module in list(model.named_modules()):
+        if name in names and kernel is not None:
+            layer = KERNELS[kernel](module.in_features, module.out_features)
+            layer.bias = None if module.bias is None else torch.zeros(module.out_features, dtype=torch.bfloat16)
+            model.set_submodule(name, layer.to(device))
+    for name, parameter in list(model.named_parameters()):
+        tensor = torch.empty(parameter.shape, device=device, dtype=torch.bfloat16)
+        owner, _, key = name.rpartition(".")
+        filled = tensor.fill_(1) if tensor.ndim == 1 and key == "weight" else tensor.normal_(std=0.02)
+        setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return model.eval()
+
+
+@torch.no_grad()
+def forward_rows(device: torch.device, extent: Extent) -> Rows:
+    """Milliseconds of a forward pass of one sequence, and what they are of the dense model's."""
+    dense: dict[int, float] = {}
+    for kernel in (None, "int2 w2a16", "trellis"):
+        _free(device)
+        model = random_model(extent, device, kernel)
+        for tokens in extent.tokens:
+            ids = torch.randint(0, 1000, (1, tokens), device=device)
+            seconds = _median(lambda model=model, ids=ids: model.hidden(ids), device, extent.rounds)
+            dense.setdefault(tokens, seconds)
+            about = {"model": kernel or "dense", "layers": extent.layers, "tokens": tokens, "ms": 1e3 * seconds}
+            yield about | {"times_dense": seconds / dense[tokens], "peak_mib": _peak(device)}
+
+
+def generation_rows(device: torch.device, extent: Extent) -> Rows:
+    """Seconds to fill 256 tokens in 16 steps, and the share of them that isn't spent in forward passes."""
+    tokenizer = read_tokenizer(REFERENCE_DIR)
+    for kernel in (None, "int2 w2a16", "trellis"):
+        _free(device)
+        model = random_model(extent, device, kernel)
+        lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
+        ids = torch.full((1, _TEXT), lm.mask_token_id, device=device)
+        whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
+        with torch.no_grad():
+            passes = _STEPS * _median(lambda lm=lm, ids=ids: lm.model.hidden(ids), device, 3)
+        yield {"model": kernel or "dense", "layers": extent.layers, "seconds": whole, "beside": 1 - passes / whole}
+
+
+@torch.no_grad()
+def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
+    """Weights that each quantizer quantizes in a second."""
+    for in_features, out_features in extent.sizes:
+        weight = torch.randn(out_features, in_features, device=device) / 50
+        x = torch.randn(2 * in_features, in_features, device=device)
+        hessian = (x.T @ x).double()
+        bits = torch.full((in_features,), 2)
+        group = min(128, in_features)
+        methods: dict[str, Callable[[], object]] = {
+            "round to nearest": lambda w=weight, g=group: round_to_nearest(w, 2, g),
+            "least squares": lambda w=weight, g=group: least_squares(w, 2, g),
+            "gptq": lambda w=weight, g=group, h=hessian: gptq(w, h, 2, g, 0.01, 0.001),
+            "trellis, beam 16": lambda w=weight, h=hessian, b=bits: trellis(w, h, b, w.shape[1], 0.01, _BEAM),
+        }
+        for name, method in methods.items():
+            _free(device)
+            seconds = _median(method, device, 1)
+            about = {"quantizer": name, "linear": f"{in_features} -> {out_features}", "seconds": seconds}
+            yield about | {"weights_a_second": weight.numel() / seconds, "peak_mib": _peak(device)}
+
+
+PARTS: dict[str, Callable[[torch.device, Extent], Rows]] = {
+    "kernels": kernel_rows,
+    "rows": linear_rows,
+    "forward": forward_rows,
+    "generation": generation_rows,
+    "quantizers": quantizer_rows,
+}
+
+
+_SIZE = {"linear": ("linear", "{}")}
+COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
+    "kernels": {name: (name, "{}") for name in ("kernel", "asked", "computed", "linear", "tokens", "right")}
+    | {"error": ("error", "{:.5f}")},
+    "rows": {"backend": ("backend", "{}")} | SPEED_COLUMNS,
+    "forward": {name: (name, "{}") for name in ("model", "layers", "tokens")}
+    | {"ms": ("ms", "{:.2f}"), "times dense": ("times_dense", "{:.2f}")},
+    "generation": {"model": ("model", "{}"), "seconds": ("seconds", "{:.2f}"), "beside": ("beside", "{:.2f}")},
+    "quantizers": {"quantizer": ("quantizer", "{}")}
+    | _SIZE
+    | {"seconds": ("seconds", "{:.2f}"), "weights a second": ("weights_a_second", "{:.3g}")},
+}
+
+
+def gpu_check(device: torch.device, extent: Extent, output: Path, *, progress: bool = False) -> dict[str, Any]:
+    """Run every part, one that fails included, and write what is known after each.
+
+    Args:
+        device: where to measure.
+        extent: how much.
+        output: JSON file.
+        progress: show a bar.
+
+    Returns:
+        What is written: ``card``, ``versions``, the rows of each of ``PARTS``, and ``failed``: part to the reason.
+    """
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["processor"]
+    found: dict[str, Any] = {"card": card, "versions": versions(), "failed": {}}
+    share = extent.seconds / len(PARTS)
+    for name, part in tqdm(PARTS.items(), desc="gpu-check", disable=not progress, unit="part"):
+        found[name], start = [], time.perf_counter()
+        try:
+            for row in part(device, extent):
+                found[name].append(row)
+                if time.perf_counter() - start > share:
+                    found["failed"][name] = f"no more than {share:.0f} s: {len(found[name])} rows are here"
+                    break
+        except Exception as error:  # a driver's or a compiler's: the other parts go on
+            found["failed"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
+        _free(device)
+        write_json(output, found)
+    return found
+
+
+def _median(function: Callable[[], object], device: torch.device, rounds: int) -> float:
+    """Median seconds of a call, after one that warms up."""
+    seconds = []
+    for turn in range(rounds + 1):
+        _wait(device)
+        start = time.perf_counter()
+        function()
+        _wait(device)
+        if turn:
+            seconds.append(time.perf_counter() - start)
+    return sorted(seconds)[len(seconds) // 2]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _free(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak(device: torch.device) -> float | None:
+    """MiB of GPU memory at most since ``_free``; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
