@@ -1,5 +1,6 @@
 """Block by block, calibration and training give the model that they give in memory."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,9 @@ class TestResult:
         for name, tensor in expected.items():
             assert torch.equal(streamed[name], tensor), name
         assert not unfinished(tmp_path / "streamed").exists()
+        about = json.loads((tmp_path / "streamed" / "config.json").read_text(encoding="utf-8"))
+        is_trained = config.phase("path_kl") is not None and config.phase("path_kl").what == "network"
+        assert about["torch_dtype"] == ("float32" if is_trained else "bfloat16")
 
 
 class TestBadSource:

@@ -25,6 +25,10 @@ from thermo_lib.models.lm import save_model
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
+TRAINING = (
+    {"phase": "sequential", "steps": 2, "batch": 4},
+    {"phase": "path_kl", "what": "network", "steps": 2, "batch": 4},
+)
 pytestmark = pytest.mark.usefixtures("several_shards")
 
 
@@ -60,20 +64,28 @@ streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{
         assert {name: (output / name).stat().st_mtime_ns for name in kept} == kept
         assert not unfinished(output).exists()
 
-    @pytest.mark.parametrize(("quantizer", "swaps"), [("least_squares", True), ("gptq", True), ("gptq", False)])
+    @pytest.mark.parametrize(
+        ("fields", "swaps"),
+        [
+            ({}, True),
+            ({"quantizer": "gptq"}, True),
+            ({"quantizer": "gptq"}, False),
+            ({"quantizer": "trellis", "average_bits": 2.2, "training": TRAINING}, True),
+        ],
+    )
     def test_every_single_write_may_be_the_last(
         self,
         write: Callable[..., Path],
         tmp_path: Path,
         output: Path,
         monkeypatch: pytest.MonkeyPatch,
-        quantizer: str,
+        fields: dict[str, Any],
         swaps: bool,
     ) -> None:
         """The same call goes on each time; its work is repeated at most for one shard, or one block."""
         if not swaps:
             monkeypatch.setattr(folders, "_exchange", lambda *_: False)
-        source, config = write(), configured(quantizer=quantizer, timesteps=8)
+        source, config = write(), configured(timesteps=8, **fields)
         calibration = states_of(source) if config.needs_calibration else None
         quantize_checkpoint(source, tmp_path / "whole", config, calibration)
         rename, left = os.replace, 0

@@ -173,7 +173,7 @@ def _quantize(
     total = sum((partial / name).stat().st_size for name in set(weight_map.values()))
     with writing(partial, _KEPT):
         write_json(partial / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        text = quantized_config_json(model_config, config, checkpoint.read("model.norm.weight").dtype)
+        text = quantized_config_json(model_config, config, _stored_norm(partial, weight_map, model_config).dtype)
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(tokenizer, chat_template, partial, carried)
         remove(partial / SNAPSHOTS_NAME)
@@ -181,6 +181,13 @@ def _quantize(
             leftover.unlink(missing_ok=True)
         replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
     _finish(output, partial)
+
+
+def _stored_norm(folder: Path, weight_map: Mapping[str, str], config: PreTrainedConfig) -> Tensor:
+    """The last norm's weight, which training may have changed."""
+    name = tensor_name(config, "model.norm.weight")
+    with open_safetensors(folder / weight_map[name]) as file:
+        return file.get_tensor(name)
 
 
 def _as_stored(lm: QuantizedLM, checkpoint: Checkpoint) -> dict[str, Tensor]:
