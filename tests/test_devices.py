@@ -70,6 +70,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def tiny(build_tiny: Callable[[int], DiffusionLM]) -> DiffusionLM:
+    """One block: on the pretended device every operation is looked at, which takes its time."""
+    lm = build_tiny(0)
+    lm.model.model.layers = lm.model.model.layers[:1]
+    lm.model.config.num_hidden_layers = 1
+    return lm
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> Calibration:
+    """Six sequences of 16 tokens on their trajectories."""
+    return calibrate(tiny, [(random_ids(6, 16), None)], timesteps=TIMESTEPS, progress=False)
+
+
 @pytest.fixture
 def there(tiny: DiffusionLM) -> DiffusionLM:
     """The tiny model on the pretended device."""

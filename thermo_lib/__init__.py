@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from thermo_lib.evaluation.summary import validate
     from thermo_lib.models.lm import load_model
     from thermo_lib.notebooks import reproducible
+    from thermo_lib.pipeline.compiled import compile
     from thermo_lib.pipeline.config import ThermoConfig
     from thermo_lib.pipeline.quantize import quantize
     from thermo_lib.pipeline.storage import load_quantized, save_quantized
@@ -38,6 +39,7 @@ _MODULES = {
     "backend": "quant.backends",
     "build_suite": "evaluation.scores",
     "calibrate": "diffusion.states",
+    "compile": "pipeline.compiled",
     "compile_linears": "quant.planes",
     "evaluate": "evaluation.scores",
     "evaluate_jsonl": "evaluation.scores",
@@ -65,6 +67,7 @@ __all__ = [
     "backend",
     "build_suite",
     "calibrate",
+    "compile",
     "compile_linears",
     "evaluate",
     "evaluate_jsonl",

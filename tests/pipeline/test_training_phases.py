@@ -265,14 +265,23 @@ class TestResume:
     every_way = pytest.mark.parametrize(
         "changes",
         [
-            {"reconstruction": "blocks", "transitions": "codes", "activation_bits": 4, "activation_token_states": True},
+            {
+                "reconstruction": "blocks",
+                "blocks.steps": 10,
+                "transitions": "codes",
+                "path_kl.steps": 14,
+                "activation_bits": 4,
+                "activation_token_states": True,
+            },
             {
                 "quantizer": "trellis",
                 "average_bits": 2.3,
                 "activation_bits": 4,
                 "activation_ranges": "dynamic",
                 "reconstruction": "sequential",
+                "sequential.steps": 5,
                 "transitions": "network",
+                "path_kl.steps": 14,
                 "training_states": "chains",
                 "own_share": 0.5,
             },
@@ -293,7 +302,7 @@ class TestResume:
             if not len(saved) % turn:
                 raise Stopped
 
-        monkeypatch.setattr(fit, "_SNAPSHOT_STEPS", 15)
+        monkeypatch.setattr(fit, "_SNAPSHOT_STEPS", 5)
         monkeypatch.setattr(Snapshot, "save", save_or_stop)
         return saved
 

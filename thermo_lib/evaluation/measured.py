@@ -1,21 +1,33 @@
 """Evaluations that aren't made twice: each is kept in a file, under a digest of everything that decides it."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
+from thermo_lib.data.corpus import token_stream
 from thermo_lib.data.puzzles import TASK_LENGTH, Puzzle
 from thermo_lib.diffusion.path_kl import PathKLEstimate
-from thermo_lib.evaluation.scores import Evaluation, PuzzleResult, Suite, evaluate, solve_puzzles
+from thermo_lib.evaluation.scores import (
+    Evaluation,
+    PuzzlePaths,
+    PuzzleResult,
+    Suite,
+    evaluate,
+    puzzles_under_bound,
+    solve_puzzles,
+)
 from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
 from thermo_lib.models.families import config_json
 from thermo_lib.models.lm import DiffusionLM
 
 _FORMAT = "evaluations 1"
 _LIBRARY = Path(__file__).resolve().parent.parent
+_BOUND = ("path_kl", "bound", "solved_reference", "solved", "difference")
 _DECIDING = ("data", "diffusion", "models", "quant", "evaluation/scores.py")
 
 
@@ -72,6 +84,27 @@ class Measured:
             kept = {"puzzles": _as_bytes(found)}
         self._used |= named(key, kept)
         return _result(kept["puzzles"])
+
+    def puzzles_under_bound(self, paths: PuzzlePaths, lm: DiffusionLM) -> dict[str, float]:
+        """What ``scores.puzzles_under_bound`` returns."""
+        inputs = [[vars(puzzle) for puzzle in paths.puzzles], paths.timesteps, paths.seed, paths.task_length]
+        key = digest("under bound", *_decided_by(lm), *_decided_by(paths.reference), *inputs)
+        kept = part_of(self._found, key)
+        if not kept:
+            found = puzzles_under_bound(paths, lm)
+            kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
+        self._used |= named(key, kept)
+        return {name: kept[name].item() for name in _BOUND}
+
+    def token_counts(self, files: Mapping[str, str], tokenizer: Tokenizer) -> Tensor:
+        """How often each token is in some files, with the token after each file; int64 ``(vocabulary,)``."""
+        key = digest("token counts", dict(files), tokenizer.to_str(), _code())
+        kept = part_of(self._found, key)
+        if not kept:
+            tokens = token_stream(files, tokenizer).long()
+            kept = {"counts": torch.bincount(tokens, minlength=tokenizer.get_vocab_size())}
+        self._used |= named(key, kept)
+        return kept["counts"]
 
     def save(self) -> None:
         """Write the file with what has been asked for since it was read; the rest is dropped.

@@ -21,6 +21,7 @@ from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
 from thermo_lib.models.tokenization import read_tokenizer
+from thermo_lib.pipeline.compiled import GraphedPass
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
@@ -115,17 +116,20 @@ def random_model(extent: Extent, device: torch.device, kernel: str | None) -> Ma
 
 @torch.no_grad()
 def forward_rows(device: torch.device, extent: Extent) -> Rows:
-    """Milliseconds of a forward pass of one sequence, and what they are of the dense model's."""
-    dense: dict[int, float] = {}
+    """Milliseconds of a forward pass of one sequence, called and replayed, and what they are of the dense model's."""
+    dense: dict[tuple[int, bool], float] = {}
     for kernel in (None, "int2 w2a16", "trellis"):
         _free(device)
         model = random_model(extent, device, kernel)
         for tokens in extent.tokens:
             ids = torch.randint(0, 1000, (1, tokens), device=device)
-            seconds = _median(lambda model=model, ids=ids: model.hidden(ids), device, extent.rounds)
-            dense.setdefault(tokens, seconds)
-            about = {"model": kernel or "dense", "layers": extent.layers, "tokens": tokens, "ms": 1e3 * seconds}
-            yield about | {"times_dense": seconds / dense[tokens], "peak_mib": _peak(device)}
+            for is_graph in (False, True) if device.type == "cuda" else (False,):
+                run = GraphedPass(model, 1) if is_graph else model.hidden
+                seconds = _median(lambda run=run, ids=ids: run(ids), device, extent.rounds)
+                dense.setdefault((tokens, is_graph), seconds)
+                about = {"model": kernel or "dense", "graph": is_graph, "layers": extent.layers, "tokens": tokens}
+                times = {"ms": 1e3 * seconds, "times_dense": seconds / dense[tokens, is_graph]}
+                yield about | times | {"peak_mib": _peak(device)}
 
 
 def generation_rows(device: torch.device, extent: Extent) -> Rows:
@@ -178,7 +182,7 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "kernels": {name: (name, "{}") for name in ("kernel", "asked", "computed", "linear", "tokens", "right")}
     | {"error": ("error", "{:.5f}")},
     "rows": {"backend": ("backend", "{}")} | SPEED_COLUMNS,
-    "forward": {name: (name, "{}") for name in ("model", "layers", "tokens")}
+    "forward": {name: (name, "{}") for name in ("model", "graph", "layers", "tokens")}
     | {"ms": ("ms", "{:.2f}"), "times dense": ("times_dense", "{:.2f}")},
     "generation": {"model": ("model", "{}"), "seconds": ("seconds", "{:.2f}"), "beside": ("beside", "{:.2f}")},
     "quantizers": {"quantizer": ("quantizer", "{}")}
