@@ -227,13 +227,14 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         )
     reproducible()
     lm = _load(arguments.model, arguments)
+    computing = _computing(lm, arguments)
     reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
     if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
         raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
     given = _given(arguments, "sequences", "trajectories", "length")
     given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
     suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
-    row = summarize(arguments.model, lm, evaluate(_computing(lm, arguments), suite, progress=True))
+    row = summarize(arguments.model, lm, evaluate(computing, suite, progress=True))
     if arguments.output is not None:
         write_json(arguments.output, row)
     print(report.table([row]))
