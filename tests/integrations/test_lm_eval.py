@@ -151,6 +151,21 @@ class TestLikelihood:
         assert harness._are_greedy(list(zip(prompts, wrong, strict=True))) == [False] * 3
         assert passes == [3]
 
+    def test_what_is_done_when_a_run_is_stopped_is_in_the_cache(
+        self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lm = HarnessLM(str(folders["full"]), mc_num=2, batch_size=1)
+        answers = ["a", "ab = 1", "ab = 1 + f(x)"]
+        kept, bounds = [], lm._bounds
+        monkeypatch.setattr(lm.cache_hook, "add_partial", lambda kind, args, result: kept.append((args, result)))
+        monkeypatch.setattr(lm, "_bounds", lambda pairs: bounds(pairs) if len(kept) < 2 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            lm.loglikelihood([request("loglikelihood", "x", answer) for answer in answers], disable_tqdm=True)
+        assert [args for args, _ in kept] == [("x", answers[2]), ("x", answers[1])], "the longest come first"
+        monkeypatch.undo()
+        again = lm.loglikelihood([request("loglikelihood", *args) for args, _ in kept], disable_tqdm=True)
+        assert again == [result for _, result in kept]
+
     def test_an_empty_context_stays_empty(self, harness: HarnessLM) -> None:
         ((found, _),) = harness.loglikelihood([request("loglikelihood", "", "def")], disable_tqdm=True)
         assert found == pytest.approx(one_bound(harness, [], harness.tok_encode("def")))

@@ -156,41 +156,49 @@ class HarnessLM(TemplateLM):
                 allowed = f"allowed are 1..{self.max_length}"
                 raise ValueError(f"loglikelihood: found an answer of {len(answer)} tokens, {allowed}")
             pairs.append((context[max(0, len(context) + len(answer) - self.max_length) :], answer))
-        bounds = self._bounds(pairs, None if disable_tqdm else "loglikelihood")
-        greedy = [False] * len(pairs)
-        if self.check_greedy:
-            greedy = self._are_greedy(pairs, None if disable_tqdm else "greedy")
-        found = list(zip(bounds, greedy, strict=True))
-        for (args, _context, _answer), result in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", args, result)
+        draws = sum(map(self._draws, pairs))
+        tokens = sum(self._draws(pair) * sum(map(len, pair)) for pair in pairs)
+        _log.info("loglikelihood: %d texts, %d masked copies of them, %d tokens", len(pairs), draws, tokens)
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
+        order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
+        with tqdm(total=len(pairs), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for start in range(
+                0, len(order), self.batch_size
+            ):  # what is done is in lm_eval's cache if a run is stopped
+                numbers = order[start : start + self.batch_size]
+                some = [pairs[i] for i in numbers]
+                greedy = self._are_greedy(some) if self.check_greedy else [False] * len(some)
+                for number, *result in zip(numbers, self._bounds(some), greedy, strict=True):
+                    found[number] = tuple(result)
+                    self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
+                bar.update(len(some))
         return found
 
-    def _bounds(self, pairs: Sequence[Pair], progress: str | None = None) -> list[float]:
+    def _draws(self, pair: Pair) -> int:
+        """Number of masked copies of a text."""
+        return 1 if len(pair[1]) == 1 else self.mc_num
+
+    def _bounds(self, pairs: Sequence[Pair]) -> list[float]:
         """The estimated bounds of ``log p(answer | context)``; draws of several pairs share a forward pass."""
-        draws = [1 if len(answer) == 1 else self.mc_num for _, answer in pairs]
-        tokens = sum(n * (len(context) + len(answer)) for n, (context, answer) in zip(draws, pairs, strict=True))
-        if progress is not None:
-            _log.info("%s: %d texts, %d masked copies of them, %d tokens", progress, len(pairs), sum(draws), tokens)
         totals = [0.0] * len(pairs)
-        with tqdm(total=tokens, desc=progress, unit=" tokens", unit_scale=True, disable=progress is None) as bar:
-            for step, batch in self._batches(pairs, draws):
-                ids, visible, is_masked = _padded([(copy.ids, copy.is_masked) for copy in batch])
-                self.lm.set_timestep(step, self.steps)
-                hidden = torch.where(is_masked, self.lm.mask_token_id, ids)
-                logits = self.lm.logits(hidden, is_masked, visible).double()
-                log_p = logits.log_softmax(-1).gather(-1, ids[is_masked][:, None]).squeeze(-1)
-                masked = [int(copy.is_masked.sum()) for copy in batch]
-                for copy, part, count in zip(batch, log_p.split(masked), masked, strict=True):
-                    number = copy.pair
-                    totals[number] += part.sum().item() * len(pairs[number][1]) / count / draws[number]
-                bar.update(sum(len(copy.ids) for copy in batch))
+        for step, batch in self._batches(pairs):
+            ids, visible = _padded([copy.ids for copy in batch])
+            is_masked, _ = _padded([copy.is_masked for copy in batch])
+            self.lm.set_timestep(step, self.steps)
+            hidden = torch.where(is_masked, self.lm.mask_token_id, ids)
+            logits = self.lm.logits(hidden, is_masked, visible).double()
+            log_p = logits.log_softmax(-1).gather(-1, ids[is_masked][:, None]).squeeze(-1)
+            masked = [int(copy.is_masked.sum()) for copy in batch]
+            for copy, part, count in zip(batch, log_p.split(masked), masked, strict=True):
+                pair = pairs[copy.pair]
+                totals[copy.pair] += part.sum().item() * len(pair[1]) / count / self._draws(pair)
         return totals
 
-    def _batches(self, pairs: Sequence[Pair], draws: Sequence[int]) -> Iterator[tuple[int, list[_Copy]]]:
+    def _batches(self, pairs: Sequence[Pair]) -> Iterator[tuple[int, list[_Copy]]]:
         """Masked copies whose masks belong to one timestep, the longest texts first: what fits fits to the end."""
         waiting: dict[int, list[_Copy]] = {}
         for number in sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i]))):
-            for step, copy in self._copies(number, *pairs[number], draws[number]):
+            for step, copy in self._copies(number, *pairs[number], self._draws(pairs[number])):
                 waiting.setdefault(step, []).append(copy)
                 if len(waiting[step]) == self.batch_size:
                     yield step, waiting.pop(step)
@@ -211,26 +219,22 @@ class HarnessLM(TemplateLM):
         for step, row in zip(steps.tolist(), is_masked, strict=True):
             yield step, _Copy(number, ids, row)
 
-    def _are_greedy(self, pairs: Sequence[Pair], progress: str | None = None) -> list[bool]:
+    def _are_greedy(self, pairs: Sequence[Pair]) -> list[bool]:
         """Whether the likeliest tokens, the surest filled first, are the answers; a wrong one ends the filling."""
         found = [False] * len(pairs)
         by_length: dict[int, list[int]] = {}
         for number, (_context, answer) in enumerate(pairs):
             by_length.setdefault(len(answer), []).append(number)
-        with tqdm(total=len(pairs), desc=progress, disable=progress is None) as bar:
-            for numbers in by_length.values():
-                for start in range(0, len(numbers), self.batch_size):
-                    some = numbers[start : start + self.batch_size]
-                    for number, is_same in zip(some, self._fills([pairs[i] for i in some]), strict=True):
-                        found[number] = is_same
-                    bar.update(len(some))
+        for numbers in by_length.values():
+            for number, is_same in zip(numbers, self._fills([pairs[i] for i in numbers]), strict=True):
+                found[number] = is_same
         return found
 
     def _fills(self, pairs: Sequence[Pair]) -> list[bool]:
         """``_are_greedy`` of answers of one length."""
         count = len(pairs[0][1])
         prompts = [torch.tensor([*context, *[self.lm.mask_token_id] * count]) for context, _ in pairs]
-        ids, visible, _ = _padded([(prompt, torch.zeros_like(prompt, dtype=torch.bool)) for prompt in prompts])
+        ids, visible = _padded(prompts)
         wanted = torch.tensor([list(answer) for _, answer in pairs])
         same = [True] * len(pairs)
 
@@ -247,22 +251,16 @@ class HarnessLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[float]:
         """The bound of each text, in nats; of one that is too long, of window after window, half of each known."""
-        pairs, owners = [], []
-        for number, request in enumerate(requests):
+        found = []
+        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
             (text,) = request.args
-            ids, done = self.tok_encode(text), 0
+            ids, windows, done = self.tok_encode(text), [], 0
             while done < len(ids):
                 known = ids[max(0, done - self.max_length // 2) : done]
-                rest = ids[done : done + self.max_length - len(known)]
-                pairs.append((known, rest))
-                owners.append(number)
-                done += len(rest)
-        found = [0.0] * len(requests)
-        bounds = self._bounds(pairs, None if disable_tqdm else "loglikelihood_rolling")
-        for number, bound in zip(owners, bounds, strict=True):
-            found[number] += bound
-        for request, total in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+                windows.append((known, ids[done : done + self.max_length - len(known)]))
+                done += len(windows[-1][1])
+            found.append(sum(self._bounds(windows), 0.0))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
         return found
 
     def generate_until(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[str]:
@@ -302,26 +300,22 @@ class HarnessLM(TemplateLM):
         count, options = how["count"], {name: value for name, value in how.items() if name != "count"}
         known, masks = self.max_length - count, [self.lm.mask_token_id] * count
         prompts = [torch.tensor([*self.tok_encode(text)[-known:], *masks]) for text in contexts]
-        padded, visible, _ = _padded([(row, torch.zeros_like(row, dtype=torch.bool)) for row in prompts])
+        padded, visible = _padded(prompts)
         filled = generate(self.lm, padded, attention_mask=visible, seed=self.seed, **options)
         return [self.lm.decode(row[-count:]) for row in filled]
 
 
-def _padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Texts of any lengths as one batch, padded on the left.
-
-    Args:
-        rows: token ids and a mask of each, both ``(length,)``.
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Rows of any lengths, of ids or masks, as one batch, padded on the left with zeros.
 
     Returns:
-        Ids, where text is (None where it is everywhere, which is faster), and the masks, ``(rows, longest)``.
+        The batch ``(rows, longest)``, and where it isn't padding; None where there is none, which is faster.
     """
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.stack([F.pad(row, (longest - len(row), 0)) for row, _ in rows])
-    masks = torch.stack([F.pad(mask, (longest - len(mask), 0)) for _, mask in rows])
-    lengths = torch.tensor([len(row) for row, _ in rows])
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
     visible = torch.arange(longest) >= (longest - lengths)[:, None]
-    return ids, None if bool(visible.all()) else visible, masks
+    batch = torch.stack([F.pad(row, (longest - len(row), 0)) for row in rows])
+    return batch, None if bool(visible.all()) else visible
 
 
 def _before(text: str, until: str | Sequence[str]) -> str:
