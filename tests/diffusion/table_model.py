@@ -1,6 +1,6 @@
 """A model that is a table of logits, and the states that a sampler passes through."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,10 @@ class TableLM:
         rows = self.table.expand(len(ids), -1, -1)[at].clone()
         rows[:, self.mask_token_id] = -1e30
         return rows
+
+    def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+        """As ``DiffusionLM.logit_parts``: some rows at a time."""
+        yield from self.logits(ids, at, attention_mask).split(5)
 
 
 def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:

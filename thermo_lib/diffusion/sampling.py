@@ -8,7 +8,7 @@ fill the positions first that the model is surest of; and of LLaDA (arXiv 2502.0
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -300,8 +300,8 @@ def generate(
                 if on_logits is not None:
                     everywhere = _same_shape("on_logits", on_logits(timestep, x, everywhere), everywhere)
                 if is_open.any():
-                    logits = lm.logits(x, is_open, *visible) if everywhere is None else everywhere[is_open]
-                    x = _denoise(x, logits, is_open, rho[timestep % steps], sampling, uniform[:, rows])
+                    parts = lm.logit_parts(x, is_open, *visible) if everywhere is None else [everywhere[is_open]]
+                    x = _denoise(x, parts, is_open, rho[timestep % steps], sampling, uniform[:, rows])
                 if on_tokens is not None:
                     x = _same_shape("on_tokens", on_tokens(timestep, x, everywhere), x)
                 result[rows] = x
@@ -335,19 +335,25 @@ def _same_shape(hook: str, returned: Tensor, given: Tensor) -> Tensor:
     return returned
 
 
-def _denoise(x: Tensor, logits: Tensor, is_open: Tensor, rho: float, sampling: Sampling, uniform: Tensor) -> Tensor:
-    """Fill a share ``rho`` of the ``n`` open positions by their logits ``(n, vocabulary)``."""
-    for_position, for_token = uniform
-    tokens, probabilities = sample_tokens(
-        logits, sampling.temperature, for_token[is_open], sampling.top_p, sampling.top_k
-    )
-    filled = x.masked_scatter(is_open, tokens)
+def _denoise(
+    x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rho: float, sampling: Sampling, uniform: Tensor
+) -> Tensor:
+    """Fill a share ``rho`` of the ``n`` open positions by parts of their logits ``(n, vocabulary)``."""
+    for_position, for_token = uniform[0], uniform[1][is_open]
+    tokens, scores = [], []
+    for logits in parts:
+        drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
+        found, probabilities = sample_tokens(logits, sampling.temperature, drawn, sampling.top_p, sampling.top_k)
+        tokens.append(found)
+        if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
+            probabilities = logits.float().softmax(-1)
+        if sampling.sampler != "origin":
+            scores.append(confidence(sampling.sampler, found, probabilities))
+    filled = x.masked_scatter(is_open, torch.cat(tokens))
     if sampling.sampler == "origin":
         return torch.where(is_open & (for_position < rho), filled, x)
-    if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
-        probabilities = logits.float().softmax(-1)
     score = torch.full(x.shape, -torch.inf, dtype=torch.float32, device=x.device)
-    score[is_open] = confidence(sampling.sampler, tokens, probabilities)
+    score[is_open] = torch.cat(scores)
     if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
         score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)

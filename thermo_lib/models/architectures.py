@@ -51,6 +51,11 @@ class MaskPredictor(nn.Module):
         for layer in self.model.layers:
             layer.self_attn.is_causal = False
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes, also if its embeddings are elsewhere."""
+        return self.model.norm.weight.device
+
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The last hidden states, in such order that position ``i`` predicts token ``i``.
 

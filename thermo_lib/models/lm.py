@@ -122,9 +122,9 @@ class DiffusionLM:
         return token_logits(logits, self.mask_token_id).to(ids.device)
 
     @torch.no_grad()
-    def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
+    def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large."""
-        for states in self._states(ids, at, None).split(self.rows_at_a_time):
+        for states in self._states(ids, at, attention_mask).split(self.rows_at_a_time):
             yield token_logits(self.model.lm_head(states), self.mask_token_id).to(ids.device)
 
     @property

@@ -1,7 +1,8 @@
 """A full-precision model in little memory: its blocks are read when they run, and dropped again.
 
-Embeddings, last norm and head are there all the time. Where gradients are needed a block runs again on the way back
-(activation checkpointing, arXiv 1604.06174), so that no more than one block's weights and activations are held.
+Last norm and head are on the device all the time, embeddings that the head doesn't share in the host's memory. Where
+gradients are needed a block runs again on the way back (activation checkpointing, arXiv 1604.06174), so that no more
+than one block's weights and activations are held.
 """
 
 import hashlib
@@ -21,6 +22,8 @@ from thermo_lib.models.families import HEAD, read_config, stored_names
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
 from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
 from thermo_lib.quant.calls import CALL, denoising
+
+_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,26 @@ class StreamedForward:
             self.block.to("meta")
 
 
+class HostEmbedding(nn.Embedding):
+    """Embeddings in the host's memory: what is looked up is moved to the device.
+
+    A step looks up some rows of many, and training them takes four times their memory.
+
+    Args:
+        weight: float ``(vocabulary, hidden)``, on the CPU.
+        device: where the model is.
+    """
+
+    def __init__(self, weight: Tensor, device: torch.device):
+        super().__init__(*weight.shape, _weight=weight)
+        self.weight.requires_grad_(False)
+        self.device = device
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids, any shape, to embeddings ``(..., hidden)`` on the device."""
+        return super().forward(ids.to(self.weight.device)).to(self.device)
+
+
 def hold(block: nn.Module) -> None:
     """Let a streamed block's weights stay until ``release``; other blocks have theirs anyway."""
     if isinstance(streamed := vars(block).get("forward"), StreamedForward) and not streamed.is_held:
@@ -228,7 +251,11 @@ def load_streamed(name: str, *, device: torch.device | str = "cpu", dtype: torch
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     model = skeleton(config)
     source = Checkpoint(folder, model)
-    fill(model, {n: source.read(n, device) for n in source.tensors if ".layers." not in n}, dtype)
+    resident = [name for name in source.tensors if ".layers." not in name]
+    on_host = () if config.tie_word_embeddings else (_EMBEDDINGS,)
+    fill(model, {n: source.read(n, "cpu" if n in on_host else device) for n in resident}, dtype)
+    if on_host and device.type != "cpu":
+        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight, device)
     model.model.rotary_emb.to(device)
     for number, block in enumerate(model.model.layers):
         block.forward = StreamedForward(block, f"model.layers.{number}", source, device, dtype)

@@ -203,11 +203,23 @@ def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtyp
         lm.model.set_submodule(table, module.to(module.packed.device))
 
 
-def copied(lm: QuantizedLM, config: ThermoConfig, activation_params: dict[str, list[TimeGroupParams]]) -> QuantizedLM:
-    """A copy of a quantized model, with another configuration and other static activation ranges."""
+def copied(
+    lm: QuantizedLM,
+    config: ThermoConfig,
+    activation_params: dict[str, list[TimeGroupParams]],
+    *,
+    in_place: bool = False,
+) -> QuantizedLM:
+    """A copy of a quantized model, with another configuration and other static activation ranges.
+
+    Args:
+        lm: the model.
+        config, activation_params: of the copy.
+        in_place: let it have the given model's layers instead of copies.
+    """
     return replace(
         lm,
-        model=copy.deepcopy(lm.model),
+        model=lm.model if in_place else copy.deepcopy(lm.model),
         config=config,
         weight_params=dict(lm.weight_params),
         activation_params=dict(activation_params),

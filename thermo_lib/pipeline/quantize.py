@@ -72,7 +72,7 @@ def quantize(
     for phase in config.training:
         if phase.phase in train:
             settings = phase.model_dump(exclude={"phase"})
-            quantized = train[phase.phase](quantized, lm, calibration, **how, **settings)
+            quantized = train[phase.phase](quantized, lm, calibration, in_place=True, **how, **settings)
     code_tables(quantized)
     quantized.set_timestep(0, config.timesteps)
     return quantized

@@ -102,8 +102,9 @@ def quantize_checkpoint(
         client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
             and output under the same paths. A worker that is lost costs time only.
         shard_bytes: of a file that holds more than one tensor, at most; 512 MiB by default.
-        device: where the work is done; a cluster has CPUs only. Under calibration it holds embeddings, head, one block
-            and the hidden states that enter it, and what is quantized already.
+        device: where the work is done; a cluster has CPUs only. Under calibration it holds the head, one block and the
+            hidden states that enter it, and what is quantized already; embeddings that aren't the head's, and more
+            than 2 GiB of states, are in the host's memory.
         progress: show a bar.
 
     Raises:

@@ -12,7 +12,7 @@ from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.models.streamed import held, keep
+from thermo_lib.models.streamed import StreamedLM, held, keep
 from thermo_lib.pipeline.activations import check_constant_weights, present_ranges
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
@@ -112,11 +112,11 @@ def _fit_rest(
 
 
 def _trainable_weights(
-    layers: Mapping[str, QuantizedLinear], targets: MaskPredictor | None = None
+    layers: Mapping[str, QuantizedLinear], targets: MaskPredictor | None = None, *, holds_codes: bool = True
 ) -> dict[str, TrainableWeight]:
     """The layers' weights, their codes too where the full-precision model is given."""
     if targets is None:
-        return {name: TrainableWeight(layer) for name, layer in layers.items()}
+        return {name: TrainableWeight(layer, holds_codes=holds_codes) for name, layer in layers.items()}
     found = {}
     for block, names in names_by_block(list(layers)).items():
         with held(targets.get_submodule(block)):
@@ -130,7 +130,7 @@ def _weight_rates(weights: Iterable[TrainableWeight], phase: Phase) -> dict[nn.P
     for weight in weights:
         rates[weight.log_scale] = phase.scale_lr
         rates |= {weight.zero_point: phase.zero_point_lr} if weight.zero_point.requires_grad else {}
-        rates |= {weight.position: phase.code_lr} if isinstance(weight.position, nn.Parameter) else {}
+        rates |= {weight.position: phase.code_lr} if weight.learns_codes else {}
     return rates
 
 
@@ -151,12 +151,14 @@ def reconstruct_blocks(
     *,
     prompts: Sequence[Prompts] | None = None,
     resume: str | Path | None = None,
+    in_place: bool = False,
     progress: bool = False,
     **settings: object,
 ) -> QuantizedLM:
     """Train scales, zero points and codes of the weights block by block for the block's output.
 
-    Static activation ranges are left out of account, dynamic ones are not. The given model stays as it is.
+    Static activation ranges are left out of account, dynamic ones are not. The given model stays as it is, unless
+    ``in_place``.
 
     Args:
         lm: a quantized model whose weights don't depend on the timestep.
@@ -164,6 +166,7 @@ def reconstruct_blocks(
         calibration: states to train on; not needed for fresh states with prompts.
         prompts: what fresh states start from; by default what the calibration states do.
         resume: see ``quantize``.
+        in_place: train the given model's layers instead of those of a copy, which takes the memory of another model.
         progress: show bars.
         settings: fields of ``config.Blocks``.
 
@@ -175,7 +178,7 @@ def reconstruct_blocks(
     config = _trained_config(lm, phase)
     how = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name="blocks", start=lm, **how)
-    changed = copied(lm, config, lm.activation_params)
+    changed = copied(lm, config, lm.activation_params, in_place=in_place)
     states = run.states()
     blocks = names_by_block(linear_names(reference.model))
     importance = token_importance(reference, states, list(blocks), config.seed, run.label("importance"))
@@ -233,10 +236,13 @@ def optimize_transitions(
     *,
     prompts: Sequence[Prompts] | None = None,
     resume: str | Path | None = None,
+    in_place: bool = False,
     progress: bool = False,
     **settings: object,
 ) -> QuantizedLM:
-    """Train the quantization parameters of all layers together for least path KL; the given model stays as it is.
+    """Train the quantization parameters of all layers together for least path KL.
+
+    The given model stays as it is, unless ``in_place``.
 
     What is trained: scales and zero points of the weights, static activation ranges through their smoothing, and where
     asked for the weights' codes, or the norms, biases, embeddings and head.
@@ -247,6 +253,7 @@ def optimize_transitions(
         calibration: states to train on; not needed for fresh states with prompts.
         prompts: what fresh states start from; by default what the calibration states do.
         resume: see ``quantize``.
+        in_place: train the given model's layers instead of those of a copy, which takes the memory of another model.
         progress: show a bar.
         settings: fields of ``config.PathKL``, e.g. ``what="network"``.
 
@@ -259,9 +266,10 @@ def optimize_transitions(
     earlier = sum(isinstance(before, PathKL) for before in lm.config.training)
     how = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name=f"transitions{earlier or ''}", start=lm, **how)
-    changed = copied(lm, config, lm.activation_params)
+    changed = copied(lm, config, lm.activation_params, in_place=in_place)
     layers, ranges = changed.quantized_layers(), present_ranges(changed)
-    weights = _trainable_weights(layers, reference.model if phase.what == "codes" else None)
+    targets = reference.model if phase.what == "codes" else None
+    weights = _trainable_weights(layers, targets, holds_codes=not isinstance(reference, StreamedLM))
     rates = {p: rate for r in ranges.values() for p, rate in r.rates(phase.range_lr).items()}
     rates |= _weight_rates(weights.values(), phase)
     network = [tensor.requires_grad_() for tensor in _network(changed)] if phase.what == "network" else []

@@ -16,6 +16,7 @@ from thermo_lib.time_aware.groups import TimeGroups
 
 _NUMBERS = 2**27  # in the widest activations of a batch
 _BATCH = 64  # states of a batch at most, as in ``run_states``
+_ON_DEVICE = 2**31  # bytes of hidden states; more of them are in the host's memory
 
 
 class BlockStream:
@@ -30,15 +31,22 @@ class BlockStream:
 
     Attributes:
         number: of the block at which it stands.
-        hidden: what enters that block, ``(states, length, hidden)`` for each part of the calibration.
+        hidden: what enters that block, ``(states, length, hidden)`` for each part of the calibration; many of them
+            are in the host's memory, see ``taken``.
     """
 
     def __init__(self, lm: DiffusionLM, calibration: Calibration):
         calibration = calibration.to(lm.device)
         self.lm, self.calibration, self.number = lm, calibration, 0
+        embed, config = lm.model.model.embed_tokens, lm.model.config
+        numbers = sum(part.ids.numel() for part in calibration.parts) * config.hidden_size
+        is_many = numbers * lm.model.dtype.itemsize > _ON_DEVICE
+        where = torch.device("cpu") if is_many else lm.device
         with torch.no_grad():
-            self.hidden = [lm.model.model.embed_tokens(part.ids) for part in calibration.parts]
-        self._arguments = [block_arguments(lm, x[:1]) for x in self.hidden]
+            self.hidden = [
+                torch.cat([embed(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
+            ]
+        self._arguments = [block_arguments(lm, x[:1].to(lm.device)) for x in self.hidden]
         widest = max(x.shape[1] for x in self.hidden) * lm.model.config.intermediate_size
         self._batch = max(1, min(_BATCH, _NUMBERS // widest))
 
@@ -60,7 +68,11 @@ class BlockStream:
     def _output(self, part: int, timestep: int, rows: Tensor) -> Tensor:
         """The block on some states of one timestep."""
         with denoising((timestep, self.calibration.timesteps)):
-            return self.run(part, self.hidden[part][rows])
+            return self.run(part, self.taken(self.hidden, part, rows))
+
+    def taken(self, hidden: Sequence[Tensor], part: int, rows: Tensor) -> Tensor:
+        """Some states of a part, on the model's device, wherever they and the row numbers are."""
+        return hidden[part][rows.to(hidden[part].device)].to(self.lm.device)
 
     @torch.no_grad()
     def hessians(
@@ -83,7 +95,9 @@ class BlockStream:
         """
         weights = token_weights or {}
         modules = {name: self.lm.model.get_submodule(name) for name in linears}
-        shared = group_by_input(modules, lambda: self.run(0, self.hidden[0][:1]))
+        shared = group_by_input(
+            modules, lambda: self.run(0, self.taken(self.hidden, 0, torch.zeros(1, dtype=torch.int64)))
+        )
         first = {name: name if name in weights else names[0] for names in shared for name in names}
         watched = {name: modules[name] for name in linears if name in first.values()}
         found = Hessians(watched, groups.num_groups)
@@ -105,6 +119,7 @@ class BlockStream:
     def advance(self) -> None:
         """Take the states through the block, as it is now, to the next one."""
         for part, timestep, rows in self.calibration.batches(self._batch):
-            self.hidden[part][rows] = self._output(part, timestep, rows)
+            hidden = self.hidden[part]
+            hidden[rows.to(hidden.device)] = self._output(part, timestep, rows).to(hidden.device)
         release(self.block)
         self.number += 1

@@ -106,8 +106,10 @@ class Chains:
             likely = targets.index_put((own,), loss.log_probabilities(states[rows]))
         filled = self.ids
         if len(likely):
-            drawn, _ = sample_tokens(likely, 1.0, self._uniform(len(likely)))
-            filled = self.ids.masked_scatter(states.is_masked, drawn)
+            rows = loss.reference.rows_at_a_time
+            parts = zip(likely.split(rows), self._uniform(len(likely)).split(rows), strict=True)
+            drawn = [sample_tokens(some, 1.0, uniform)[0] for some, uniform in parts]
+            filled = self.ids.masked_scatter(states.is_masked, torch.cat(drawn))
         chosen = self._uniform(*self.ids.shape) < self.rho[self.timestep][:, None]
         self.ids = torch.where(states.is_masked & chosen, filled, self.ids)
         self.timestep = (self.timestep + 1) % loss.timesteps

@@ -143,10 +143,12 @@ def fit_block(
 
     def loss() -> Tensor:
         part = int(torch.multinomial(sizes, 1, generator=generator))
-        x, target, weight = stream.hidden[part], targets[part], importance[part]
-        rows = torch.randint(len(x), (min(batch, len(x)),), generator=generator).to(x.device)
-        error = (stream.run(part, x[rows]) - target[rows]).square().sum(-1)  # (batch, length)
-        return 0.5 * (weight[rows] * error).sum() / len(rows)
+        count = len(stream.hidden[part])
+        rows = torch.randint(count, (min(batch, count),), generator=generator)
+        x, target = stream.taken(stream.hidden, part, rows), stream.taken(targets, part, rows)
+        weight = stream.taken(importance, part, rows)
+        error = (stream.run(part, x) - target).square().sum(-1)  # (batch, length)
+        return 0.5 * (weight * error).sum() / len(rows)
 
     return descend(rates, loss, steps=steps, progress=progress)
 

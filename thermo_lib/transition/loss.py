@@ -5,12 +5,16 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.models.lm import DiffusionLM, token_logits
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
+
+_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+_NUMBERS = 2**27  # in the widest activations of a batch
 
 
 class TransitionLoss(TrainableLayers):
@@ -36,21 +40,46 @@ class TransitionLoss(TrainableLayers):
 
     def targets(self, states: States) -> Tensor:
         """The full-precision log-probabilities at the masked positions, float32 ``(masked, vocabulary)``."""
-        return self.reference.logits(states.ids, states.is_masked).log_softmax(-1)
+        shape = int(states.is_masked.sum()), self.reference.model.config.vocab_size
+        found = torch.empty(shape, dtype=torch.float32, device=states.ids.device)
+        left = found
+        for logits in self.reference.logit_parts(states.ids, states.is_masked):
+            left[: len(logits)], left = logits.log_softmax(-1), left[len(logits) :]
+        return found
 
     def log_probabilities(self, states: States) -> Tensor:
         """The quantized model's, float32 with gradients."""
+        return self._log_probabilities(self._hidden(states))
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        """The quantized model's from states at masked positions, ``(n, hidden)`` to ``(n, vocabulary)``."""
+        lm = self.quantized
+        return token_logits(lm.model.lm_head(hidden), lm.mask_token_id).log_softmax(-1)
+
+    def _hidden(self, states: States) -> Tensor:
+        """The states from which the quantized model's head predicts at the masked positions, ``(masked, hidden)``."""
         lm = self.quantized
         for layer in self.trained.values():
             step = states.timestep * len(layer.layer.row_of_step) // self.timesteps
             layer.is_masked = states.ids == lm.mask_token_id
             layer.timestep = step[:, None].expand_as(states.ids)
-        logits = lm.model.lm_head(lm.model.hidden(states.ids)[states.is_masked])
-        return token_logits(logits, lm.mask_token_id).log_softmax(-1)
+        return lm.model.hidden(states.ids)[states.is_masked]
+
+    def _divergences(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The divergence at each masked position, ``(n,)``; arguments ``(n, hidden)`` and ``(n, vocabulary)``."""
+        return (targets.exp() * (targets - self._log_probabilities(hidden))).sum(-1)
 
     def __call__(self, states: States, targets: Tensor) -> Tensor:
-        """Path KL estimated on states of any timesteps, nats per sequence."""
-        divergence = (targets.exp() * (targets - self.log_probabilities(states))).sum(-1)
+        """Path KL estimated on states of any timesteps, nats per sequence.
+
+        With a large vocabulary some positions' logits are held at a time, and computed again on the way back.
+        """
+        hidden, rows = self._hidden(states), self.reference.rows_at_a_time
+        if len(hidden) <= rows:
+            divergence = self._divergences(hidden, targets)
+        else:
+            parts = zip(hidden.split(rows), targets.split(rows), strict=True)
+            divergence = torch.cat([checkpoint(self._divergences, *part, **_AGAIN) for part in parts])
         rho = unmask_probabilities(self.timesteps).float().to(states.ids.device)
         weight = self.timesteps * rho[states.timestep][:, None].expand_as(states.is_masked)[states.is_masked]
         return (weight * divergence).sum() / len(states.ids)
@@ -95,18 +124,28 @@ def token_importance(
     ]
     try:
         with torch.enable_grad():
-            work = list(calibration.batches())
+            work = list(calibration.batches(_batch(reference, calibration)))
             for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
                 at, part = (number, rows), calibration.parts[number]
-                logits = model.lm_head(model.hidden(part.ids[rows])[part.is_masked[rows]])
-                if not len(logits):
+                hidden = model.hidden(part.ids[rows])[part.is_masked[rows]]
+                if not len(hidden):
                     continue
-                log_p = token_logits(logits, reference.mask_token_id).log_softmax(-1)
-                uniform = torch.rand(len(log_p), generator=generator, dtype=torch.float32).to(log_p.device)
-                drawn = sample_tokens(log_p.detach(), 1.0, uniform)[0][:, None]
+                states = hidden.detach().requires_grad_()
+                uniform = torch.rand(len(hidden), generator=generator, dtype=torch.float32).to(hidden.device)
                 weight = (calibration.timesteps * rho[timestep]) ** 0.5
-                (weight * log_p.gather(-1, drawn).sum()).backward()
+                size = reference.rows_at_a_time
+                for some, numbers in zip(states.split(size), uniform.split(size), strict=True):
+                    log_p = token_logits(model.lm_head(some), reference.mask_token_id).log_softmax(-1)
+                    drawn = sample_tokens(log_p.detach(), 1.0, numbers)[0][:, None]
+                    (weight * log_p.gather(-1, drawn).sum()).backward()
+                hidden.backward(states.grad)
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _batch(lm: DiffusionLM, calibration: Calibration) -> int:
+    """How many states' gradients are computed at a time: 64, or fewer where they or the model are wide."""
+    widest = max(part.ids.shape[1] for part in calibration.parts) * lm.model.config.intermediate_size
+    return max(1, min(64, _NUMBERS // widest))

@@ -89,17 +89,21 @@ class TrainableWeight(nn.Module):
         layer: the quantized linear; its weight parameters don't depend on the timestep.
         target: the full-precision weight, ``(out_features, in_features)``, to learn the codes too: they start where
             they are, the nearer to the next code the further the weight is on its side. None keeps the codes.
+        holds_codes: hold codes that aren't learned as float32, which takes four bytes a weight and saves the time to
+            unpack them at every use.
     """
 
-    def __init__(self, layer: QuantizedLinear, target: Tensor | None = None):
+    def __init__(self, layer: QuantizedLinear, target: Tensor | None = None, *, holds_codes: bool = True):
         super().__init__()
         self.bits, self.group_size = layer.bits, layer.group_size
         self.log_scale = nn.Parameter(layer.scale[0].float().log())
         self.zero_point = nn.Parameter(layer.zero_point[0].float(), requires_grad=layer.has_zero_point)
-        codes = layer.codes().float()
+        self.position: Tensor | nn.Parameter | None = None
+        self._unpacked = layer.codes
         if target is None:
-            self.register_buffer("position", codes)
+            self.position = layer.codes().float() if holds_codes else None
         else:
+            codes = layer.codes().float()
             scale, zero_point = (
                 p[0].float().repeat_interleave(min(self.group_size, layer.in_features), 1)[:, : layer.in_features]
                 for p in (layer.scale, layer.zero_point)
@@ -107,10 +111,15 @@ class TrainableWeight(nn.Module):
             wanted = target.float() / scale + zero_point
             self.position = nn.Parameter(torch.clamp(wanted, codes - _INSIDE, codes + _INSIDE))
 
+    @property
+    def learns_codes(self) -> bool:
+        """Whether the codes are trained."""
+        return isinstance(self.position, nn.Parameter)
+
     def codes(self) -> Tensor:
         """As the layer's; trained ones are whole up to rounding errors, float32 ``(out_features, in_features)``."""
-        if not self.position.requires_grad:
-            return self.position
+        if not self.learns_codes:
+            return self._unpacked().float() if self.position is None else self.position
         return straight_through(self.position.clamp(-_INSIDE, 2**self.bits - 1 + _INSIDE), torch.round)
 
     def forward(self) -> Tensor:
@@ -120,7 +129,7 @@ class TrainableWeight(nn.Module):
     @torch.no_grad()
     def packed(self) -> Tensor | None:
         """The codes as they are stored, None where they weren't trained."""
-        if not self.position.requires_grad:
+        if not self.learns_codes:
             return None
         return pack(self.codes().round().to(torch.uint8), self.bits, self.group_size)
 
