@@ -2,9 +2,10 @@
 
 They stand for tensors on a GPU. An operation that mixes them with tensors of the CPU fails, as it would there (a CPU
 tensor without dimensions may be mixed in, as a number may); so does drawing random numbers for them from a generator of
-the CPU. What moves from one device to the other is counted.
+the CPU. What moves from one device to the other is counted, and so are the bytes that are held at once.
 """
 
+import weakref
 from collections import Counter
 from types import ModuleType
 from typing import Any, Self
@@ -17,6 +18,42 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("lazy")
 torch._register_device_module("lazy", ModuleType("torch.lazy"))  # torch.utils.checkpoint asks for one
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+
+
+class Memory:
+    """The bytes of the tensors on the pretended device; what an operation needs inside isn't known.
+
+    Attributes:
+        now, peak: at present, and at most since ``start``.
+    """
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.holders: Counter[int] = Counter()
+
+    def start(self) -> None:
+        """Forget the peak."""
+        self.peak = self.now
+
+    def hold(self, tensor: "OnDevice") -> None:
+        """Count a tensor until it is dropped; views of one memory count once."""
+        memory = tensor.held.untyped_storage()
+        place, size = memory.data_ptr(), memory.nbytes()
+        if not self.holders[place]:
+            self.now += size
+            self.peak = max(self.peak, self.now)
+        self.holders[place] += 1
+        weakref.finalize(tensor, self.drop, place, size)
+
+    def drop(self, place: int, size: int) -> None:
+        """End what ``hold`` began."""
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.now -= size
+
+
+MEMORY = Memory()
 
 
 class OnDevice(Tensor):
@@ -36,6 +73,7 @@ class OnDevice(Tensor):
             requires_grad=False,
         )
         made.held = held
+        MEMORY.hold(made)
         return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "OnDevice":

@@ -95,9 +95,8 @@ class BlockStream:
         """
         weights = token_weights or {}
         modules = {name: self.lm.model.get_submodule(name) for name in linears}
-        shared = group_by_input(
-            modules, lambda: self.run(0, self.taken(self.hidden, 0, torch.zeros(1, dtype=torch.int64)))
-        )
+        one = self.taken(self.hidden, 0, torch.zeros(1, dtype=torch.int64))
+        shared = group_by_input(modules, lambda: self.run(0, one))
         first = {name: name if name in weights else names[0] for names in shared for name in names}
         watched = {name: modules[name] for name in linears if name in first.values()}
         found = Hessians(watched, groups.num_groups)
