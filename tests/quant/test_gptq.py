@@ -133,6 +133,20 @@ class TestRefit:
         start, end = output_error(weight, before, hessian), output_error(weight, after, hessian)
         assert (end <= start * 1.01).all()
 
+    @given(bits=bit_widths, samples=st.sampled_from([3, 100]), seed=seeds)
+    def test_float32_as_on_a_gpu_is_as_good(self, bits: int, samples: int, seed: int) -> None:
+        weight, hessian = weights(3, 18, seed), correlated_hessian(18, seed, samples)
+        before = round_to_nearest(weight, bits, 6)
+        found = []
+        for precision in (torch.float64, torch.float32):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("thermo_lib.quant.gptq.fit_precision", lambda device, p=precision: p)
+                found.append(output_error(weight, refit(weight, before, hessian, 0.001), hessian))
+        size = output_error(
+            weight, QuantizedWeight(before.codes, 0 * before.scale, before.zero_point, bits, 6), hessian
+        )
+        assert (found[1] <= 1.01 * found[0] + 1e-5 * size).all()
+
     @given(bits=bit_widths, groups=st.integers(1, 3), last=st.integers(3, 6), seed=seeds)
     def test_it_finds_the_parameters_that_made_the_weight(self, bits: int, groups: int, last: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)

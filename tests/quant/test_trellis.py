@@ -246,6 +246,19 @@ class TestScales:
         refitted = refit_scales(-weight, coded, torch.eye(8))
         assert torch.equal(refitted.scale, coded.scale)
 
+    @pytest.mark.parametrize("change", ["some rows at a time", "float32"])
+    def test_they_are_fitted_in_parts_and_in_float32_as_on_a_gpu(
+        self, coded: TrellisWeight, monkeypatch: pytest.MonkeyPatch, change: str
+    ) -> None:
+        weight, hessian = random(6, 11), hessian_of(11)
+        start = TrellisWeight(coded.packed, coded.column_bits, (2 * coded.scale.float()).half(), 4)
+        if change == "float32":
+            monkeypatch.setattr("thermo_lib.quant.trellis.fit_precision", lambda device: torch.float32)
+        else:
+            monkeypatch.setattr("thermo_lib.quant.trellis._REFITTED", 2 * 11 * 3)
+        assert not torch.equal(start.scale, coded.scale)
+        torch.testing.assert_close(refit_scales(weight, start, hessian).scale, coded.scale, rtol=2e-3, atol=0)
+
 
 def test_the_layer_computes_with_the_stored_weight(random_ids: Callable[..., Tensor]) -> None:
     counts = bits(*[2, 0, 3, 1, 4, 2, 6] * 3)

@@ -83,6 +83,16 @@ def check_hessian(hessian: Tensor, in_features: int) -> None:
         raise ValueError("hessian: found NaN or infinity in the calibration inputs, expected finite numbers")
 
 
+def fit_precision(device: torch.device) -> torch.dtype:
+    """The type in which parameters are fitted to finished codes: float64 on a CPU, float32 elsewhere.
+
+    Many GPUs are slow at float64. On the reference model's layers and on inputs with a spectrum over eight decades the
+    fit in float32 left an error of 1 to 1.000001 times that of float64; iterative refinement didn't change it.
+    """
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+TRACE = {torch.float64: 1e-12, torch.float32: 1e-6}  # share of a system's diagonal that keeps it solvable
 _REFITTED = 2**28  # numbers of a matrix (rows, in_features, groups) that is held at a time
 
 
@@ -106,7 +116,8 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     groups = quantized.scale.shape[1]
     group_size = min(quantized.group_size, weight.shape[1])
     pad = groups * group_size - weight.shape[1]
-    H = F.pad(hessian.double(), (0, pad, 0, pad)) if pad else hessian.double()
+    precise = hessian.to(fit_precision(hessian.device))
+    H = F.pad(precise, (0, pad, 0, pad)) if pad else precise
     rows = max(1, _REFITTED // H[0].numel() // groups)
     tensors = (weight, quantized.codes, quantized.scale, quantized.zero_point)
     parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
@@ -123,10 +134,10 @@ def _refit(
     H: Tensor,
     ridge: float,
 ) -> tuple[Tensor, Tensor]:
-    """``refit`` for some rows: their scales and zero points; ``H`` is padded to whole groups."""
+    """``refit`` for some rows, in the precision of ``H``, padded to whole groups: their scales and zero points."""
     out_features, groups = old_scale.shape
     group_size, pad = len(H) // groups, len(H) - weight.shape[1]
-    codes = F.pad(codes.double(), (0, pad)).view(out_features, groups, group_size)
+    codes = F.pad(codes.to(H.dtype), (0, pad)).view(out_features, groups, group_size)
     columns = H.view(-1, groups, group_size)
 
     # D = [codes of each group | ones of each group]; HD and D^T H D without forming D.
@@ -138,24 +149,24 @@ def _refit(
     top = torch.cat([codes_H_codes, codes_H_ones], -1)
     bottom = torch.cat([codes_H_ones.transpose(1, 2), ones_H_ones], -1)
     A = torch.cat([top, bottom], 1)  # (out, 2 groups, 2 groups)
-    H_weight = (F.pad(weight.double(), (0, pad)) @ H).view(out_features, groups, group_size)
+    H_weight = (F.pad(weight.to(H.dtype), (0, pad)) @ H).view(out_features, groups, group_size)
     b = torch.cat([(codes * H_weight).sum(-1), H_weight.sum(-1)], -1)  # (out, 2 groups)
 
-    scale = old_scale.double()
-    start = torch.cat([scale, -scale * old_zero.double()], -1)
+    scale = old_scale.to(H.dtype)
+    start = torch.cat([scale, -scale * old_zero.to(H.dtype)], -1)
     # A trace of ridge keeps the system solvable where the data leaves a parameter undecided.
-    strength = max(ridge, 1e-12) * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
+    strength = max(ridge, TRACE[H.dtype]) * A.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True).clamp(min=1e-30)
     theta = _solve(A + torch.diag_embed(strength.expand(-1, 2 * groups)), b + strength * start)
     new_scale, offset = theta[:, :groups], theta[:, groups:]
     usable = new_scale > SMALLEST_SCALE
-    new_zero = torch.where(usable, -offset / new_scale, old_zero.double())
+    new_zero = torch.where(usable, -offset / new_scale, old_zero.to(H.dtype))
     usable &= new_zero.abs() < LARGEST_ZERO_POINT
     stored_scale, stored_zero = storable(new_scale.float(), new_zero.float())
     stored_scale = torch.where(usable, stored_scale, old_scale)
     stored_zero = torch.where(usable, stored_zero, old_zero)
 
     def error(scale: Tensor, zero_point: Tensor) -> Tensor:  # of each row, up to a constant
-        parameters = torch.cat([scale.double(), -scale.double() * zero_point.double()], -1)
+        parameters = torch.cat([scale.to(H.dtype), -scale.to(H.dtype) * zero_point.to(H.dtype)], -1)
         return torch.einsum("og,ogh,oh->o", parameters, A, parameters) - 2 * (b * parameters).sum(-1)
 
     better = (error(stored_scale, stored_zero) <= error(old_scale, old_zero))[:, None]

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from thermo_lib.quant.codes import check_weight, dequantize, storable
-from thermo_lib.quant.gptq import check_hessian, inverse_factor
+from thermo_lib.quant.gptq import TRACE, check_hessian, fit_precision, inverse_factor
 from thermo_lib.quant.limits import SMALLEST_SCALE
 
 STATE_BITS = 12
 MOST_BITS = 6  # of a column
 _BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
+_REFITTED = 2**27  # numbers of a matrix (rows, groups, in_features) that the fit of the scales holds at a time
 
 
 @cache
@@ -284,16 +285,24 @@ def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> T
         The same codes with new scales; a scale that wouldn't be positive stays as it was.
     """
     groups, width = quantized.scale.shape[1], min(quantized.group_size, weight.shape[1])
-    codes, H = quantized.codes().double(), hessian.double()
+    rows = max(1, _REFITTED // (weight.shape[1] * groups))
+    parts = (tensor.split(rows) for tensor in (weight, quantized.packed, quantized.scale))
+    H = hessian.to(fit_precision(hessian.device))
     group_of = torch.arange(weight.shape[1], device=weight.device) // width
     member = group_of == torch.arange(groups, device=weight.device)[:, None]  # (groups, in)
-    by_group = codes[:, None] * member  # (out, groups, in)
-    A = by_group @ H @ by_group.transpose(1, 2)
-    b = by_group @ (weight.double() @ H)[..., None]
-    strength = 1e-9 * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)  # a group without bits decides nothing
-    start = quantized.scale.double()[..., None]
-    regular = A + torch.diag_embed(strength[:, None].expand(-1, groups))
-    fitted = torch.linalg.solve(regular, b + strength[:, None, None] * start).squeeze(-1)
-    scale, _ = storable(fitted.float(), torch.zeros_like(fitted))
-    scale = torch.where(fitted > SMALLEST_SCALE, scale, quantized.scale)
+
+    def fit(weight: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+        codes = read_codes(packed, quantized.column_bits).to(H.dtype)
+        by_group = codes[:, None] * member  # (out, groups, in)
+        A = by_group @ H @ by_group.transpose(1, 2)
+        b = by_group @ (weight.to(H.dtype) @ H)[..., None]
+        # A group without bits decides nothing.
+        strength = max(1e-9, TRACE[H.dtype]) * A.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+        regular = A + torch.diag_embed(strength[:, None].expand(-1, groups))
+        start = scale.to(H.dtype)[..., None]
+        fitted = torch.linalg.solve(regular, b + strength[:, None, None] * start).squeeze(-1)
+        stored, _ = storable(fitted.float(), torch.zeros_like(fitted))
+        return torch.where(fitted > SMALLEST_SCALE, stored, scale)
+
+    scale = torch.cat([fit(*some) for some in zip(*parts, strict=True)])
     return TrellisWeight(quantized.packed, quantized.column_bits, scale, quantized.group_size)
