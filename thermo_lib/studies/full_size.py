@@ -1,4 +1,4 @@
-"""What a published model costs at its full size: checkpoints in its shapes, memory, and the times of its linears.
+"""What a published model costs at its full size: checkpoints and models in its shapes, memory, times of its linears.
 
 A checkpoint of random weights has the sizes, memory and times of the published one; its answers are noise.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
@@ -22,7 +22,7 @@ from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import INDEX_NAME
 from thermo_lib.files.text import write_json
-from thermo_lib.models.architectures import skeleton
+from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import DreamConfig, LLaDAConfig, config_json, tensor_name
 from thermo_lib.models.lm import HEAD, REFERENCE_DIR
 from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
@@ -33,6 +33,7 @@ from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.planes import compile_linears
+from thermo_lib.studies.speed import KERNELS
 
 # The sizes in config.json of Dream-org/Dream-v0-Base-7B and -Instruct-7B, and of GSAI-ML/LLaDA-8B-Base and -Instruct.
 PUBLISHED: dict[str, PreTrainedConfig] = {
@@ -92,6 +93,34 @@ def stored_sizes(config: PreTrainedConfig, thermo: ThermoConfig) -> list[dict[st
         for part, count in weight_counts(config).items()
     ]
     return [*rows, {"part": "all", **{key: sum(row[key] for row in rows) for key in list(rows[0])[1:]}}]
+
+
+def random_model(
+    config: PreTrainedConfig, layers: int, device: torch.device | str = "cpu", kernel: str | None = None
+) -> MaskPredictor:
+    """A model of random weights in bfloat16.
+
+    Args:
+        config: its sizes.
+        layers: number of its blocks.
+        device: where.
+        kernel: a name of ``speed.KERNELS``; its linears inside the blocks have random codes. None for dense ones.
+    """
+    settings = {**config.to_dict(), "num_hidden_layers": layers}
+    model = skeleton(type(config)(**{k: v for k, v in settings.items() if k != "layer_types"}))
+    names = set(linear_names(model))
+    for name, module in list(model.named_modules()):
+        if name in names and kernel is not None:
+            layer = KERNELS[kernel](module.in_features, module.out_features)
+            layer.bias = None if module.bias is None else torch.zeros(module.out_features, dtype=torch.bfloat16)
+            model.set_submodule(name, layer.to(device))
+    for name, parameter in list(model.named_parameters()):
+        tensor = torch.empty(parameter.shape, device=device, dtype=torch.bfloat16)
+        owner, _, key = name.rpartition(".")
+        filled = tensor.fill_(1) if tensor.ndim == 1 and key == "weight" else tensor.normal_(std=0.02)
+        setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    return model.eval()
 
 
 def random_checkpoint(folder: str | Path, config: PreTrainedConfig, *, seed: int = 0, progress: bool = False) -> None:

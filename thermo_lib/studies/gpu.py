@@ -11,23 +11,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.evaluation.report import hardware, versions
 from thermo_lib.files.text import write_json
-from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.pipeline.compiled import GraphedPass
-from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 from thermo_lib.quant.trellis import trellis
-from thermo_lib.studies.full_size import PUBLISHED
+from thermo_lib.studies.full_size import PUBLISHED, random_model
 from thermo_lib.studies.speed import DREAM_7B, KERNELS, SPEED_COLUMNS, kernel_speeds
 
 _CHECKED = ((31, 7), (100, 50), (768, 48), (512, 513), (3584, 512))  # in_features, out_features
@@ -95,32 +92,13 @@ def linear_rows(device: torch.device, extent: Extent) -> Rows:
                 yield from (row for row in rows if row["backend"] == backend)
 
 
-def random_model(extent: Extent, device: torch.device, kernel: str | None) -> MaskPredictor:
-    """A model of random weights in bfloat16 on a device; its linears have random codes where a kernel is named."""
-    settings = {**extent.config.to_dict(), "num_hidden_layers": extent.layers}
-    model = skeleton(type(extent.config)(**{k: v for k, v in settings.items() if k != "layer_types"}))
-    names = set(linear_names(model))
-    for name, module in list(model.named_modules()):
-        if name in names and kernel is not None:
-            layer = KERNELS[kernel](module.in_features, module.out_features)
-            layer.bias = None if module.bias is None else torch.zeros(module.out_features, dtype=torch.bfloat16)
-            model.set_submodule(name, layer.to(device))
-    for name, parameter in list(model.named_parameters()):
-        tensor = torch.empty(parameter.shape, device=device, dtype=torch.bfloat16)
-        owner, _, key = name.rpartition(".")
-        filled = tensor.fill_(1) if tensor.ndim == 1 and key == "weight" else tensor.normal_(std=0.02)
-        setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
-    return model.eval()
-
-
 @torch.no_grad()
 def forward_rows(device: torch.device, extent: Extent) -> Rows:
     """Milliseconds of a forward pass of one sequence, called and replayed, and what they are of the dense model's."""
     dense: dict[tuple[int, bool], float] = {}
     for kernel in (None, "int2 w2a16", "trellis"):
         _free(device)
-        model = random_model(extent, device, kernel)
+        model = random_model(extent.config, extent.layers, device, kernel)
         for tokens in extent.tokens:
             ids = torch.randint(0, 1000, (1, tokens), device=device)
             for is_graph in (False, True) if device.type == "cuda" else (False,):
@@ -137,7 +115,7 @@ def generation_rows(device: torch.device, extent: Extent) -> Rows:
     tokenizer = read_tokenizer(REFERENCE_DIR)
     for kernel in (None, "int2 w2a16", "trellis"):
         _free(device)
-        model = random_model(extent, device, kernel)
+        model = random_model(extent.config, extent.layers, device, kernel)
         lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
         ids = torch.full((1, _TEXT), lm.mask_token_id, device=device)
         whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
