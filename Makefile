@@ -78,6 +78,7 @@ peers: .venv/.stamp .venv-peers/.stamp
 	.venv-peers/bin/python -m thermo_lib.studies.peers.quantize
 	.venv/bin/python -m thermo_lib.studies.peers
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.full_size
+	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.speed
 
 # Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp

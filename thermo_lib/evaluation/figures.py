@@ -206,6 +206,38 @@ def labelled_points(
     return figure
 
 
+def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str]) -> None:
+    """Time against the dense model by number of tokens: a line a method, ``ours`` in one colour, all else in grey.
+
+    Args:
+        rows: with ``method``, ``tokens``, ``times_dense`` and its interval ``ci``; those without a time are left out.
+        ours: names of methods.
+    """
+    rows = [row for row in rows if "times_dense" in row]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    _, (ax,) = _axes(width=8.4, height=5.0)
+    ends = {}
+    for name in methods:
+        found = [row for row in rows if row["method"] == name]
+        x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+        color = COLORS[0] if name in ours else "#8a8a8a"
+        ax.plot(x, y, color=color, marker="D" if name in ours else "o", markersize=5, zorder=3 if name in ours else 2)
+        ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=color, alpha=0.2)
+        ends[name] = x[-1], y[-1]
+    height = 0.0
+    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        height = max(y, 1.12 * height)  # labels don't lie on one another
+        color = COLORS[0] if name in ours else "#444444"
+        style = {"xytext": (x * 1.15, height), "textcoords": "data", "va": "center", "fontsize": 8, "color": color}
+        ax.annotate(name, (x, y), **style)
+    ticks = sorted({row["tokens"] for row in rows})
+    ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
+    ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 8)
+    ax.set_xticks(ticks, ticks)
+    ax.yaxis.set_major_formatter(needs("matplotlib.ticker").FormatStrFormatter("%g"))
+    ax.minorticks_off()
+
+
 def save_svg(figure: "Figure", path: str | Path) -> None:
     """Write a figure as SVG: equal figures are equal files, text stays text."""
     with plt.rc_context({"svg.hashsalt": "thermo_lib", "svg.fonttype": "none"}):

@@ -26,6 +26,15 @@ SPEED_COLUMNS = {
     "95 %": ("ci", "{0[0]:.2f}..{0[1]:.2f}"),
     "dense, ms": ("dense_ms", "{:.2f}"),
 }
+PEERS_SPEED_COLUMNS = {
+    "method": ("method", "{}"),
+    "bpw": ("bits_per_weight", "{:.2f}"),
+    "tokens": ("tokens", "{}"),
+    "ms": ("ms", "{:.1f}"),
+    "times dense": ("times_dense", "{:.2f}"),
+    "95 %": ("ci", "{0[0]:.2f}..{0[1]:.2f}"),
+    "why not": ("why", "{}"),
+}
 _GROUP = 128
 _BITS = 2.17  # of a trellis code, mean
 
