@@ -283,3 +283,15 @@ def test_mixing_devices_fails() -> None:
             torch.multinomial(there, 1, generator=torch.Generator())
         assert torch.equal(there.cpu(), torch.ones(3))
     assert device.count == {"to device": 1, "read": 1, "to cpu": 1}
+
+
+def test_ids_on_another_device_than_the_model(there: DiffusionLM, random_ids: Callable[..., Tensor]) -> None:
+    with pytest.raises(ValueError, match="input_ids: found on cpu, expected on lazy, where the model is"):
+        there.model(random_ids(1, 4))
+
+
+def test_a_model_split_over_devices_is_refused(tiny: DiffusionLM) -> None:
+    lm = copy.deepcopy(tiny)
+    moved(lm.model.model.layers[0].mlp)
+    with pytest.raises(ValueError, match="lm: found a model split over cpu, lazy, allowed is one device"):
+        quantize(lm, "fast")

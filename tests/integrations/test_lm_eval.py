@@ -141,8 +141,8 @@ class TestLikelihood:
             answers.append(generate(harness.lm, ids, timesteps=4, sampler="maskgit_plus", eps=0.0)[0, -4:].tolist())
         wrong = [[(token + 1) % 100 for token in answer] for answer in answers]
         passes = []
-        logits = harness.lm.logits
-        monkeypatch.setattr(harness.lm, "logits", lambda *a: passes.append(len(a[0])) or logits(*a))
+        parts = harness.lm.logit_parts
+        monkeypatch.setattr(harness.lm, "logit_parts", lambda *a: passes.append(len(a[0])) or parts(*a))
         assert harness._are_greedy(list(zip(prompts, answers, strict=True))) == [True] * 3
         assert passes == [3] * 4
         mixed = [(prompts[0], answers[0]), (prompts[1], wrong[1]), (prompts[2], answers[2][:2])]

@@ -65,7 +65,12 @@ class MaskPredictor(nn.Module):
 
         Returns:
             ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
+
+        Raises:
+            ValueError: ids on another device than the model.
         """
+        if input_ids.device != self.device and not getattr(self, "hf_device_map", None):
+            raise ValueError(f"input_ids: found on {input_ids.device}, expected on {self.device}, where the model is")
         position_ids = None
         bias = None
         if attention_mask is not None:

@@ -9,6 +9,7 @@ import torch
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
@@ -84,6 +85,11 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
         raise ValueError(f"lm: found a model quantized to {lm.config.precision}, expected a full-precision one")
     if lm.device.type == "meta":
         raise ValueError("lm: found a model on meta, without weights, allowed are cpu and GPUs")
+    devices = {
+        str(t.device) for m in lm.model.modules() if not isinstance(m, HostEmbedding) for t in m.parameters(False)
+    }
+    if len(devices - {"meta"}) > 1:  # blocks that are read when they run are on meta
+        raise ValueError(f"lm: found a model split over {', '.join(sorted(devices))}, allowed is one device")
     if config.needs_calibration and calibration is None:
         raise ValueError(
             f"calibration: found None, required by {config.needs_calibration}; calibrate(lm) makes it, and the "
