@@ -196,8 +196,8 @@ def test_a_text_is_written_as_alone(folders: dict[str, Path], sampling: dict[str
     ]
     alone = [lm.generate_until([one], disable_tqdm=True)[0] for one in requests]
     passes = []
-    logits = lm.lm.logits
-    lm.lm.logits = lambda *a: passes.append(len(a[0])) or logits(*a)
+    parts = lm.lm.logit_parts
+    lm.lm.logit_parts = lambda *a: passes.append(len(a[0])) or parts(*a)
     assert lm.generate_until(requests, disable_tqdm=True) == alone
     assert len(passes) == (5 + 6 if not sampling else 3 * 5 + 2 * 6)
 
