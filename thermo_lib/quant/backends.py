@@ -1,8 +1,10 @@
 """Which code multiplies with a quantized weight: this is the place that chooses it, checks it and says what it chose.
 
 ``plain`` is torch alone and works everywhere; ``compiled`` is C++ on a CPU, or a loop by inductor (see ``planes`` and
-``streams``); ``triton`` writes the weight once for all tokens; ``humming`` multiplies from the codes, on CUDA. At the
-first use of a size each of the last two is compared with the plain one: one that fails or is wrong isn't used.
+``streams``); ``triton`` writes the weight once for all tokens; ``humming`` multiplies from the codes, on CUDA. Where
+each token of the input is quantized in one range, the last two first try to multiply its codes with the weight's, in
+int8: ``triton int8`` and ``humming int8``. At the first use of a size each of these four is compared with the plain
+one: one that fails or is wrong isn't used.
 """
 
 import functools
@@ -15,11 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thermo_lib.quant.calls import CALL, denoising
+
 BACKENDS = ("auto", "plain", "compiled", "triton", "humming")
-_BY_DEVICE = {"cuda": ("humming", "triton")}  # what is tried for "auto", the fastest first; elsewhere it is plain
+_TRIED = {  # what is tried for what is asked, the fastest first
+    "triton": ("triton int8", "triton"),
+    "humming": ("humming int8", "humming"),
+    "auto": ("humming int8", "triton int8", "humming", "triton"),
+}
 _HALVES = (torch.bfloat16, torch.float16)
-_CLOSE = 0.02  # largest error of a product, as a share of its size
-_TOKENS = 5  # of the product that is compared
+_CLOSE = 0.02  # largest error of a product, as a share of its size, in any token
+_FEWEST, _MOST = 5, 128  # tokens of the product that is compared; kernels take other blocks for more of them
+_SIZES = (1.0, -0.5, 0.75, -0.25)  # of the numbers in a token that has few of them, as shares of the largest
+_LARGEST = 6e4  # in float16
 
 
 class _Code(NamedTuple):
@@ -34,26 +44,67 @@ class _Code(NamedTuple):
     product: Callable[[Any, Tensor], Tensor]
 
 
+def _on_gpu(x: Tensor) -> bool:
+    """Whether Triton's kernels run where an input is: on a GPU, or anywhere under Triton's interpreter."""
+    return x.dtype in _HALVES and (x.is_cuda or (_is_there("triton") and _is_interpreted())) and _is_there("triton")
+
+
+def _needs_gradient(x: Tensor) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+def _has_codes(layer: Any, x: Tensor) -> bool:
+    """Whether the input has codes of 8 bits or fewer, a range for each token, and the weight's lie plane by plane."""
+    ranges = layer.input_quantizer
+    is_by_token = ranges is not None and ranges.is_by_token and ranges.bits <= 8
+    return layer.has_planes and is_by_token and x.numel() > 0 and not _needs_gradient(x)
+
+
 def _for_triton(layer: Any, x: Tensor) -> bool:
-    on_gpu = x.is_cuda or (_is_there("triton") and _is_interpreted())
-    return on_gpu and x.dtype in _HALVES and layer.suits_triton() and _is_there("triton")
+    return layer.suits_triton() and _on_gpu(x)
 
 
 def _by_triton(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(x, layer.triton_weight(x.dtype))
+    return F.linear(layer.quantized_input(x), layer.triton_weight(x.dtype))
+
+
+def _for_integer_triton(layer: Any, x: Tensor) -> bool:
+    if not (_has_codes(layer, x) and _on_gpu(x)):
+        return False
+    from thermo_lib.quant.integer_kernels import NARROWEST
+
+    return layer.packed.shape[1] // layer.scale.shape[-1] >= NARROWEST
+
+
+def _by_integer_triton(layer: Any, x: Tensor) -> Tensor:
+    return layer.integer_triton(x).view(*x.shape[:-1], layer.out_features)
 
 
 def _for_humming(layer: Any, x: Tensor) -> bool:
-    needs_gradient = torch.is_grad_enabled() and x.requires_grad
-    fits = x.is_cuda and x.dtype in _HALVES and not needs_gradient and layer.has_planes and layer.group_size % 8 == 0
-    return fits and _is_there("humming")
+    fits = x.is_cuda and x.dtype in _HALVES and layer.has_planes and layer.group_size % 8 == 0
+    return fits and not _needs_gradient(x) and _is_there("humming")
 
 
 def _by_humming(layer: Any, x: Tensor) -> Tensor:
-    return layer.humming(x.dtype)(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], layer.out_features)
+    tokens = layer.quantized_input(x).reshape(-1, x.shape[-1]).contiguous()
+    return layer.humming(x.dtype)(tokens).view(*x.shape[:-1], layer.out_features)
 
 
-_CODE = {"triton": _Code(_for_triton, _by_triton), "humming": _Code(_for_humming, _by_humming)}
+def _for_integer_humming(layer: Any, x: Tensor) -> bool:
+    whole = layer.in_features % 64 == layer.out_features % 64 == layer.group_size % 32 == 0
+    return whole and _has_codes(layer, x) and _on_gpu(x) and x.is_cuda and _is_there("humming")
+
+
+def _by_integer_humming(layer: Any, x: Tensor) -> Tensor:
+    return layer.integer_humming(x).view(*x.shape[:-1], layer.out_features)
+
+
+_CODE = {
+    "triton": _Code(_for_triton, _by_triton),
+    "triton int8": _Code(_for_integer_triton, _by_integer_triton),
+    "humming": _Code(_for_humming, _by_humming),
+    "humming int8": _Code(_for_integer_humming, _by_integer_humming),
+}
 
 
 @functools.cache
@@ -77,19 +128,30 @@ def choose(layer: Any, x: Tensor) -> str:
 
     Args:
         layer: a quantized linear; its ``backend`` is one of ``BACKENDS``.
-        x: ``(..., in_features)``.
+        x: ``(..., in_features)``, before it is quantized.
+
+    Returns:
+        "plain", "compiled", "triton", "triton int8", "humming" or "humming int8".
     """
     asked = layer.backend
     if asked == "compiled":
         return asked if x.dtype in _HALVES and layer.has_planes else "plain"
-    for name in _BY_DEVICE.get(x.device.type, ()) if asked == "auto" else (asked,):
-        if name in _CODE and _CODE[name].suits(layer, x) and _is_right(name, layer, x):
-            return name
-    return "plain"
+    if asked == "plain" or (asked == "auto" and not x.is_cuda):
+        return "plain"
+    return next((name for name in _TRIED[asked] if _CODE[name].suits(layer, x) and _is_right(name, layer, x)), "plain")
 
 
 def product(name: str, layer: Any, x: Tensor) -> Tensor:
-    """``x (..., in_features)`` times a layer's weight by ``triton`` or ``humming``, ``(..., out_features)``."""
+    """An input, quantized as the layer does, times the layer's weight by what ``choose`` named, without the bias.
+
+    Args:
+        name: any but "plain" and "compiled".
+        layer: a quantized linear.
+        x: ``(..., in_features)``, before it is quantized.
+
+    Returns:
+        ``(..., out_features)``.
+    """
     return _CODE[name].product(layer, x)
 
 
@@ -98,15 +160,28 @@ _found: dict[tuple[Any, ...], bool] = {}
 
 @torch.no_grad()
 def _is_right(name: str, layer: Any, x: Tensor) -> bool:
-    """Whether a code's product is the plain one; asked once for each kind and size of layer, type and device."""
-    key = name, type(layer), layer.out_features, layer.in_features, layer.bits, layer.group_size, x.dtype, x.device
+    """Whether a code's product is the plain one; asked once for each kind and size of layer and of input.
+
+    Every token is compared by itself. One of them has a few numbers that are as large as the product allows in
+    float16, and zeros elsewhere, so that a code that overflows on the way is found.
+    """
+    count = min(_MOST, max(_FEWEST, 1 << (x[..., 0].numel() - 1).bit_length()))
+    ranges = layer.input_quantizer
+    kind = type(layer), layer.bits, layer.group_size, type(ranges), layer.activation_bits
+    key = name, *kind, layer.out_features, layer.in_features, x.dtype, x.device, count
     if key not in _found:
-        generator = torch.Generator().manual_seed(0)
-        some = torch.randn((_TOKENS, layer.in_features), generator=generator, dtype=torch.float32).to(x.device, x.dtype)
         try:
-            expected = F.linear(some.float(), layer.weight())
-            error = (_CODE[name].product(layer, some).float() - expected).norm() / expected.norm().clamp(min=1e-30)
-            problem = "" if float(error) < _CLOSE else f"its product is off by {float(error):.3g} of its size"
+            weight = layer.weight()
+            some = _tokens(weight, count).to(x.dtype)
+            # Half of them are masked, where the ranges depend on it.
+            with denoising(CALL.step, torch.arange(count, device=x.device) % 2 == 1):
+                quantized = layer.quantized_input(some.float())
+                found = _CODE[name].product(layer, some).float()
+            expected = F.linear(quantized, weight)
+            # Terms may cancel out, in a few outputs all of them: then it is as large as terms of random signs come to.
+            size = torch.maximum(expected.norm(dim=-1), F.linear(quantized**2, weight**2).sum(-1).sqrt())
+            error = float(((found - expected).norm(dim=-1) / size.clamp(min=1e-30)).max())
+            problem = "" if error < _CLOSE else f"its product is off by {error:.3g} of its size"
         except Exception as failure:  # whatever a compiler of kernels raises
             problem = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
         _found[key] = not problem
@@ -116,6 +191,17 @@ def _is_right(name: str, layer: Any, x: Tensor) -> bool:
     return _found[key]
 
 
+def _tokens(weight: Tensor, count: int) -> Tensor:
+    """Tokens to compare products with a weight by, float32 ``(count, in_features)``: normal ones, and a large one."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn((count, weight.shape[1]), generator=generator, dtype=torch.float32)
+    few = torch.tensor(_SIZES[: weight.shape[1]], dtype=torch.float32)
+    reach = max(float(weight.abs().max()) * float(few.abs().sum()), 1.0)
+    tokens[1] = 0
+    tokens[1, torch.arange(len(few)) * (weight.shape[1] // len(few))] = few * (_LARGEST / reach)
+    return tokens.to(weight.device)
+
+
 def backend(model: nn.Module) -> dict[str, str]:
     """What computes each quantized linear of a model: the code of its last call, or what was asked for before any.
 
@@ -123,7 +209,7 @@ def backend(model: nn.Module) -> dict[str, str]:
         model: e.g. ``lm.model``.
 
     Returns:
-        Layer name to one of ``BACKENDS``.
+        Layer name to one of ``BACKENDS``, or to "triton int8" or "humming int8".
     """
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "backend")}
     return {name: layer.chosen or layer.backend for name, layer in layers.items()}
@@ -141,7 +227,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: found {name!r}, allowed are {', '.join(BACKENDS)}")
-    if name in _CODE and not _is_there(name):
+    if name in ("triton", "humming") and not _is_there(name):
         raise ValueError(f'backend: found no {name}; `pip install "thermo_lib[cuda]"` brings it')
     for module in model.modules():
         if hasattr(module, "backend"):

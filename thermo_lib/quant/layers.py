@@ -1,5 +1,6 @@
 """Layers that compute from packed codes: linears with time-aware parameters, trellis-coded linears, embeddings."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ _ALL = slice(None)
 _DENSE = 2**24  # weights of a layer that are dequantized at a time
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been changed where it is; None where torch doesn't count."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class QuantizedLinear(TimestepTable):
     """A linear layer that computes from packed weights, with parameters that may depend on the timestep.
 
@@ -32,7 +38,8 @@ class QuantizedLinear(TimestepTable):
 
     ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
     inputs of less than float32 are multiplied block by block as in ``quant.planes``. ``backend`` is what is asked to
-    multiply them, ``chosen`` what the last call took, see ``quant.backends``.
+    multiply them, ``chosen`` what the last call took, see ``quant.backends``: "triton int8" and "humming int8" multiply
+    the input's codes with the weight's, instead of what they stand for.
     """
 
     STORED: tuple[str, ...] = ("packed",)
@@ -91,11 +98,11 @@ class QuantizedLinear(TimestepTable):
         if self._multiplies_codes(x):
             self.chosen = "compiled"
             return self._code_linear(x)
-        x = self.quantized_input(x)
         self.chosen = backends.choose(self, x)
-        if self.chosen in ("triton", "humming"):
+        if self.chosen not in ("plain", "compiled"):
             product = backends.product(self.chosen, self, x)
             return product if self.bias is None else product + self.bias
+        x = self.quantized_input(x)
         if x.dtype != torch.float32 and self.has_planes:
             row = self.row()
             parameters = self.packed, self.scale[row], self.zero_point[row]
@@ -128,13 +135,50 @@ class QuantizedLinear(TimestepTable):
         """The product by ``humming``; converted once for each row of the table, type and weight."""
         from thermo_lib.quant.humming_kernels import humming_product
 
+        def convert() -> Any:
+            return humming_product(*self._of_row(self.codes()), self.bits, self.group_size, dtype)
+
+        return self._once(("humming", self.row(), dtype), convert)
+
+    def integer_humming(self, x: Tensor) -> Tensor:
+        """``x (..., in_features)`` times the weight in whole numbers, by ``humming``: ``(tokens, out_features)``."""
+        from thermo_lib.quant.humming_kernels import humming_code_product
+
+        def convert() -> Any:
+            return humming_code_product(*self._of_row(self.codes()), self.bits)
+
+        return self._once(("integer humming", self.row()), convert)(self._token_codes(x, alternates=True)).to(x.dtype)
+
+    def integer_triton(self, x: Tensor) -> Tensor:
+        """``x (..., in_features)`` times the weight in whole numbers, by Triton kernels: ``(tokens, out_features)``."""
+        from thermo_lib.quant.integer_kernels import code_offset, code_product
+
+        packed, scale, zero_point = self._of_row(self.packed)
+        offset = self._once(("offset", self.row()), lambda: code_offset(self.codes(), scale, self.bits))
+        tokens = self._token_codes(x, alternates=False)
+        return code_product(tokens, packed, scale, zero_point, offset, self.bits, x.dtype)
+
+    def _token_codes(self, x: Tensor, alternates: bool) -> Any:
+        from thermo_lib.quant.integer_kernels import quantize_tokens
+
+        ranges, groups = self.input_quantizer, self.scale.shape[-1]
+        clip = getattr(ranges, "clip", 1.0)
+        tokens = x.reshape(-1, x.shape[-1])
+        return quantize_tokens(tokens, ranges.of_tokens(x), ranges.bits, clip, groups, alternates)
+
+    def _of_row(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes with the scale and zero point of the current timestep."""
         row = self.row()
-        key = "humming", row, dtype
-        held = self.packed, self.scale, self.zero_point
-        if key not in self._converted or any(a is not b for a, b in zip(self._converted[key][0], held, strict=True)):
-            weight = self.codes(), self.scale[row], self.zero_point[row]
-            self._converted[key] = held, humming_product(*weight, self.bits, self.group_size, dtype)
-        return self._converted[key][1]
+        return codes, self.scale[row], self.zero_point[row]
+
+    def _once(self, key: Any, convert: Callable[[], Any]) -> Any:
+        """What is made of the weight; made again when a tensor of it is replaced, or changed where it is."""
+        tensors = [getattr(self, name) for name in (*self.STORED, "scale", "zero_point")]
+        held = [(tensor, _version(tensor)) for tensor in tensors]
+        known = self._converted.get(key)
+        if known is None or any(a is not b or i != j for (a, i), (b, j) in zip(known[0], held, strict=True)):
+            known = self._converted[key] = held, convert()
+        return known[1]
 
     def _multiplies_codes(self, x: Tensor) -> bool:
         """Whether the input's codes are multiplied with the weight's, instead of what they stand for."""
@@ -194,7 +238,8 @@ class QuantizedEmbedding(PreciseBuffers):
 class TrellisLinear(QuantizedLinear):
     """A linear layer that computes from a trellis-coded weight; see ``QuantizedLinear``.
 
-    Its zero points are zero and aren't stored; the bits of its columns are stored as 4-bit codes.
+    Its zero points are zero and aren't stored; the bits of its columns are stored as 4-bit codes. ``gathers_table``
+    lets the Triton kernel hold the table of values in shared memory.
     """
 
     STORED = ("packed", "packed_column_bits")
@@ -203,6 +248,7 @@ class TrellisLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         self.has_planes = False
+        self.gathers_table = False
         self._found: tuple[Tensor, Layout] | None = None
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
@@ -225,11 +271,12 @@ class TrellisLinear(QuantizedLinear):
         """See ``QuantizedLinear``."""
         from thermo_lib.quant.triton_kernels import stream_places, stream_weight
 
-        held, places = self._converted.get("places", (None, None))
-        if held is not self.packed_column_bits:
-            places = stream_places(unpack(self.packed_column_bits, 4, self.in_features))
-            self._converted["places"] = self.packed_column_bits, places
-        return stream_weight(self.packed, places, self.scale[self.row()], self.group_size, dtype)
+        def convert() -> Any:
+            return stream_places(unpack(self.packed_column_bits, 4, self.in_features))
+
+        places = self._once("places", convert)
+        scale = self.scale[self.row()]
+        return stream_weight(self.packed, places, scale, self.group_size, dtype, self.gathers_table)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""

@@ -1,0 +1,262 @@
+"""Codes times codes on a GPU: the codes are those of the simulated input, and the product is the simulated one.
+
+Triton's kernels run under its interpreter, on the CPU; humming's are imitated, with what they round.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from thermo_lib import set_backend
+from thermo_lib.quant import backends, humming_kernels
+from thermo_lib.quant.calls import denoising
+from thermo_lib.quant.codes import pack
+from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
+from thermo_lib.quant.layers import QuantizedLinear
+
+NAMES = [f"thermo_lib.quant.{name}" for name in ("triton_kernels", "integer_kernels")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels() -> Iterator[ModuleType]:
+    """The module of integer kernels, interpreted."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TRITON_INTERPRET", "1")
+    for name in NAMES:
+        patch.delitem(sys.modules, name, raising=False)
+    backends._is_there.cache_clear()
+    # What torch has imported before is for a GPU.
+    language, interpreter = (importlib.import_module(f"triton.{name}") for name in ("language", "runtime.interpreter"))
+    for name in ("sum", "min", "max"):
+        function = getattr(language, name)
+        if not isinstance(function, interpreter.InterpretedFunction):
+            patch.setattr(language, name, interpreter.InterpretedFunction(function.fn))
+    yield [importlib.import_module(name) for name in NAMES][1]
+    patch.undo()
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_found", {})
+
+
+def layer_of(rows: int, groups: int, bits: int, group_size: int, ranges: Any, seed: int = 0) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(seed)
+    columns = groups * group_size
+    layer = QuantizedLinear(
+        columns, rows, bits=bits, group_size=group_size, bias=False, input_quantizer=ranges, timesteps=2
+    )
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
+    layer.packed = pack(codes, bits, group_size)
+    layer.scale = (torch.rand((2, rows, groups), generator=generator) / 20 + 0.01).half()
+    layer.zero_point = (2 ** (bits - 1) + torch.rand((2, rows, groups), generator=generator) - 1).half()
+    layer.row_of_step = torch.arange(2, dtype=torch.int32)
+    set_backend(layer, "triton")
+    return layer
+
+
+def static(bits: int) -> StaticRanges:
+    """Ranges by timestep and token state."""
+    scale = torch.tensor([[[0.02], [0.03]], [[0.05], [0.01]]]) * 2 ** (8 - bits)
+    zero_point = torch.tensor([[[0.5], [0.4]], [[0.35], [0.99]]]).mul(2**bits - 1).round()
+    return StaticRanges(bits, scale, zero_point, torch.arange(2, dtype=torch.int32))
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check(layer: QuantizedLinear, x: Tensor, name: str = "triton int8") -> None:
+    """The layer's product against the exact one of the quantized input and weight, to one rounding of the result."""
+    found, exact = layer(x), layer.quantized_input(x.float()).double() @ layer.weight().double().T
+    assert layer.chosen == name
+    assert (found.shape, found.dtype) == ((*x.shape[:-1], layer.out_features), x.dtype)
+    size = 1e-5 * exact.abs().amax(-1, keepdim=True)
+    # The interpreter cuts bfloat16 off where a GPU rounds.
+    close = (found.double() - exact).abs() <= torch.finfo(x.dtype).eps * exact.abs() + size + 1e-6
+    assert close.all()
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    activation_bits=st.sampled_from([2, 4, 8]),
+    groups=st.sampled_from([(1, 64), (3, 64), (2, 128), (1, 320), (5, 80)]),
+    tokens=st.sampled_from([1, 31, 65]),
+    rows=st.sampled_from([1, 50, 129]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["dynamic", "clipped", "static"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=12, deadline=None)
+def test_products_are_the_simulated_ones(
+    bits: int,
+    activation_bits: int,
+    groups: tuple[int, int],
+    tokens: int,
+    rows: int,
+    dtype: torch.dtype,
+    kind: str,
+    seed: int,
+) -> None:
+    number, size = groups[0], groups[1] * bits // 2 if bits > 2 else groups[1]
+    clip = 0.9 if kind == "clipped" else 1.0
+    ranges = static(activation_bits) if kind == "static" else DynamicRanges(activation_bits, clip)
+    layer = layer_of(rows, number, bits, size, ranges, seed)
+    masked = torch.arange(tokens)[None] % 3 == 0
+    for timestep in range(2):
+        with denoising((timestep, 2), masked):
+            check(layer, inputs(1, tokens, number * size, dtype=dtype, seed=seed))
+
+
+@given(
+    columns=st.sampled_from([64, 100, 768]),
+    bits=st.integers(2, 8),
+    clip=st.sampled_from([0.7, 0.95, 1.0]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16]),
+    kind=st.sampled_from(["normal", "one side", "large", "small", "zero", "outlier"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=30, deadline=None)
+def test_codes_are_those_of_the_simulated_input(
+    kernels: ModuleType, columns: int, bits: int, clip: float, dtype: torch.dtype, kind: str, seed: int
+) -> None:
+    x = torch.randn((5, columns), generator=torch.Generator().manual_seed(seed))
+    factor = {"large": 1e4, "small": 1e-7, "zero": 0}.get(kind, 1)
+    x = (x.abs() if kind == "one side" else x) * factor
+    if kind == "outlier":
+        x[:, 0] = 3e4
+    x = x.to(dtype)
+    layer = DynamicRanges(bits, clip) if clip != 0.7 else static(bits)
+    with denoising((1, 2), torch.arange(5)[None] % 2 == 0):
+        ranges, expected = layer.of_tokens(x[None]), layer(x[None].float())[0]
+    found = kernels.quantize_tokens(x, ranges, bits, clip, 4)
+    steps = found.codes.double() - found.zero_point.double()[:, None]
+    assert torch.equal(steps.float() * found.scale[:, None], expected)
+    torch.testing.assert_close(found.sums.double(), steps.unflatten(1, (4, -1)).sum(-1).T, rtol=0, atol=0)
+    turned = kernels.quantize_tokens(x, ranges, bits, clip, 2, alternates=True)
+    odd = torch.arange(columns) % 2 == 1
+    assert torch.equal(torch.where(odd, -1 - turned.codes, turned.codes), found.codes)
+    assert torch.equal(turned.sums[2:].double(), (steps * odd).unflatten(1, (2, -1)).sum(-1).T)
+
+
+def test_not_a_number_stays_one() -> None:
+    for ranges in (DynamicRanges(8), static(8)):
+        layer, x = layer_of(16, 2, 2, 64, ranges), inputs(1, 3, 128)
+        x[0, 1, 5] = float("nan")
+        with denoising((0, 2), torch.zeros((1, 3), dtype=torch.bool)):
+            assert layer(x).isnan().all(-1).tolist() == [[False, True, False]]
+
+
+def test_inputs_in_any_layout_with_a_bias() -> None:
+    layer = layer_of(16, 2, 2, 64, DynamicRanges(8))
+    check(layer, inputs(3, 128, 5).mT)
+    check(layer, inputs(128))
+    x = inputs(2, 3, 128)
+    product = layer(x)
+    layer.bias = torch.arange(16).bfloat16()
+    assert torch.equal(layer(x), product + layer.bias)
+    assert layer(inputs(2, 0, 128)).shape == (2, 0, 16)
+
+
+def test_what_isn_t_for_it_is_computed_as_before() -> None:
+    by_channel = StaticRanges(8, torch.full((1, 1, 2), 0.1), torch.full((1, 1, 2), 9.0), torch.zeros(1).int(), 64)
+    dynamic = layer_of(16, 2, 2, 64, DynamicRanges(8))
+    narrow = layer_of(16, 4, 2, 32, DynamicRanges(8))
+    for layer, x in (
+        (layer_of(16, 2, 2, 64, None), inputs(3, 128)),
+        (layer_of(16, 2, 2, 64, by_channel), inputs(3, 128)),
+        (narrow, inputs(3, 128)),
+        (dynamic, inputs(3, 128).requires_grad_()),
+    ):
+        expected = F.linear(layer.quantized_input(x), layer.weight().to(x.dtype))
+        torch.testing.assert_close(layer(x), expected, rtol=0.02, atol=0.1)
+        assert layer.chosen == "triton"
+    layer = dynamic
+    layer(inputs(3, 128).float())
+    assert layer.chosen == "plain"
+
+
+@pytest.mark.parametrize("name", ["integer_triton", "integer_humming", "humming"])
+@pytest.mark.parametrize("change", ["replaced", "loaded", "in place"])
+def test_what_is_converted_follows_the_weight(name: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(humming_kernels, "_layer", imitation)
+    layer, other = (layer_of(64, 2, 2, 64, DynamicRanges(8), seed) for seed in (0, 1))
+    x = inputs(5, 128)
+
+    def product(of: QuantizedLinear) -> Tensor:
+        return of.humming(x.dtype)(x) if name == "humming" else getattr(of, name)(x)
+
+    before, expected = product(layer), product(other)
+    if change == "replaced":
+        layer.packed, layer.scale, layer.zero_point = other.packed, other.scale, other.zero_point
+    elif change == "loaded":
+        layer.load_state_dict(other.state_dict())
+    else:
+        for part in ("packed", "scale", "zero_point"):
+            getattr(layer, part).copy_(getattr(other, part))
+    assert torch.equal(product(layer), expected)
+    assert not torch.equal(before, expected)
+
+
+def imitation(
+    codes: Tensor, bits: int, dtype: torch.dtype, how: dict[str, Any], tensors: dict[str, Tensor], **more: Any
+) -> Callable[..., Tensor]:
+    """What humming computes: weights in groups without zero point are codes shifted by the middle of their range."""
+    scale = tensors["weight_scale"].float()
+    assert scale.shape[1] == codes.shape[1] // (how["group_size"] or codes.shape[1])
+    zero = tensors["zero_point"].float() if how.get("has_zero_point") else torch.full_like(scale, 2.0 ** (bits - 1))
+    weight = ((codes.unflatten(1, (scale.shape[1], -1)) - zero[..., None]) * scale[..., None]).flatten(1).double()
+
+    def product(x: Tensor, input_scale: Tensor | None = None) -> Tensor:
+        assert more == ({} if input_scale is None else {"input_config": {"dtype": "int8"}})
+        assert (x.dtype == torch.int8) == (input_scale is not None)
+        found = x.double() @ weight.T
+        return (found if input_scale is None else found * input_scale).to(dtype)
+
+    return product
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8]),
+    activation_bits=st.sampled_from([4, 8]),
+    groups=st.sampled_from([(1, 64), (3, 64), (2, 128), (1, 1024), (4, 256)]),
+    scale=st.sampled_from([1e-3, 1.0, 100.0]),
+    is_static=st.booleans(),
+    kind=st.sampled_from(["normal", "one side", "outlier"]),
+    seed=st.integers(0, 2**31),
+)
+@settings(max_examples=12, deadline=None)
+def test_zero_points_outside_humming(
+    bits: int,
+    activation_bits: int,
+    groups: tuple[int, int],
+    scale: float,
+    is_static: bool,
+    kind: str,
+    seed: int,
+) -> None:
+    """They leave little of the rounding to float16, also where the inputs' mean is far from the middle of a range."""
+    ranges = static(activation_bits) if is_static else DynamicRanges(activation_bits)
+    layer = layer_of(64, groups[0], bits, groups[1], ranges, seed)
+    layer.scale *= scale
+    x = inputs(1, 6, groups[0] * groups[1], seed=seed).float()
+    x = x.abs() if kind == "one side" else x
+    if kind == "outlier":
+        x[..., 7], x[..., 8] = 200.0, -80.0
+    x = x.bfloat16()
+    with pytest.MonkeyPatch.context() as patch, denoising((1, 2), torch.arange(6)[None] % 2 == 0):
+        patch.setattr(humming_kernels, "_layer", imitation)
+        found = layer.integer_humming(x).double()
+        exact = (layer.quantized_input(x.float()).double() @ layer.weight().double().T)[0]
+    assert ((found - exact).norm(dim=-1) <= 0.01 * exact.norm(dim=-1)).all()
