@@ -113,6 +113,8 @@ def test_streams_are_the_plain_weight(
     found = layer.triton_weight(dtype)
     assert (found.dtype, found.shape) == (dtype, (rows, columns))
     torch.testing.assert_close(found.float(), layer.weight(), rtol=CLOSE[dtype], atol=1e-6 if CLOSE[dtype] else 0)
+    layer.gathers_table = True
+    assert torch.equal(layer.triton_weight(dtype), found)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -187,11 +189,64 @@ class TestChoice:
 
         monkeypatch.setattr(layer, "triton_weight", faulty)
         set_backend(layer, "triton")
-        reason = {"raises": "RuntimeError: no kernel for this card$"}.get(fault, "its product is off by (2|nan)")
+        reason = {"raises": "RuntimeError: no kernel for this card$"}.get(fault, "its product is off by ([12]|nan)")
         with pytest.warns(UserWarning, match=f"backend: triton isn't used for 64 -> 6 in torch.bfloat16: {reason}"):
             assert torch.equal(layer(x), expected)
         assert torch.equal(layer(x), expected)
         assert (backend(layer), calls) == ({"": "plain"}, [torch.bfloat16])
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_kernel_that_overflows_inside_is_found(
+        self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
+        """It is right for inputs of usual size, and the exact product of the large ones is a number in float16."""
+        layer = planes_layer(6, 64, 2, 32)
+        layer.scale /= 100
+        sizes = []
+
+        def overflows(layer: QuantizedLinear, x: Tensor) -> Tensor:
+            sizes.append(x.abs().amax(-1))
+            partly = F.linear(x.float(), layer.weight() * 64).half()  # scaled back when it is too late
+            return (partly.float() / 64).to(x.dtype)
+
+        monkeypatch.setitem(backends._CODE, "triton", backends._Code(lambda *_: True, overflows))
+        set_backend(layer, "triton")
+        x = inputs(3, 64, dtype)
+        with pytest.warns(UserWarning, match="triton isn't used for 64 -> 6 .* its product is off by inf of its size"):
+            layer(x)
+        assert layer.chosen == "plain"
+        assert sizes[0][1] > 5e4
+        assert sizes[0][[0, 2, 3, 4]].max() < 10
+        assert F.linear(backends._tokens(layer.weight(), 5), layer.weight()).abs().max() < 6e4
+        assert overflows(layer, x).isfinite().all()
+
+    def test_one_wrong_token_is_found(self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Among many, whose errors are small, and beside one that is large."""
+        layer = planes_layer(6, 64, 2, 32)
+
+        def wrong(layer: QuantizedLinear, x: Tensor) -> Tensor:
+            product = F.linear(x, layer.weight().to(x.dtype))
+            product[-1] *= 1.5
+            return product
+
+        monkeypatch.setitem(backends._CODE, "triton", backends._Code(lambda *_: True, wrong))
+        set_backend(layer, "triton")
+        with pytest.warns(UserWarning, match="its product is off by 0.[2-5]"):
+            layer(inputs(128, 64, torch.bfloat16))
+
+    def test_other_blocks_are_compared_anew(self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A kernel for more tokens is another kernel."""
+        layer, counts = planes_layer(6, 64, 2, 32), []
+
+        def product(layer: QuantizedLinear, x: Tensor) -> Tensor:
+            counts.append(len(x))
+            return F.linear(x, layer.weight().to(x.dtype))
+
+        monkeypatch.setitem(backends._CODE, "triton", backends._Code(lambda *_: True, product))
+        set_backend(layer, "triton")
+        for tokens in (1, 4, 33, 60, 1000, 2000):
+            layer(inputs(tokens, 64, torch.bfloat16))
+        assert counts == [5, 1, 4, 64, 33, 60, 128, 1000, 2000]
 
     def test_a_name_that_isnt_known_or_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = planes_layer(4, 32, 2, 16)

@@ -14,6 +14,7 @@ tl = needs("triton.language")
 
 _BYTES = 1024  # of codes that a program reads
 _ROWS, _COLUMNS = 8, 256  # of a trellis-coded weight that a program writes
+_ROWS_OF_TABLE = 32  # the same where a program copies the table first, which is as large as 2 rows of these columns
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _planes(packed, scale, zero_point, out, count, WIDTH: tl.constexpr, PADDED: 
 
 @triton.jit
 def _streams(packed, byte, shift, gain, values, scale, out, rows, width, columns, groups, group_size,
-             STATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+             STATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHERS: tl.constexpr):  # fmt: skip
     """A block of a trellis-coded weight: each column's state is in three bytes of the row's stream."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -51,7 +52,12 @@ def _streams(packed, byte, shift, gain, values, scale, out, rows, width, columns
         word = (word << 8) | read.to(tl.int32)
     inside = is_row[:, None] & is_column[None, :]
     state = (word >> tl.load(shift + column, mask=is_column, other=0)[None, :]) & (STATES - 1)
-    value = tl.load(values + state, mask=inside, other=0) * tl.load(gain + column, mask=is_column, other=0)[None, :]
+    if GATHERS:  # from shared memory, where lanes that look in different places don't wait for a line of memory each
+        table = tl.load(values + tl.arange(0, STATES))
+        value = tl.reshape(tl.gather(table, tl.reshape(state, (ROWS * COLUMNS,)), 0), (ROWS, COLUMNS))
+    else:
+        value = tl.load(values + state, mask=inside, other=0)
+    value *= tl.load(gain + column, mask=is_column, other=0)[None, :]
     where = row[:, None] * groups + (column // group_size)[None, :]
     value = value * tl.load(scale + where, mask=inside, other=0).to(tl.float32)
     tl.store(out + row[:, None] * columns + column[None, :], value.to(out.dtype.element_ty), mask=inside)
@@ -90,7 +96,12 @@ def stream_places(column_bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stream_weight(
-    packed: Tensor, places: tuple[Tensor, Tensor, Tensor], scale: Tensor, group_size: int, dtype: torch.dtype
+    packed: Tensor,
+    places: tuple[Tensor, Tensor, Tensor],
+    scale: Tensor,
+    group_size: int,
+    dtype: torch.dtype,
+    gathers: bool = False,
 ) -> Tensor:
     """The dequantized weight of trellis codes, in float32 bit for bit the plain one.
 
@@ -100,18 +111,23 @@ def stream_weight(
         scale: ``(rows, groups)``.
         group_size: number of columns that share a scale.
         dtype: of the result.
+        gathers: whether each program holds the table of values in shared memory, instead of reading it through the
+            cache; the result is the same.
 
     Returns:
         ``(rows, in_features)``.
     """
     (rows, width), columns = packed.shape, len(places[0])
+    block = _ROWS_OF_TABLE if gathers else _ROWS
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    grid = triton.cdiv(rows, _ROWS), triton.cdiv(columns, _COLUMNS)
+    grid = triton.cdiv(rows, block), triton.cdiv(columns, _COLUMNS)
     table, size = codebook_on(packed.device), min(group_size, columns)
     _streams[grid](
         *(packed.contiguous(), *places, table, scale.contiguous(), out, rows, width, columns, scale.shape[1], size),
         STATES=2**STATE_BITS,
-        ROWS=_ROWS,
+        ROWS=block,
         COLUMNS=_COLUMNS,
+        GATHERS=gathers,
+        num_warps=8 if gathers else 4,
     )
     return out
