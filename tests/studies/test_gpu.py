@@ -50,6 +50,9 @@ def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
     assert [row["model"] for row in found["generation"]] == ["dense", "int2 w2a16", "trellis"]
     assert all(row["seconds"] > 0 and row["beside"] < 1 for row in found["generation"])
     assert len(found["quantizers"]) == 4
+    assert [(row["preset"], row["blocks"]) for row in found["layerwise"]] == [("gptq", 1), ("best, untrained", 1)]
+    assert all(row["seconds"] > 0 and row["peak_mib"] is None for row in found["layerwise"])
+    assert found["decoders"] == [], "they are Triton's"
     assert {row["backend"] for row in found["rows"]} == {"plain"}, "no other kernel is for a CPU"
     assert len(found["rows"]) == len(gpu.KERNELS) * 2
 
@@ -90,5 +93,5 @@ def test_the_command_prints_its_tables(run: Run, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(gpu, "_CHECKED", gpu._CHECKED[:1])
     status, out, _ = run("gpu-check", "--quick", "--device", "cpu", "--output", "gpu.json")
     assert status == 0
-    assert all(f"\n{name}\n" in f"\n{out}" for name in gpu.PARTS)
+    assert all(f"\n{name}\n" in f"\n{out}" for name in gpu.PARTS if name != "decoders")
     assert json.loads(Path("gpu.json").read_text(encoding="utf-8"))["card"]

@@ -15,11 +15,14 @@ from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.states import calibrate
 from thermo_lib.evaluation.report import hardware, versions
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.pipeline.compiled import GraphedPass
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
@@ -32,6 +35,7 @@ _TOKENS = (1, 33, 65, 257)
 _WRONG = 0.02  # error of a product, as a share of its size
 _STEPS, _TEXT = 16, 256  # of a generation: denoising steps and tokens
 _BEAM = 16
+_SEQUENCES = 8  # of calibration
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,10 @@ def _backends(kernel: str) -> tuple[str, ...]:
 
 @torch.no_grad()
 def kernel_rows(device: torch.device, extent: Extent) -> Rows:
-    """Products by each kernel against float32 ones of the dequantized weight; ``error`` as a share of their size."""
+    """Products by each kernel against float32 ones of the dequantized weight; ``error`` as a share of their size.
+
+    Of a trellis there are the two ways to read it too, which must be equal bit for bit.
+    """
     for kernel, make in KERNELS.items():
         for in_features, out_features in _CHECKED:
             layer = make(in_features, out_features).to(device)
@@ -80,6 +87,21 @@ def kernel_rows(device: torch.device, extent: Extent) -> Rows:
                     size = f"{in_features} -> {out_features}"
                     about = {"kernel": kernel, "asked": backend, "computed": layer.chosen, "linear": size}
                     yield about | {"tokens": tokens, "error": error, "right": error < _WRONG}
+            if kernel == "trellis" and device.type == "cuda":
+                read = [_table(layer, gathers)() for gathers in (False, True)]
+                error = float((read[1].float() - read[0].float()).norm() / read[0].float().norm().clamp(min=1e-30))
+                about = {"kernel": "trellis, table gathered", "asked": "triton", "computed": "triton", "linear": size}
+                yield about | {"tokens": 0, "error": error, "right": torch.equal(*read)}
+
+
+def _table(layer: nn.Module, gathers: bool) -> Callable[[], torch.Tensor]:
+    """Reads a trellis-coded weight, with its table of values in shared memory or not."""
+
+    def read() -> torch.Tensor:
+        layer.gathers_table = gathers
+        return layer.triton_weight(torch.bfloat16)
+
+    return read
 
 
 def linear_rows(device: torch.device, extent: Extent) -> Rows:
@@ -89,7 +111,7 @@ def linear_rows(device: torch.device, extent: Extent) -> Rows:
             for backend in _backends(kernel):
                 how = {"kernels": [kernel], "backend": backend, "device": device, "rounds": extent.rounds}
                 rows = kernel_speeds([size], extent.tokens, **how)
-                yield from (row for row in rows if row["backend"] == backend)
+                yield from (row for row in rows if row["backend"] in (backend, f"{backend} int8"))
 
 
 @torch.no_grad()
@@ -146,12 +168,47 @@ def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
             yield about | {"weights_a_second": weight.numel() / seconds, "peak_mib": _peak(device)}
 
 
+@torch.no_grad()
+def decoder_rows(device: torch.device, extent: Extent) -> Rows:
+    """Milliseconds to read a trellis-coded weight, with its table in memory and in shared memory; none on a CPU."""
+    for in_features, out_features in extent.sizes if device.type == "cuda" else ():
+        layer = KERNELS["trellis"](in_features, out_features).to(device)
+        for name, gathers in (("trellis", False), ("trellis, table gathered", True)):
+            seconds = _median(_table(layer, gathers), device, extent.rounds)
+            yield {"decoder": name, "linear": f"{in_features} -> {out_features}", "ms": 1e3 * seconds}
+
+
+def layerwise_rows(device: torch.device, extent: Extent) -> Rows:
+    """Seconds and memory of quantizing a model of one block, which takes what a block of a larger one does.
+
+    The model is there twice, as it was and quantized. ``best`` is measured without its training.
+    """
+    tokenizer, length = read_tokenizer(REFERENCE_DIR), min(_TEXT, max(extent.tokens))
+    configs = {
+        "gptq": ThermoConfig.preset("gptq"),
+        "best, untrained": ThermoConfig.preset("best").replace(training=()),
+    }
+    for name, config in configs.items():
+        _free(device)
+        model = random_model(extent.config, 1, device)
+        lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
+        ids = torch.randint(0, 1000, (_SEQUENCES, length), device=device)
+        states = calibrate(lm, [(ids, None)], timesteps=config.timesteps, source="forward", progress=False)
+        _wait(device)
+        start = time.perf_counter()
+        quantize(lm, config, states)
+        _wait(device)
+        yield {"preset": name, "blocks": 1, "seconds": time.perf_counter() - start, "peak_mib": _peak(device)}
+
+
 PARTS: dict[str, Callable[[torch.device, Extent], Rows]] = {
     "kernels": kernel_rows,
     "rows": linear_rows,
     "forward": forward_rows,
     "generation": generation_rows,
     "quantizers": quantizer_rows,
+    "decoders": decoder_rows,
+    "layerwise": layerwise_rows,
 }
 
 
@@ -166,6 +223,9 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "quantizers": {"quantizer": ("quantizer", "{}")}
     | _SIZE
     | {"seconds": ("seconds", "{:.2f}"), "weights a second": ("weights_a_second", "{:.3g}")},
+    "decoders": {"decoder": ("decoder", "{}")} | _SIZE | {"ms": ("ms", "{:.3f}")},
+    "layerwise": {"preset": ("preset", "{}"), "blocks": ("blocks", "{}"), "seconds": ("seconds", "{:.2f}")}
+    | {"peak, MiB": ("peak_mib", "{}")},
 }
 
 
