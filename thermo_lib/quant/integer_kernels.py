@@ -4,9 +4,10 @@ With codes p of the input and q of the weight, their zero points y and z and the
 ``a (sum_groups b sum p q - y sum_groups b sum q - sum_groups b z sum (p - y))``, as in ``kernels.cpp``. Codes and zero
 points are shifted by the middle of their range where they wouldn't fit into int8 otherwise, which changes nothing.
 
-There is no second way by ``torch._int_mm`` for weights with a scale a row: it takes a byte a weight, so that either
-four times as much is stored and read, which is what counts at 256 tokens, or the codes are written to memory before
-each product. By the sizes of Dream 7B that costs an H100 as much at 2048 tokens as a slower product does.
+There is no second way by ``torch._int_mm`` for weights with a scale a row. It takes a byte a weight: kept so, four
+times as much is read as of 2 bits, and to read is what takes the time at 256 tokens; unpacked for each product,
+codes are written and read once more, which of an H100's bandwidth takes about as long as the product of 256 tokens
+and a fifth of that of 2048. This is reckoned from the card's published rates, not measured.
 """
 
 from typing import NamedTuple
