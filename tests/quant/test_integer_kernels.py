@@ -102,7 +102,7 @@ def check(layer: QuantizedLinear, x: Tensor, name: str = "triton int8") -> None:
     kind=st.sampled_from(["dynamic", "clipped", "static"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_products_are_the_simulated_ones(
     bits: int,
     activation_bits: int,
@@ -131,7 +131,7 @@ def test_products_are_the_simulated_ones(
     kind=st.sampled_from(["normal", "one side", "large", "small", "zero", "outlier"]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_codes_are_those_of_the_simulated_input(
     kernels: ModuleType, columns: int, bits: int, clip: float, dtype: torch.dtype, kind: str, seed: int
 ) -> None:

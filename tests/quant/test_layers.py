@@ -179,3 +179,29 @@ class TestQuantizedLinear:
     def test_printing_a_layer_names_its_size_and_precision(self) -> None:
         layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, input_quantizer=DynamicRanges(8))
         assert "in_features=6, out_features=3, bits=2, group_size=4, activation_bits=8" in repr(layer)
+
+
+class TestBias:
+    """It is added as a dense layer adds it."""
+
+    def layer(self, weight: Tensor, bias: Tensor) -> QuantizedLinear:
+        return linear_of(round_to_nearest(weight, 4, 8), bias)
+
+    @pytest.mark.parametrize("rows_at_a_time", [1, 2**20])
+    def test_a_product_beyond_float16_that_the_bias_brings_back(
+        self, monkeypatch: pytest.MonkeyPatch, rows_at_a_time: int
+    ) -> None:
+        monkeypatch.setattr("thermo_lib.quant.planes._NUMBERS", 16 * rows_at_a_time)
+        layer = self.layer(torch.full((3, 16), 2.0), torch.tensor([-3000.0, 0.0, -6000.0]))
+        x = torch.zeros((1, 16), dtype=torch.float16)
+        x[0, 0] = 33000
+        dense = F.linear(x, layer.weight().half(), layer.bias.half())
+        assert dense.isfinite().tolist() == [[True, False, True]]
+        assert torch.equal(layer(x), dense)
+
+    @pytest.mark.parametrize("group_size", [8, 16, 5])
+    def test_autocast_decides_the_type(self, group_size: int) -> None:
+        layer = linear_of(round_to_nearest(torch.randn(6, 16), 4, group_size), torch.ones(6))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = layer(torch.randn(2, 16).bfloat16())
+        assert found.dtype == torch.bfloat16

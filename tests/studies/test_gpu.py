@@ -16,8 +16,8 @@ CHECKED = gpu._CHECKED[:2]
 SMALL = gpu.Extent(
     DreamConfig(
         vocab_size=1100,
-        hidden_size=256,
-        intermediate_size=384,
+        hidden_size=128,
+        intermediate_size=128,
         num_hidden_layers=9,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -36,6 +36,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "_CHECKED", CHECKED)
+        for name, small in (("_SEQUENCES", 1), ("_STEPS", 3), ("_TEXT", 20)):
+            patch.setattr(gpu, name, small)
         found = gpu.gpu_check(torch.device("cpu"), SMALL, path)
     assert json.loads(path.read_text(encoding="utf-8")) == found
     return found
@@ -88,9 +90,9 @@ def test_without_a_gpu_it_says_so(run: Run) -> None:
     assert "device: found no GPU, allowed is --device cpu to try the command out" in err
 
 
-def test_the_command_prints_its_tables(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "QUICK", SMALL)
-    monkeypatch.setattr(gpu, "_CHECKED", gpu._CHECKED[:1])
+def test_the_command_prints_its_tables(run: Run, monkeypatch: pytest.MonkeyPatch, found: dict[str, Any]) -> None:
+    measured = {name: lambda *_, rows=found[name]: iter(rows) for name in gpu.PARTS}
+    monkeypatch.setattr(gpu, "PARTS", measured)
     status, out, _ = run("gpu-check", "--quick", "--device", "cpu", "--output", "gpu.json")
     assert status == 0
     assert all(f"\n{name}\n" in f"\n{out}" for name in gpu.PARTS if name != "decoders")

@@ -100,20 +100,25 @@ class QuantizedLinear(TimestepTable):
             return self._code_linear(x)
         self.chosen = backends.choose(self, x)
         if self.chosen not in ("plain", "compiled"):
-            product = backends.product(self.chosen, self, x)
-            return product if self.bias is None else product + self.bias
+            return self._plus_bias(backends.product(self.chosen, self, x))
         x = self.quantized_input(x)
         if x.dtype != torch.float32 and self.has_planes:
             row = self.row()
             parameters = self.packed, self.scale[row], self.zero_point[row]
-            product = planes.packed_linear(x, *parameters, self.bits, compiled=self.compiled)
-            return product if self.bias is None else product + self.bias
+            return planes.packed_linear(x, *parameters, self.bits, self._bias(x.dtype), compiled=self.compiled)
         rows = max(1, _DENSE // self.in_features)
         if rows >= self.out_features:
-            return F.linear(x, self.weight().to(x.dtype), self.bias)
+            return F.linear(x, self.weight().to(x.dtype), self._bias(x.dtype))
         parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
-        product = torch.cat([F.linear(x, self.weight(part).to(x.dtype)) for part in parts], -1)
-        return product if self.bias is None else product + self.bias
+        bias = [None if self.bias is None else self._bias(x.dtype)[part] for part in parts]
+        return torch.cat([F.linear(x, self.weight(p).to(x.dtype), b) for p, b in zip(parts, bias, strict=True)], -1)
+
+    def _bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The bias in the type of a product, which under autocast isn't the layer's."""
+        return None if self.bias is None else self.bias.to(dtype)
+
+    def _plus_bias(self, product: Tensor) -> Tensor:
+        return product if self.bias is None else product + self._bias(product.dtype)
 
     @property
     def compiled(self) -> bool:
@@ -191,8 +196,7 @@ class QuantizedLinear(TimestepTable):
         row, ranges = self.row(), self.input_quantizer
         weight = self.packed, self.scale[row], self.zero_point[row], self.bits
         clip = getattr(ranges, "clip", 1.0)
-        product = planes.code_linear(x, *weight, ranges.of_tokens(x), ranges.bits, clip)
-        return product if self.bias is None else product + self.bias
+        return self._plus_bias(planes.code_linear(x, *weight, ranges.of_tokens(x), ranges.bits, clip))
 
     def extra_repr(self) -> str:
         """The layer's size and precision, for ``print(model)``."""
@@ -285,7 +289,7 @@ class TrellisLinear(QuantizedLinear):
         self.chosen = "compiled"
         scale = self.scale[self.row()].float()
         product = stream_linear(self.quantized_input(x), self.packed, self._layout(), scale, self.group_size)
-        return product if self.bias is None else product + self.bias
+        return self._plus_bias(product)
 
     def _layout(self) -> Layout:
         """Where the columns' states are; worked out once for these bits of the columns."""

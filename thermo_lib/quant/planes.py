@@ -110,15 +110,23 @@ def _fused_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, 
 
 
 def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, *, compiled: bool = False
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bits: int,
+    bias: Tensor | None = None,
+    *,
+    compiled: bool = False,
 ) -> Tensor:
-    """``x`` times a packed weight, transposed.
+    """``x`` times a packed weight, transposed, and a bias, which is added before the result is rounded.
 
     Args:
         x: bfloat16 or float16 ``(..., in_features)``.
         packed: the weight's codes, uint8 ``(out_features, in_features * bits / 8)``.
         scale, zero_point: ``(out_features, groups)``; ``width`` isn't 0.
         bits: of a code.
+        bias: ``(out_features,)`` of ``x``'s type; None for none. In one pass over the codes it is added afterwards.
         compiled: dequantize in a compiled loop, which takes a compiler and at first use some seconds.
 
     Returns:
@@ -129,7 +137,8 @@ def packed_linear(
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     group_size = x.shape[-1] // scale.shape[1]
     if native and not needs_gradient and group_size % 2 == 0 and library().can_multiply():
-        return _native_linear(x, *tensors, bits)
+        product = _native_linear(x, *tensors, bits)
+        return product if bias is None else product + bias
     most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
     rows = max(1, min(most, len(packed)))
     weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
@@ -139,14 +148,16 @@ def packed_linear(
         codes = torch.empty((8 // bits, rows, packed.shape[1]), dtype=torch.uint8, device=x.device)
         work = [codes, torch.empty_like(weight, dtype=torch.float32)]
 
-    def product(*some: Tensor) -> Tensor:
+    def product(*some: Tensor, bias: Tensor | None) -> Tensor:
         dense, *rest = (tensor[..., : len(some[0]), :] for tensor in (weight, *work))
         dequantize(*some, bits, dense, *rest)
-        return F.linear(x, dense)
+        return F.linear(x, dense, bias)
 
     if rows == len(packed):  # to split costs as much as it looks for small weights
-        return product(*tensors)
-    return torch.cat([product(*some) for some in zip(*(tensor.split(rows) for tensor in tensors), strict=True)], -1)
+        return product(*tensors, bias=bias)
+    parts = list(zip(*(tensor.split(rows) for tensor in tensors), strict=True))
+    biases = [None] * len(parts) if bias is None else bias.split(rows)
+    return torch.cat([product(*some, bias=own) for some, own in zip(parts, biases, strict=True)], -1)
 
 
 def multiplies_codes(x: Tensor, in_features: int, groups: int) -> bool:
