@@ -135,3 +135,16 @@ def test_what_isn_t_for_it_is_computed_as_before() -> None:
         assert not layer._multiplies_codes(x)
     dynamic.backend = "plain"
     assert not dynamic._multiplies_codes(inputs(3, 64))
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_not_a_number_stays_one(dynamic: bool) -> None:
+    one = torch.ones((1, 1, 1))
+    ranges = DynamicRanges(8) if dynamic else StaticRanges(8, 0.1 * one, 100 * one, torch.zeros(1, dtype=torch.int32))
+    layer, x = layer_of(5, 3, 2, 32, input_quantizer=ranges), inputs(4, 96)
+    layer.backend = "compiled"
+    expected = layer(x)
+    x[2, 50] = float("nan")
+    found = layer(x)
+    assert found[2].isnan().all()
+    assert torch.equal(found[[0, 1, 3]], expected[[0, 1, 3]])

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 #include <vector>
 
@@ -283,8 +284,7 @@ std::pair<float, float> extremes(const float* x, int64_t size) {
   return {least, most};
 }
 
-// `x` is overwritten.
-void quantize_token(float* x, const Ranges& ranges, int64_t at, int64_t groups, int64_t group_size, Token& token) {
+void quantize_token(const float* x, const Ranges& ranges, int64_t at, int64_t groups, int64_t group_size, Token& token) {
   const float most = (1 << ranges.bits) - 1;
   if (ranges.scale) {
     token.scale = ranges.scale[at];
@@ -296,24 +296,24 @@ void quantize_token(float* x, const Ranges& ranges, int64_t at, int64_t groups, 
     token.scale = std::max((high - low) / most, ranges.smallest);
     token.zero_point = std::nearbyint(-low / token.scale);
   }
-  const Floats scale(token.scale), zero_point(token.zero_point), least(0), largest(most);
+  const __m512 scale = _mm512_set1_ps(token.scale), zero_point = _mm512_set1_ps(token.zero_point);
+  const __m512 least = _mm512_setzero_ps(), largest = _mm512_set1_ps(most);
+  __mmask16 no_number = 0;
   for (int64_t g = 0; g < groups; g++, x += group_size) {
-    int64_t i = 0;
-    for (; i + Floats::size() <= group_size; i += Floats::size()) {
-      const Floats code = (Floats::loadu(x + i) / scale + zero_point).round();
-      at::vec::minimum(at::vec::maximum(code, least), largest).store(x + i);
+    __m512i total = _mm512_setzero_si512();
+    for (int64_t i = 0; i < group_size; i += 16) {
+      const __mmask16 inside = (1 << std::min<int64_t>(16, group_size - i)) - 1;
+      const __m512 value = _mm512_maskz_loadu_ps(inside, x + i);
+      no_number |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+      const __m512 code = _mm512_add_ps(_mm512_div_ps(value, scale), zero_point);
+      // To clamp first and then to round, ties to even, is the same.
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_min_ps(_mm512_max_ps(code, least), largest));
+      total = _mm512_mask_add_epi32(total, inside, total, whole);
+      _mm512_mask_cvtepi32_storeu_epi8(token.codes + g * group_size + i, inside, whole);
     }
-    for (; i < group_size; i++)
-      x[i] = std::min(std::max(std::nearbyint(x[i] / token.scale + token.zero_point), 0.f), most);
-    uint8_t* codes = token.codes + g * group_size;
-    int32_t sum = 0;
-    for (i = 0; i < group_size; i++) {
-      const int32_t code = static_cast<int32_t>(x[i]);
-      codes[i] = code;
-      sum += code;
-    }
-    token.sums[g] = sum - token.zero_point * group_size;
+    token.sums[g] = _mm512_reduce_add_epi32(total) - token.zero_point * group_size;
   }
+  if (no_number) token.scale = std::numeric_limits<float>::quiet_NaN();  // which has no code, and mustn't get lost
 }
 
 // The codes of some groups of a row, a byte each, and the sum of each group's.
@@ -360,7 +360,7 @@ extern "C" void multiply_codes(const Packed* packed, const Ranges* ranges, const
                                int64_t tokens) {
   if (tokens == 0) return;
   const Packed& weight = *packed;
-  constexpr int64_t tile = 16, rows_at_a_time = 16 * tile, tokens_at_a_time = 32;  // sums of these stay in the cache
+  constexpr int64_t tile = 16, rows_at_a_time = 4 * tile, tokens_at_a_time = 32;  // their sums stay in the first cache
   const int64_t group_size = weight.group_size(), groups = weight.groups, in_features = weight.in_features();
   const int64_t step = weight.columns_at_a_time() / group_size;  // of groups
   Buffer<uint8_t> codes(tokens * in_features);
@@ -409,11 +409,11 @@ extern "C" void multiply_codes(const Packed* packed, const Ranges* ranges, const
             at::vec::transpose_mxn<float>(reinterpret_cast<const float*>(row_codes.data()) + i, quarter,
                                           fours.data() + i * rows + r, rows, some, std::min(tile, quarter - i));
         }
-        for (int64_t g = 0; g < some_groups; g++) {
-          const float* scale = by_group.data() + (group + g) * rows;
-          const auto* weights = reinterpret_cast<const unsigned char*>(fours.data() + g * group_size / 4 * rows);
-          for (int64_t token = 0; token < tokens; token += tokens_at_a_time) {
-            const int64_t some = std::min(tokens_at_a_time, tokens - token);
+        for (int64_t token = 0; token < tokens; token += tokens_at_a_time) {
+          const int64_t some = std::min(tokens_at_a_time, tokens - token);
+          for (int64_t g = 0; g < some_groups; g++) {
+            const float* scale = by_group.data() + (group + g) * rows;
+            const auto* weights = reinterpret_cast<const unsigned char*>(fours.data() + g * group_size / 4 * rows);
             const unsigned char* inputs = codes.data() + token * in_features + (group + g) * group_size;
             at::native::cpublas::brgemm(some, rows, group_size, in_features, rows, rows, false, inputs, weights,
                                         whole.data());
