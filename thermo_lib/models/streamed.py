@@ -138,7 +138,7 @@ class StreamedForward:
         """The block on ``hidden_states (batch, length, hidden)``; where it isn't held, it runs again for gradients."""
         if self.is_held:
             return type(self.block).forward(self.block, hidden_states, **arguments)
-        call = CALL.step, CALL.is_masked
+        call = CALL.step, CALL.is_masked, CALL.rows
 
         def run(x: Tensor) -> Any:
             self.fill()

@@ -13,13 +13,16 @@ class _Call(threading.local):
 
     step: tuple[int, int] = (0, 1)
     is_masked: Tensor | None = None
+    rows: tuple[Tensor, int] | None = None
 
 
 CALL = _Call()
 
 
 @contextmanager
-def denoising(step: tuple[int, int], is_masked: Tensor | None = None) -> Iterator[None]:
+def denoising(
+    step: tuple[int, int], is_masked: Tensor | None = None, rows: tuple[Tensor, int] | None = None
+) -> Iterator[None]:
     """While it is entered (``with``), this thread's quantized layers compute for a timestep and for token states.
 
     Both belong to a call, not to a layer, so that several threads can use one model.
@@ -28,13 +31,15 @@ def denoising(step: tuple[int, int], is_masked: Tensor | None = None) -> Iterato
         step: timestep ``i`` and number of timesteps ``T`` of the run; a layer made for another ``T`` takes the step at
             the same mask ratio.
         is_masked: which tokens of the input are masked, bool ``(batch, length)``; None where no layer asks.
+        rows: timestep of each row of the input, ``(batch,)``, and number of timesteps, where layers are trained on rows
+            of several; None leaves what is set.
     """
-    before = CALL.step, CALL.is_masked
-    CALL.step, CALL.is_masked = step, is_masked
+    before = CALL.step, CALL.is_masked, CALL.rows
+    CALL.step, CALL.is_masked, CALL.rows = step, is_masked, CALL.rows if rows is None else rows
     try:
         yield
     finally:
-        CALL.step, CALL.is_masked = before
+        CALL.step, CALL.is_masked, CALL.rows = before
 
 
 class CurrentStep(threading.local):

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.models.lm import DiffusionLM, token_logits
+from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
 
 _AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
@@ -58,12 +59,8 @@ class TransitionLoss(TrainableLayers):
 
     def _hidden(self, states: States) -> Tensor:
         """The states from which the quantized model's head predicts at the masked positions, ``(masked, hidden)``."""
-        lm = self.quantized
-        for layer in self.trained.values():
-            step = states.timestep * len(layer.layer.row_of_step) // self.timesteps
-            layer.is_masked = states.ids == lm.mask_token_id
-            layer.timestep = step[:, None].expand_as(states.ids)
-        return lm.model.hidden(states.ids)[states.is_masked]
+        with denoising(CALL.step, rows=(states.timestep, self.timesteps)):
+            return self.quantized.model.hidden(states.ids)[states.is_masked]
 
     def _divergences(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """The divergence at each masked position, ``(n,)``; arguments ``(n, hidden)`` and ``(n, vocabulary)``."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.quant.calls import CALL
 from thermo_lib.quant.codes import dequantize, pack, storable
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.limits import SMALLEST_SCALE
@@ -148,11 +149,12 @@ class _TrainableLinear(nn.Module):
     def __init__(self, layer: QuantizedLinear, ranges: TrainableRanges | None, weight: TrainableWeight | None):
         super().__init__()
         self.layer, self.ranges, self.weight = layer, ranges, weight
-        self.is_masked = self.timestep = torch.empty(0, dtype=torch.int64)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ranges is not None:
-            x = self.ranges(x, self.is_masked, self.timestep)
+            timestep, timesteps = CALL.rows
+            step = timestep * len(self.layer.row_of_step) // timesteps  # a layer's table may be for another number
+            x = self.ranges(x, CALL.is_masked, step[:, None].expand(x.shape[:-1]))
         elif self.layer.input_quantizer is not None:
             x = straight_through(x, self.layer.input_quantizer)
         return F.linear(x, self.layer.weight() if self.weight is None else self.weight(), self.layer.bias)
