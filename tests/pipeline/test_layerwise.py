@@ -34,6 +34,12 @@ class TestResult:
             {"quantizer": "gptq", "hessian": "transition"},
             {"quantizer": "gptq", "activation_bits": 4, "num_time_groups": 2},
             {"training": ({"phase": "blocks", **SHORT}, {"phase": "path_kl", **SHORT})},
+            {  # states of two lengths in a step, each at its own timesteps
+                "quantizer": "rtn",
+                "activation_bits": 4,
+                "num_time_groups": 2,
+                "training": ({"phase": "path_kl", "states": "fresh", **FRESH, "steps": 3},),
+            },
             {
                 "quantizer": "trellis",
                 "average_bits": 2.2,
