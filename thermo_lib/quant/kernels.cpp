@@ -360,7 +360,7 @@ extern "C" void multiply_codes(const Packed* packed, const Ranges* ranges, const
                                int64_t tokens) {
   if (tokens == 0) return;
   const Packed& weight = *packed;
-  constexpr int64_t tile = 16, rows_at_a_time = 4 * tile, tokens_at_a_time = 32;  // their sums stay in the first cache
+  constexpr int64_t tile = 16, rows_at_a_time = 8 * tile, tokens_at_a_time = 32;  // their sums stay in the first cache
   const int64_t group_size = weight.group_size(), groups = weight.groups, in_features = weight.in_features();
   const int64_t step = weight.columns_at_a_time() / group_size;  // of groups
   Buffer<uint8_t> codes(tokens * in_features);
