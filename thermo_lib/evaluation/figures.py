@@ -1,6 +1,7 @@
 """Figures of the notebooks: colour-blind-safe colours (Okabe and Ito), axes with units, one idea each."""
 
 import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -232,8 +233,10 @@ def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str]) -> No
         ax.annotate(name, (x, y), **style)
     ticks = sorted({row["tokens"] for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
-    ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 8)
+    ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 11)
     ax.set_xticks(ticks, ticks)
+    low, high = ax.get_ylim()
+    ax.set_yticks([2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)])
     ax.yaxis.set_major_formatter(needs("matplotlib.ticker").FormatStrFormatter("%g"))
     ax.minorticks_off()
 

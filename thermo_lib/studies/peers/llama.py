@@ -118,8 +118,8 @@ def load_gguf(path: Path, most: int, threads: int, *, repack: bool = True) -> Ca
         most: tokens at a time.
         threads: number of threads.
         repack: whether llama.cpp may store weights anew in the layouts that it prefers on this processor, for AMX
-            among others, as it does by default. Some builds end with an illegal instruction there: the compiler drops
-            the configuration of AMX's tiles (llama.cpp's pull request 26954).
+            among others, as it does by default. Some builds end with an illegal instruction there, in code for AMX;
+            llama.cpp's pull request 26954 has what may be the reason.
 
     Returns:
         Runs so many tokens, with the ids 0, 1, 2, ..., in one batch, and gives their logits, float32
