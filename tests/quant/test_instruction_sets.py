@@ -44,7 +44,7 @@ extern "C" bool has_matrix_unit() {
 
 @pytest.fixture(scope="module", params=SETS, ids=lambda width: SETS[width][1])
 def library(request: pytest.FixtureRequest) -> Iterator[CDLL]:
-    """The library for one set of instructions, in the place of this machine's."""
+    """The library for one set of instructions, in the place of the one for all that the processor has."""
     from torch._inductor import codecache, cpu_vec_isa
 
     processor, name = SETS[request.param]

@@ -19,6 +19,12 @@ _BATCH = 64  # states of a batch at most, as in ``run_states``
 _ON_DEVICE = 2**31  # bytes of hidden states; more of them are in the host's memory
 
 
+def states_at_a_time(lm: DiffusionLM, calibration: Calibration) -> int:
+    """How many states a batch holds: 64, or fewer where they or the model are wide."""
+    widest = max(part.ids.shape[1] for part in calibration.parts) * lm.model.config.intermediate_size
+    return max(1, min(_BATCH, _NUMBERS // widest))
+
+
 class BlockStream:
     """The hidden states that enter one block of a model, on all calibration states.
 
@@ -47,8 +53,7 @@ class BlockStream:
                 torch.cat([embed(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
             ]
         self._arguments = [block_arguments(lm, x[:1].to(lm.device)) for x in self.hidden]
-        widest = max(x.shape[1] for x in self.hidden) * lm.model.config.intermediate_size
-        self._batch = max(1, min(_BATCH, _NUMBERS // widest))
+        self._batch = states_at_a_time(lm, calibration)
 
     @property
     def block(self) -> nn.Module:

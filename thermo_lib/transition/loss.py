@@ -12,10 +12,10 @@ from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.models.lm import DiffusionLM, token_logits
 from thermo_lib.quant.calls import CALL, denoising
+from thermo_lib.transition.blocks import states_at_a_time
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
 
 _AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
-_NUMBERS = 2**27  # in the widest activations of a batch
 
 
 class TransitionLoss(TrainableLayers):
@@ -121,7 +121,7 @@ def token_importance(
     ]
     try:
         with torch.enable_grad():
-            work = list(calibration.batches(_batch(reference, calibration)))
+            work = list(calibration.batches(states_at_a_time(reference, calibration)))
             for number, timestep, rows in tqdm(work, desc=progress, disable=progress is None, leave=False):
                 at, part = (number, rows), calibration.parts[number]
                 hidden = model.hidden(part.ids[rows])[part.is_masked[rows]]
@@ -140,9 +140,3 @@ def token_importance(
         for handle in handles:
             handle.remove()
     return found
-
-
-def _batch(lm: DiffusionLM, calibration: Calibration) -> int:
-    """How many states' gradients are computed at a time: 64, or fewer where they or the model are wide."""
-    widest = max(part.ids.shape[1] for part in calibration.parts) * lm.model.config.intermediate_size
-    return max(1, min(64, _NUMBERS // widest))
