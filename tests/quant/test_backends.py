@@ -3,9 +3,6 @@
 Triton's kernels run under its interpreter, on the CPU; it cuts bfloat16 off where a GPU rounds.
 """
 
-import importlib
-import sys
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -22,28 +19,11 @@ from thermo_lib.quant.codes import BIT_WIDTHS, pack
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
 from thermo_lib.quant.trellis import MOST_BITS, pack_symbols
 
-NAME = "thermo_lib.quant.triton_kernels"
+pytestmark = pytest.mark.usefixtures("nothing_is_known")
+Interpreted = dict[str, ModuleType]
 IN_FEATURES, OUT_FEATURES = (1, 31, 100, 768), (1, 48, 50)
 TOKENS = (0, 1, 2, 31, 65, 127, 129, 257)
 CLOSE = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 0.0}
-
-
-@pytest.fixture(scope="module")
-def kernels() -> Iterator[ModuleType]:
-    """The module of Triton kernels, interpreted."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRITON_INTERPRET", "1")
-    patch.delitem(sys.modules, NAME, raising=False)
-    backends._is_there.cache_clear()
-    yield importlib.import_module(NAME)
-    patch.undo()
-    sys.modules.pop(NAME, None)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every size is compared anew."""
-    monkeypatch.setattr(backends, "_found", {})
 
 
 def planes_layer(rows: int, columns: int, bits: int, group_size: int, extreme: bool = False, seed: int = 0):
@@ -87,7 +67,7 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
 )
 @settings(max_examples=15, deadline=None)
 def test_planes_are_the_plain_weight(
-    kernels: ModuleType, dtype: torch.dtype, rows: int, group: tuple[int, int], bits: int, extreme: bool, seed: int
+    interpreted: Interpreted, dtype: torch.dtype, rows: int, group: tuple[int, int], bits: int, extreme: bool, seed: int
 ) -> None:
     columns, group_size = group
     layer = planes_layer(rows, columns, bits, group_size, extreme, seed)
@@ -107,7 +87,7 @@ def test_planes_are_the_plain_weight(
 )
 @settings(max_examples=15, deadline=None)
 def test_streams_are_the_plain_weight(
-    kernels: ModuleType, dtype: torch.dtype, rows: int, columns: int, group_size: int, most: int, seed: int
+    interpreted: Interpreted, dtype: torch.dtype, rows: int, columns: int, group_size: int, most: int, seed: int
 ) -> None:
     layer = trellis_layer(rows, columns, group_size, most, seed)
     found = layer.triton_weight(dtype)
@@ -120,7 +100,7 @@ def test_streams_are_the_plain_weight(
 @pytest.mark.parametrize("tokens", TOKENS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["planes", "trellis"])
-def test_products_are_the_plain_ones(kernels: ModuleType, tokens: int, dtype: torch.dtype, kind: str) -> None:
+def test_products_are_the_plain_ones(interpreted: Interpreted, tokens: int, dtype: torch.dtype, kind: str) -> None:
     layer = planes_layer(50, 96, 2, 32) if kind == "planes" else trellis_layer(50, 96, 32)
     layer.bias = torch.arange(50, dtype=dtype)
     x = inputs(tokens, 96, dtype)
@@ -133,7 +113,7 @@ def test_products_are_the_plain_ones(kernels: ModuleType, tokens: int, dtype: to
     torch.testing.assert_close(layer(strided.unflatten(0, (1, -1))), layer(strided)[None])
 
 
-def test_every_timestep_has_its_weight(kernels: ModuleType) -> None:
+def test_every_timestep_has_its_weight(interpreted: Interpreted) -> None:
     layer = planes_layer(5, 64, 2, 32)
     layer.scale = torch.cat([layer.scale, 2 * layer.scale])
     layer.zero_point = layer.zero_point.repeat(2, 1, 1)
@@ -146,7 +126,7 @@ def test_every_timestep_has_its_weight(kernels: ModuleType) -> None:
     assert torch.equal(products[1], 2 * products[0])
 
 
-def test_gradients_pass_through(kernels: ModuleType) -> None:
+def test_gradients_pass_through(interpreted: Interpreted) -> None:
     layer, x = trellis_layer(5, 40, 8), inputs(3, 40, torch.bfloat16).requires_grad_()
     set_backend(layer, "triton")
     layer(x).sum().backward()
@@ -164,7 +144,7 @@ class TestChoice:
         assert backend(model) == {"0": "plain", "2": "plain"}
         assert "bits=2, group_size=16, activation_bits=16, backend=plain" in repr(model)
 
-    def test_what_isnt_for_a_kernel_is_plain(self, kernels: ModuleType) -> None:
+    def test_what_isnt_for_a_kernel_is_plain(self, interpreted: Interpreted) -> None:
         odd, layer = planes_layer(4, 30, 2, 6), planes_layer(4, 32, 2, 16)
         assert not odd.has_planes
         for model, x in ((odd, inputs(2, 30, torch.bfloat16)), (layer, inputs(2, 32, torch.float32))):
@@ -174,7 +154,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("fault", ["wrong", "not a number", "raises"])
     def test_a_wrong_kernel_is_named_and_not_used(
-        self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, fault: str
+        self, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch, fault: str
     ) -> None:
         layer, x = planes_layer(6, 64, 2, 32), inputs(3, 64, torch.bfloat16)
         expected, weight = layer(x), layer.triton_weight
@@ -197,7 +177,7 @@ class TestChoice:
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_a_kernel_that_overflows_inside_is_found(
-        self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+        self, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
     ) -> None:
         """It is right for inputs of usual size, and the exact product of the large ones is a number in float16."""
         layer = planes_layer(6, 64, 2, 32)
@@ -220,7 +200,7 @@ class TestChoice:
         assert F.linear(backends._tokens(layer.weight(), 5), layer.weight()).abs().max() < 6e4
         assert overflows(layer, x).isfinite().all()
 
-    def test_one_wrong_token_is_found(self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_one_wrong_token_is_found(self, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
         """Among many, whose errors are small, and beside one that is large."""
         layer = planes_layer(6, 64, 2, 32)
 
@@ -234,7 +214,7 @@ class TestChoice:
         with pytest.warns(UserWarning, match="its product is off by 0.[2-5]"):
             layer(inputs(128, 64, torch.bfloat16))
 
-    def test_other_blocks_are_compared_anew(self, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_other_blocks_are_compared_anew(self, interpreted: Interpreted, monkeypatch: pytest.MonkeyPatch) -> None:
         """A kernel for more tokens is another kernel."""
         layer, counts = planes_layer(6, 64, 2, 32), []
 

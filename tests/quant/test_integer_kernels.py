@@ -3,9 +3,7 @@
 Triton's kernels run under its interpreter, on the CPU; humming's are imitated, with what they round.
 """
 
-import importlib
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -17,38 +15,19 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from thermo_lib import set_backend
-from thermo_lib.quant import backends, humming_kernels
+from thermo_lib.quant import humming_kernels
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.layers import QuantizedLinear
 
-NAMES = [f"thermo_lib.quant.{name}" for name in ("triton_kernels", "integer_kernels")]
+pytestmark = pytest.mark.usefixtures("nothing_is_known")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def kernels() -> Iterator[ModuleType]:
+def kernels(interpreted: dict[str, ModuleType]) -> ModuleType:
     """The module of integer kernels, interpreted."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRITON_INTERPRET", "1")
-    for name in NAMES:
-        patch.delitem(sys.modules, name, raising=False)
-    backends._is_there.cache_clear()
-    # What torch has imported before is for a GPU.
-    language, interpreter = (importlib.import_module(f"triton.{name}") for name in ("language", "runtime.interpreter"))
-    for name in ("sum", "min", "max"):
-        function = getattr(language, name)
-        if not isinstance(function, interpreter.InterpretedFunction):
-            patch.setattr(language, name, interpreter.InterpretedFunction(function.fn))
-    yield [importlib.import_module(name) for name in NAMES][1]
-    patch.undo()
-    for name in NAMES:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_found", {})
+    return interpreted["integer_kernels"]
 
 
 def layer_of(rows: int, groups: int, bits: int, group_size: int, ranges: Any, seed: int = 0) -> QuantizedLinear:

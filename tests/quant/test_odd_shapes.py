@@ -4,10 +4,8 @@ A product's row t depends on the input's row t alone. So the reference is comput
 kernel returns for fewer is compared with its first rows: each token has the same result among any number of others.
 """
 
-import importlib
 import itertools
 import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thermo_lib.quant import backends
 from thermo_lib.quant.codes import pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.kernels import library
@@ -28,7 +25,6 @@ SOME_TOKENS = (0, 1, 31, 65, 257, 513)
 IN_FEATURES, OUT_FEATURES, GROUPS = (1, 31, 100, 768), (1, 48, 50), (10**6, 7, 32, 64)
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-TRITON = "thermo_lib.quant.triton_kernels"
 
 
 @dataclass
@@ -121,18 +117,6 @@ def check_tokens(case: Case, dtype: torch.dtype, backend: str, counts: tuple[int
         check(layer(x[:count]), exact[:count], bound[:count], dtype, (name, backend, dtype, count))
 
 
-@pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Triton's kernels on the CPU."""
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.delitem(sys.modules, TRITON, raising=False)
-    monkeypatch.setattr(backends, "_found", {})
-    backends._is_there.cache_clear()
-    importlib.import_module(TRITON)
-    yield
-    sys.modules.pop(TRITON, None)
-
-
 def shapes() -> Iterator[tuple[tuple[int, int, int], tuple[int, ...]]]:
     """Rows, columns and group size, and for how many tokens: all numbers at the largest layers."""
     for rows, columns, group_size in itertools.product(OUT_FEATURES, IN_FEATURES, GROUPS):
@@ -160,7 +144,7 @@ def test_trellis(backend: str) -> None:
             check_tokens(case, dtype, backend, counts, shape)
 
 
-def test_triton(interpreted: None) -> None:
+def test_triton(interpreted: object, nothing_is_known: None) -> None:
     for columns, group_size in ((100, 20), (768, 768)):
         for dtype in (BF16, F16):
             for case in (planes_case(48, columns, group_size, 2), trellis_case(48, columns, group_size)):
@@ -298,7 +282,7 @@ def check_large(found: Tensor, exact: Tensor, bound: Tensor, case: object) -> No
 
 
 @pytest.mark.parametrize("backend", ["plain", "triton", pytest.param("compiled", marks=needs_compiler)])
-def test_large_float16_inputs(backend: str, interpreted: None) -> None:
+def test_large_float16_inputs(backend: str, interpreted: object, nothing_is_known: None) -> None:
     for kind, factor in itertools.product(("planes", "trellis"), (1, 2**-6)):
         case, x = large_case(kind)
         case.layer.backend = backend
