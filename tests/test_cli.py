@@ -24,6 +24,7 @@ from thermo_lib.diffusion.path_kl import PathKLEstimate
 from thermo_lib.evaluation.scores import Evaluation, PuzzleResult
 from thermo_lib.evaluation.summary import summarize
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.quant.precision import FLOAT32, TF32
 from thermo_lib.studies.params import default
 
 FAST = ("preset=fast", "group_size=16")
@@ -168,6 +169,21 @@ class TestGenerate:
         status, out, err = run("generate", "--model", folder, "--prompt", "a", *arguments)
         assert (status, out) == (2, "")
         assert message in err
+
+
+@pytest.mark.parametrize(("words", "expected"), [((), TF32), (("--float32",), FLOAT32)])
+def test_quantize_runs_the_model_in_tf32_unless_told(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], expected: str
+) -> None:
+    seen, written = [], commands.quantize_checkpoint
+
+    def record(*given: object, **more: object) -> None:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        written(*given, **more)
+
+    monkeypatch.setattr(commands, "quantize_checkpoint", record)
+    assert run("quantize", "--model", folder, "--output", "small", *FAST, *words)[0] == 0
+    assert seen == [expected]
 
 
 class TestEvaluate:

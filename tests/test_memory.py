@@ -102,7 +102,11 @@ def test_training_in_place_is_training_a_copy(tiny: DiffusionLM, calibration: Ca
 
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_embeddings_that_the_head_doesnt_share_stay_with_the_host(
-    tiny: DiffusionLM, tmp_path: Path, random_ids: Callable[..., Tensor], is_tied: bool
+    tiny: DiffusionLM,
+    tmp_path: Path,
+    random_ids: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    is_tied: bool,
 ) -> None:
     tiny = load_copy(tiny, tmp_path, is_tied)
     ids = random_ids(2, 9)
@@ -115,6 +119,11 @@ def test_embeddings_that_the_head_doesnt_share_stay_with_the_host(
         assert there.device == DEVICE
         found = there.model(OnDevice(ids))
         assert isinstance(found, OnDevice)
+        if not is_tied:
+            looked_up, look_up = [], nn.Embedding.forward
+            monkeypatch.setattr(nn.Embedding, "forward", lambda self, x: looked_up.append(x) or look_up(self, x))
+            assert embedding(OnDevice(torch.full((3, 50), 7))).shape == (3, 50, tiny.model.config.hidden_size)
+            assert [some.tolist() for some in looked_up] == [[7]], "what is moved is one token's"
     torch.testing.assert_close(found.held, expected, rtol=1e-3, atol=1e-3)
 
 
@@ -149,6 +158,15 @@ def test_hidden_states_in_the_hosts_memory(
     for name, layer in device.quantized_layers().items():
         found = host.quantized_layers()[name]
         assert all(torch.equal(getattr(layer, key).held, getattr(found, key).held) for key in ("packed", "scale"))
+
+
+def test_a_gpu_with_room_holds_many_hidden_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * 2**30, 141 * 2**30))
+    homes = [blocks._home(card, size * 2**30).type for size in (1, 2, 29, 31)]
+    assert homes == ["cuda", "cuda", "cuda", "cpu"]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 * 2**30))
+    assert [blocks._home(card, size * 2**30).type for size in (2, 3)] == ["cuda", "cpu"]
 
 
 def test_memory_doesnt_grow_with_the_blocks(

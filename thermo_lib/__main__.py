@@ -57,6 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     writer.add_argument("--length", type=int, help="number of tokens of each (512)")
     writer.add_argument("--device", **devices)
     writer.add_argument(
+        "--float32",
+        action="store_true",
+        help="run the model in float32 on a GPU, instead of TF32, which rounds numbers to 11 bits in products",
+    )
+    writer.add_argument(
         "fields",
         **some_fields,
         help=f"preset={'|'.join(PRESETS)} (preset={DEFAULT}), and settings of ThermoConfig that differ from it, e.g. "

@@ -42,6 +42,7 @@ from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
+from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
@@ -170,6 +171,17 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         raise ValueError(f"scheduler: {found}; allowed is what needs no calibration, such as preset=fast")
     device = "cpu" if arguments.scheduler is not None and arguments.device is None else _device(arguments.device)
     start = time.perf_counter()
+    with products_in(FLOAT32 if arguments.float32 else TF32):
+        _quantize(arguments, config, device)
+    size = sum(path.stat().st_size for path in weight_files(arguments.output))
+    peak = ""
+    if torch.device(device).type == "cuda":
+        peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory at most"
+    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s{peak}")
+
+
+def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
+    """Write the folder, in the way that was asked for."""
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
@@ -191,8 +203,6 @@ def run_quantize(arguments: argparse.Namespace) -> None:
             quantize_checkpoint(arguments.model, arguments.output, config, client=client, device=device, progress=True)
     else:
         quantize_checkpoint(arguments.model, arguments.output, config, device=device, progress=True)
-    size = sum(path.stat().st_size for path in weight_files(arguments.output))
-    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s")
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

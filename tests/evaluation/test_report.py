@@ -128,6 +128,11 @@ class TestReport:
         assert found == {name: importlib.metadata.version(name) for name in report.REPORTED_PACKAGES}
         assert {"torch", "transformers"} <= found.keys()
 
+    def test_what_isnt_installed_has_no_version(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As without the extra ``pipeline``."""
+        monkeypatch.setattr(report, "REPORTED_PACKAGES", ("torch", "a-package-that-nobody-has"))
+        assert report.versions().keys() == {"python", "torch"}
+
     def test_the_content_is_complete_and_json(self) -> None:
         content = report.build_report("model", ROW, [ROW], [TARGET])
         assert content.keys() == {

@@ -9,8 +9,10 @@ from matrices import HALF_ULP, SUBNORMAL, bit_widths, roundings, seeds, spread, 
 from torch import Tensor
 
 from thermo_lib.quant.codes import QuantizedWeight
-from thermo_lib.quant.gptq import gptq, refit
+from thermo_lib.quant.gptq import check_hessian, gptq, refit
+from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
+from thermo_lib.quant.trellis import trellis
 
 
 def correlated_hessian(columns: int, seed: int, samples: int = 200) -> Tensor:
@@ -25,6 +27,31 @@ def output_error(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor) ->
     """``(w - ŵ) H (w - ŵ)^T`` of each row: the squared error of the layer's output over the calibration inputs."""
     difference = weight.double() - quantized.dequantize().double()
     return ((difference @ hessian.double()) * difference).sum(1)
+
+
+@pytest.mark.parametrize("method", ["gptq", "refit", "trellis"])
+def test_what_is_fitted_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """Where the model itself runs in TF32, too."""
+    weight, hessian = weights(4, 16, 0), correlated_hessian(16, 1)
+    start, seen = round_to_nearest(weight, 2, 8), []
+    calls = {
+        "gptq": lambda: gptq(weight, hessian, 2, 8, 0.01, 0.0),
+        "refit": lambda: refit(weight, start, hessian, 0.0),
+        "trellis": lambda: trellis(weight, hessian, torch.full((16,), 2), 16, 0.01, 2),
+    }
+    checked = check_hessian
+
+    def check(*given: object) -> None:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        checked(*given)
+
+    for module in ("gptq", "trellis"):
+        monkeypatch.setattr(f"thermo_lib.quant.{module}.check_hessian", check)
+    with products_in(TF32):
+        calls[method]()
+        assert torch.backends.cuda.matmul.fp32_precision == TF32
+    assert set(seen) == {FLOAT32}
+    assert torch.backends.cuda.matmul.fp32_precision != TF32
 
 
 class TestGPTQ:

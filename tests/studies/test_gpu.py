@@ -12,7 +12,7 @@ from small_runs import Run
 from thermo_lib.models.families import DreamConfig
 from thermo_lib.studies import gpu
 
-CHECKED = gpu._CHECKED[:2]
+MODELS = ("dense", "int2 w2a16", "int2 w2a8 static", "trellis")
 SMALL = gpu.Extent(
     DreamConfig(
         vocab_size=1100,
@@ -25,6 +25,7 @@ SMALL = gpu.Extent(
     ),
     layers=2,
     tokens=(1, 5),
+    checked=gpu._CHECKED[:2],
     sizes=((256, 64),),
     rounds=2,
     seconds=1000.0,
@@ -35,7 +36,6 @@ SMALL = gpu.Extent(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "_CHECKED", CHECKED)
         for name, small in (("_SEQUENCES", 1), ("_STEPS", 3), ("_TEXT", 20)):
             patch.setattr(gpu, name, small)
         found = gpu.gpu_check(torch.device("cpu"), SMALL, path)
@@ -46,10 +46,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
     assert found["failed"] == {}
     assert {(row["model"], row["tokens"]) for row in found["forward"]} == {
-        (model, tokens) for model in ("dense", "int2 w2a16", "trellis") for tokens in (1, 5)
+        (model, tokens) for model in MODELS for tokens in (1, 5)
     }
     assert all(row["times_dense"] == 1 for row in found["forward"] if row["model"] == "dense")
-    assert [row["model"] for row in found["generation"]] == ["dense", "int2 w2a16", "trellis"]
+    assert [row["model"] for row in found["generation"]] == list(MODELS)
     assert all(row["seconds"] > 0 and row["beside"] < 1 for row in found["generation"])
     assert len(found["quantizers"]) == 4
     assert [(row["preset"], row["blocks"]) for row in found["layerwise"]] == [("gptq", 1), ("best, untrained", 1)]
@@ -60,7 +60,7 @@ def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
 
 
 def test_every_product_is_right(found: dict[str, Any]) -> None:
-    assert len(found["kernels"]) == len(CHECKED) * len(gpu._TOKENS) * (3 * 3 + 2)
+    assert len(found["kernels"]) == len(SMALL.checked) * len(gpu._TOKENS) * (3 * 3 + 2)
     assert all(row["right"] for row in found["kernels"])
 
 
@@ -71,15 +71,15 @@ def test_a_part_that_fails_or_takes_too_long_is_named(monkeypatch: pytest.Monkey
 
     parts = {
         "fails": fails,
-        "endless": lambda *_: iter(lambda: {"row": 2}, None),
+        "endless": lambda *_: iter(lambda: {"row": len(torch.linalg.svdvals(torch.ones(300, 300)))}, None),
         "good": lambda *_: iter([{"row": 3}]),
     }
     monkeypatch.setattr(gpu, "PARTS", parts)
-    extent = gpu.Extent(SMALL.config, 1, (1,), SMALL.sizes, 2, seconds=0.3)
+    extent = gpu.Extent(SMALL.config, 1, (1,), SMALL.checked, SMALL.sizes, 2, seconds=1.0)
     found = gpu.gpu_check(torch.device("cpu"), extent, tmp_path / "gpu.json")
     assert (found["fails"], found["good"]) == ([{"row": 1}], [{"row": 3}])
     assert found["failed"]["fails"] == "RuntimeError: no kernel for this card"
-    assert found["failed"]["endless"].startswith("no more than 0 s")
+    assert found["failed"]["endless"].startswith("no more time: ")
     assert set(found["failed"]) == {"fails", "endless"}
 
 

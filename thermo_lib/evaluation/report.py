@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,12 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, st
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in REPORTED_PACKAGES}
-    return {"python": platform.python_version(), **found}
+    """Versions of Python and of the packages that the numbers depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in REPORTED_PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):  # the last are the pipeline's
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def hardware() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -185,7 +186,8 @@ class HostEmbedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids, any shape, to embeddings ``(..., hidden)`` on the device."""
-        return super().forward(ids.to(self.weight.device)).to(self.device)
+        some, place = ids.unique(return_inverse=True)  # of a masked text, few: less to move than every position's
+        return F.embedding(place, super().forward(some.to(self.weight.device)).to(self.device))
 
 
 def hold(block: nn.Module) -> None:

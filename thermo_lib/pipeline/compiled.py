@@ -13,10 +13,10 @@ from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.quant.buffers import TimestepTable
+from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.planes import compile_linears
 
 Pass = Callable[[Tensor], Tensor]
-_WARM_UP = 3  # passes before one is captured, in which kernels are compiled, checked and chosen
 
 
 def compile(lm: DiffusionLM, graphs: int = 8) -> None:
@@ -54,7 +54,7 @@ class GraphedPass:
     """
 
     def __init__(self, model: MaskPredictor, most: int, capture: Callable[[Pass, Tensor], Pass] | None = None):
-        self.model, self.most, self.capture = model, most, capture or _cuda_graph
+        self.model, self.most, self.capture = model, most, capture or captured
         self.graphs: OrderedDict[tuple[Any, ...], Pass] = OrderedDict()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -78,24 +78,3 @@ class GraphedPass:
         """Whether weights or ranges do."""
         tables = (module for module in self.model.modules() if isinstance(module, TimestepTable))
         return any(len(table.scale) > 1 for table in tables)
-
-
-def _cuda_graph(function: Pass, ids: Tensor) -> Pass:
-    """See ``GraphedPass``."""
-    held = ids.clone()
-    side = torch.cuda.Stream(ids.device)
-    side.wait_stream(torch.cuda.current_stream(ids.device))
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP):
-            function(held)
-    torch.cuda.current_stream(ids.device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = function(held)
-
-    def replay(other: Tensor) -> Tensor:
-        held.copy_(other)
-        graph.replay()
-        return found
-
-    return replay

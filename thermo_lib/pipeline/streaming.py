@@ -150,6 +150,8 @@ def _quantize(
     carried = read_carried(folder)
     partial = unfinished(output, "partial")
     run = _run(checkpoint, config, calibration, prompts) | {"shard size": shard_bytes}
+    if calibration is not None and device.type == "cuda":
+        run |= {"card": torch.cuda.get_device_name(device), "products": torch.backends.cuda.matmul.fp32_precision}
     if _is_done(output, run):
         _finish(output, partial)
         return

@@ -82,6 +82,7 @@ def _by_integer_triton(layer: Any, x: Tensor) -> Tensor:
 
 def _for_humming(layer: Any, x: Tensor) -> bool:
     fits = x.is_cuda and x.dtype in _HALVES and layer.has_planes and layer.group_size % 8 == 0
+    fits = fits and layer.in_features % 64 == layer.out_features % 64 == 0
     return fits and not _needs_gradient(x) and _is_there("humming")
 
 

@@ -1,14 +1,23 @@
 """GPTQ (arXiv 2210.17323), and the closed-form fit of scales and zero points to finished codes."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from thermo_lib.quant.codes import QuantizedWeight, check_bits, check_weight, quantize_codes, storable
+from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.limits import LARGEST_ZERO_POINT, SMALLEST_SCALE
+from thermo_lib.quant.precision import FLOAT32, products_in
 from thermo_lib.quant.rounding import least_squares_parameters
 
+_RECORDED = 2**9  # columns of a group at most that are recorded; the graph has a dozen kernels for each
+_KEPT = 8  # graphs
 
+
+@products_in(FLOAT32)
 def gptq(weight: Tensor, hessian: Tensor, bits: int, group_size: int, damping: float, ridge: float) -> QuantizedWeight:
     """GPTQ (arXiv 2210.17323, algorithm 1): quantize column by column and push each column's error onto the rest.
 
@@ -44,14 +53,40 @@ def _column_by_column(weight: Tensor, Hinv: Tensor, bits: int, group_size: int) 
         scales.append(scale)
         zeros.append(zero)
         s, z = scale[:, 0].double(), zero[:, 0].double()
-        Err = W.new_zeros((len(W), stop - start))
-        for column in range(start, stop):
-            q = quantize_codes(W[:, column], s, z, bits)
-            codes[:, column] = q.to(torch.uint8)
-            Err[:, column - start] = (W[:, column] - (q - z) * s) / Hinv[column, column]
-            W[:, column:stop] -= Err[:, column - start, None] * Hinv[column, column:stop]
+        group = W[:, start:stop], Hinv[start:stop, start:stop], s, z
+        is_graph = W.is_cuda and stop - start <= _RECORDED
+        run = _recorded(bits, group) if is_graph else _of_group(bits)
+        codes[:, start:stop], Err = run(*group)
         W[:, stop:] -= Err @ Hinv[start:stop, stop:]
     return QuantizedWeight(codes, torch.cat(scales, 1), torch.cat(zeros, 1), bits, group_size)
+
+
+def _of_group(bits: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """A function of a group's weights, its part of ``Hinv``, scale and zero point, to its codes and errors."""
+
+    def run(weight: Tensor, Hinv: Tensor, scale: Tensor, zero: Tensor) -> tuple[Tensor, Tensor]:
+        W, codes, Err = weight.clone(), torch.zeros_like(weight, dtype=torch.uint8), torch.zeros_like(weight)
+        for column in range(W.shape[1]):
+            q = quantize_codes(W[:, column], scale, zero, bits)
+            codes[:, column] = q.to(torch.uint8)
+            Err[:, column] = (W[:, column] - (q - zero) * scale) / Hinv[column, column]
+            W[:, column:] -= Err[:, column, None] * Hinv[column, column:]
+        return codes, Err
+
+    return run
+
+
+_graphs: dict[tuple[Any, ...], Callable[..., tuple[Tensor, Tensor]]] = {}
+
+
+def _recorded(bits: int, group: tuple[Tensor, ...]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``_of_group`` as a CUDA graph; a layer has many groups of one shape."""
+    key = bits, group[0].shape, group[0].device
+    if key not in _graphs:
+        if len(_graphs) == _KEPT:
+            _graphs.pop(next(iter(_graphs)))
+        _graphs[key] = captured(_of_group(bits), *group)
+    return _graphs[key]
 
 
 def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
@@ -96,6 +131,7 @@ TRACE = {torch.float64: 1e-12, torch.float32: 1e-6}  # share of a system's diago
 _REFITTED = 2**28  # numbers of a matrix (rows, in_features, groups) that is held at a time
 
 
+@products_in(FLOAT32)
 def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: float) -> QuantizedWeight:
     """Scale and zero point of least output error for fixed codes, in closed form.
 

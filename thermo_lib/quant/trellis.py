@@ -19,6 +19,7 @@ from torch import Tensor
 from thermo_lib.quant.codes import check_weight, dequantize, storable
 from thermo_lib.quant.gptq import TRACE, check_hessian, fit_precision, inverse_factor
 from thermo_lib.quant.limits import SMALLEST_SCALE
+from thermo_lib.quant.precision import FLOAT32, products_in
 
 STATE_BITS = 12
 MOST_BITS = 6  # of a column
@@ -174,6 +175,7 @@ def allocate_bits(costs: Mapping[str, Tensor], rows: Mapping[str, int], average_
     return dict(zip(costs, bits.split([len(cost) for cost in costs.values()]), strict=True))
 
 
+@products_in(FLOAT32)
 def trellis(
     weight: Tensor,
     hessian: Tensor,
@@ -273,6 +275,7 @@ def _of_parents(x: Tensor, parent: Tensor) -> Tensor:
     return x.gather(1, parent[..., None].expand(-1, -1, x.shape[2]))
 
 
+@products_in(FLOAT32)
 def refit_scales(weight: Tensor, quantized: TrellisWeight, hessian: Tensor) -> TrellisWeight:
     """The scales of least squared output error for fixed codes, in closed form.
 

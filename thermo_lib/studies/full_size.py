@@ -3,6 +3,7 @@
 A checkpoint of random weights has the sizes, memory and times of the published one; its answers are noise.
 """
 
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -104,14 +105,18 @@ def random_model(
         config: its sizes.
         layers: number of its blocks.
         device: where.
-        kernel: a name of ``speed.KERNELS``; its linears inside the blocks have random codes. None for dense ones.
+        kernel: a name of ``speed.KERNELS``; its linears inside the blocks have random codes, those of one size the same
+            ones. None for dense ones.
     """
     settings = {**config.to_dict(), "num_hidden_layers": layers}
     model = skeleton(type(config)(**{k: v for k, v in settings.items() if k != "layer_types"}))
-    names = set(linear_names(model))
+    names, made = set(linear_names(model)), {}
     for name, module in list(model.named_modules()):
         if name in names and kernel is not None:
-            layer = KERNELS[kernel](module.in_features, module.out_features)
+            size = module.in_features, module.out_features
+            if size not in made:
+                made[size] = KERNELS[kernel](*size).to(device)
+            layer = copy.deepcopy(made[size])
             layer.bias = None if module.bias is None else torch.zeros(module.out_features, dtype=torch.bfloat16)
             model.set_submodule(name, layer.to(device))
     for name, parameter in list(model.named_parameters()):

@@ -3,6 +3,8 @@
 Models have random weights in the shapes of Dream 7B; times don't depend on what the weights are.
 """
 
+import copy
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,13 +13,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import calibrate
 from thermo_lib.evaluation.report import hardware, versions
+from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
 from thermo_lib.models.tokenization import read_tokenizer
@@ -26,17 +29,19 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
+from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 from thermo_lib.quant.trellis import trellis
 from thermo_lib.studies.full_size import PUBLISHED, random_model
-from thermo_lib.studies.speed import DREAM_7B, KERNELS, SPEED_COLUMNS, kernel_speeds
+from thermo_lib.studies.speed import DREAM_7B, KERNELS, SPEED_COLUMNS
 
-_CHECKED = ((31, 7), (100, 50), (768, 48), (512, 513), (3584, 512))  # in_features, out_features
 _TOKENS = (1, 33, 65, 257)
 _WRONG = 0.02  # error of a product, as a share of its size
 _STEPS, _TEXT = 16, 256  # of a generation: denoising steps and tokens
 _BEAM = 16
 _SEQUENCES = 8  # of calibration
+_COLD = 2**27  # bytes of weights that are read in turns: more than a GPU's cache holds
+_MODELS = (None, "int2 w2a16", "int2 w2a8 static", "trellis")
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,26 @@ class Extent:
         config: of the models.
         layers: number of blocks of the models.
         tokens: numbers of tokens of the inputs.
-        sizes: ``(in_features, out_features)`` of the linears.
+        checked: ``(in_features, out_features)`` of the linears whose products are checked.
+        sizes: the same of those that are timed.
         rounds: number of counted turns of a comparison.
-        seconds: after which no part begins another row.
+        seconds: that all parts may take together, each an equal share and what those before it left of theirs; after
+            that it begins no other row.
     """
 
     config: PreTrainedConfig
     layers: int
     tokens: Sequence[int]
+    checked: Sequence[tuple[int, int]]
     sizes: Sequence[tuple[int, int]]
     rounds: int
     seconds: float
 
 
-WHOLE = Extent(PUBLISHED["Dream 7B"], 28, (1, 32, 256, 1024, 4096), DREAM_7B, 15, 400.0)
-QUICK = Extent(PUBLISHED["Dream 7B"], 4, (32, 256, 1024), DREAM_7B[:1], 7, 90.0)
+_DREAM = PUBLISHED["Dream 7B"]
+_CHECKED = ((31, 7), (100, 50), (768, 48), (512, 513), (3584, 512))
+WHOLE = Extent(_DREAM, 28, (1, 32, 256, 1024, 2048), _CHECKED, DREAM_7B, 15, 420.0)
+QUICK = Extent(_DREAM, 4, (32, 256, 1024), (_CHECKED[1], _CHECKED[4]), DREAM_7B[:1], 7, 90.0)
 
 Rows = Iterator[dict[str, Any]]
 
@@ -77,7 +87,7 @@ def kernel_rows(device: torch.device, extent: Extent) -> Rows:
     Of a trellis there are the two ways to read it too, which must be equal bit for bit.
     """
     for kernel, make in KERNELS.items():
-        for in_features, out_features in _CHECKED:
+        for in_features, out_features in extent.checked:
             layer = make(in_features, out_features).to(device)
             for backend in _backends(kernel):
                 for tokens in _TOKENS:
@@ -95,10 +105,10 @@ def kernel_rows(device: torch.device, extent: Extent) -> Rows:
                 yield about | {"tokens": 0, "error": error, "right": torch.equal(*read)}
 
 
-def _table(layer: nn.Module, gathers: bool) -> Callable[[], torch.Tensor]:
+def _table(layer: nn.Module, gathers: bool) -> Callable[[], Tensor]:
     """Reads a trellis-coded weight, with its table of values in shared memory or not."""
 
-    def read() -> torch.Tensor:
+    def read() -> Tensor:
         layer.gathers_table = gathers
         return layer.triton_weight(torch.bfloat16)
 
@@ -106,25 +116,72 @@ def _table(layer: nn.Module, gathers: bool) -> Callable[[], torch.Tensor]:
 
 
 def linear_rows(device: torch.device, extent: Extent) -> Rows:
-    """Times of single linears, see ``kernel_speeds``; kernels that aren't used for a size are left out."""
-    for size in extent.sizes:
-        for kernel in KERNELS:
+    """Times of single linears against the dense bfloat16 one, both as CUDA graphs, none of their weights in the cache.
+
+    Kernels that aren't used for a size are left out.
+    """
+    for in_features, out_features in extent.sizes:
+        weights = torch.randn(_copies(2 * in_features * out_features, device), out_features, in_features).bfloat16()
+        dense = [functools.partial(F.linear, weight=weight) for weight in weights.to(device)]
+        inputs = {count: torch.randn(count, in_features).to(device, torch.bfloat16) for count in extent.tokens}
+        expected = {count: _together(dense, x, device) for count, x in inputs.items()}
+        for kernel, make in KERNELS.items():
+            layer = make(in_features, out_features).to(device)
+            layers = [copy.deepcopy(layer) for _ in range(_copies(layer.packed.numel(), device))]
             for backend in _backends(kernel):
-                how = {"kernels": [kernel], "backend": backend, "device": device, "rounds": extent.rounds}
-                rows = kernel_speeds([size], extent.tokens, **how)
-                yield from (row for row in rows if row["backend"] in (backend, f"{backend} int8"))
+                set_backend(nn.ModuleList(layers), backend)
+                for count, x in inputs.items():
+                    row = _timed(layers, x, expected[count], extent.rounds, len(dense))
+                    if layers[0].chosen in (backend, f"{backend} int8"):
+                        about = {"linear": f"{in_features} -> {out_features}", "kernel": kernel}
+                        yield about | {"backend": layers[0].chosen, "tokens": count} | row
+
+
+def _copies(size: int, device: torch.device) -> int:
+    """How many weights of so many bytes are used in turns."""
+    return min(64, -(-_COLD // size)) if device.type == "cuda" else 1
+
+
+@torch.no_grad()
+def _together(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, device: torch.device) -> Callable[[], None]:
+    """A function that makes all products and waits for them, on a GPU as one graph."""
+
+    def run(x: Tensor) -> Tensor:
+        return [product(x) for product in products][-1]
+
+    made = captured(run, x) if device.type == "cuda" else run
+
+    def call() -> None:
+        made(x)
+        _wait(device)
+
+    return call
+
+
+@torch.no_grad()
+def _timed(
+    layers: Sequence[nn.Module], x: Tensor, dense: Callable[[], None], rounds: int, count: int
+) -> dict[str, Any]:
+    """What ``layers`` take, as a multiple of what ``count`` dense ones do; each by itself."""
+    found = paired_ratio(_together(layers, x, x.device), dense, rounds)
+    share = count / len(layers)
+    return {
+        "times_dense": share * found["ratio"],
+        "ci": [share * end for end in found["ci"]],
+        "dense_ms": 1e3 * found["baseline_seconds"] / count,
+    }
 
 
 @torch.no_grad()
 def forward_rows(device: torch.device, extent: Extent) -> Rows:
     """Milliseconds of a forward pass of one sequence, called and replayed, and what they are of the dense model's."""
     dense: dict[tuple[int, bool], float] = {}
-    for kernel in (None, "int2 w2a16", "trellis"):
+    for kernel in _MODELS:
         _free(device)
         model = random_model(extent.config, extent.layers, device, kernel)
         for tokens in extent.tokens:
             ids = torch.randint(0, 1000, (1, tokens), device=device)
-            for is_graph in (False, True) if device.type == "cuda" else (False,):
+            for is_graph in _ways(device):
                 run = GraphedPass(model, 1) if is_graph else model.hidden
                 seconds = _median(lambda run=run, ids=ids: run(ids), device, extent.rounds)
                 dense.setdefault((tokens, is_graph), seconds)
@@ -133,18 +190,27 @@ def forward_rows(device: torch.device, extent: Extent) -> Rows:
                 yield about | times | {"peak_mib": _peak(device)}
 
 
+def _ways(device: torch.device) -> tuple[bool, ...]:
+    """Whether a pass is replayed as a graph."""
+    return (False, True) if device.type == "cuda" else (False,)
+
+
 def generation_rows(device: torch.device, extent: Extent) -> Rows:
     """Seconds to fill 256 tokens in 16 steps, and the share of them that isn't spent in forward passes."""
     tokenizer = read_tokenizer(REFERENCE_DIR)
-    for kernel in (None, "int2 w2a16", "trellis"):
+    for kernel in _MODELS:
         _free(device)
         model = random_model(extent.config, extent.layers, device, kernel)
         lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
         ids = torch.full((1, _TEXT), lm.mask_token_id, device=device)
-        whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
-        with torch.no_grad():
-            passes = _STEPS * _median(lambda lm=lm, ids=ids: lm.model.hidden(ids), device, 3)
-        yield {"model": kernel or "dense", "layers": extent.layers, "seconds": whole, "beside": 1 - passes / whole}
+        for is_graph in _ways(device):
+            if is_graph:
+                model.hidden = GraphedPass(model, 1)
+            whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
+            with torch.no_grad():
+                passes = _STEPS * _median(lambda lm=lm, ids=ids: lm.model.hidden(ids), device, 3)
+            about = {"model": kernel or "dense", "graph": is_graph, "layers": extent.layers}
+            yield about | {"seconds": whole, "beside": 1 - passes / whole}
 
 
 @torch.no_grad()
@@ -220,7 +286,12 @@ COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
     "rows": {"backend": ("backend", "{}")} | SPEED_COLUMNS,
     "forward": {name: (name, "{}") for name in ("model", "graph", "layers", "tokens")}
     | {"ms": ("ms", "{:.2f}"), "times dense": ("times_dense", "{:.2f}")},
-    "generation": {"model": ("model", "{}"), "seconds": ("seconds", "{:.2f}"), "beside": ("beside", "{:.2f}")},
+    "generation": {
+        "model": ("model", "{}"),
+        "graph": ("graph", "{}"),
+        "seconds": ("seconds", "{:.2f}"),
+        "beside": ("beside", "{:.2f}"),
+    },
     "quantizers": {"quantizer": ("quantizer", "{}")}
     | _SIZE
     | {"seconds": ("seconds", "{:.2f}"), "weights a second": ("weights_a_second", "{:.3g}")},
@@ -244,14 +315,14 @@ def gpu_check(device: torch.device, extent: Extent, output: Path, *, progress: b
     """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["processor"]
     found: dict[str, Any] = {"card": card, "versions": versions(), "failed": {}}
-    share = extent.seconds / len(PARTS)
-    for name, part in tqdm(PARTS.items(), desc="gpu-check", disable=not progress, unit="part"):
-        found[name], start = [], time.perf_counter()
+    start, bar = time.perf_counter(), tqdm(PARTS.items(), desc="gpu-check", disable=not progress, unit="part")
+    for number, (name, part) in enumerate(bar):
+        found[name], share = [], (number + 1) / len(PARTS) * extent.seconds
         try:
             for row in part(device, extent):
                 found[name].append(row)
                 if time.perf_counter() - start > share:
-                    found["failed"][name] = f"no more than {share:.0f} s: {len(found[name])} rows are here"
+                    found["failed"][name] = f"no more time: {len(found[name])} rows are here"
                     break
         except Exception as error:  # a driver's or a compiler's: the other parts go on
             found["failed"][name] = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"

@@ -16,13 +16,22 @@ from thermo_lib.time_aware.groups import TimeGroups
 
 _NUMBERS = 2**27  # in the widest activations of a batch
 _BATCH = 64  # states of a batch at most, as in ``run_states``
-_ON_DEVICE = 2**31  # bytes of hidden states; more of them are in the host's memory
+_ON_DEVICE = 2**31  # bytes of hidden states that are on the model's device in any case
+_SHARE = 0.3  # of a GPU's free memory that more of them may take, as two are held at times; else the host's
 
 
 def states_at_a_time(lm: DiffusionLM, calibration: Calibration) -> int:
     """How many states a batch holds: 64, or fewer where they or the model are wide."""
     widest = max(part.ids.shape[1] for part in calibration.parts) * lm.model.config.intermediate_size
     return max(1, min(_BATCH, _NUMBERS // widest))
+
+
+def _home(device: torch.device, size: int) -> torch.device:
+    """Where so many bytes of hidden states are held; wherever it is, the results are the same."""
+    is_there = size <= _ON_DEVICE
+    if not is_there and device.type == "cuda":
+        is_there = size <= _SHARE * torch.cuda.mem_get_info(device)[0]
+    return device if is_there else torch.device("cpu")
 
 
 class BlockStream:
@@ -46,8 +55,7 @@ class BlockStream:
         self.lm, self.calibration, self.number = lm, calibration, 0
         embed, config = lm.model.model.embed_tokens, lm.model.config
         numbers = sum(part.ids.numel() for part in calibration.parts) * config.hidden_size
-        is_many = numbers * lm.model.dtype.itemsize > _ON_DEVICE
-        where = torch.device("cpu") if is_many else lm.device
+        where = _home(lm.device, numbers * lm.model.dtype.itemsize)
         with torch.no_grad():
             self.hidden = [
                 torch.cat([embed(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
