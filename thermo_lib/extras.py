@@ -4,6 +4,7 @@ import importlib
 from types import ModuleType
 
 EXTRAS = {
+    "cuda": "cuda",
     "distributed": "cluster",
     "humming": "cuda",
     "lm_eval": "eval",

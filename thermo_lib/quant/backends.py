@@ -1,10 +1,10 @@
 """Which code multiplies with a quantized weight: this is the place that chooses it, checks it and says what it chose.
 
 ``plain`` is torch alone and works everywhere; ``compiled`` is C++ on a CPU, or a loop by inductor (see ``planes`` and
-``streams``); ``triton`` writes the weight once for all tokens; ``humming`` multiplies from the codes, on CUDA. Where
-each token of the input is quantized in one range, the last two first try to multiply its codes with the weight's, in
-int8: ``triton int8`` and ``humming int8``. At the first use of a size each of these four is compared with the plain
-one: one that fails or is wrong isn't used.
+``streams``); ``triton`` writes the weight once for all tokens, and so does ``cuda`` for trellis codes on NVIDIA GPUs;
+``humming`` multiplies from the codes, on these too. Where each token of the input is quantized in one range, ``triton``
+and ``humming`` first try to multiply its codes with the weight's, in int8: ``triton int8`` and ``humming int8``. At the
+first use of a size each of these five is compared with the plain one: one that fails or is wrong isn't used.
 """
 
 import functools
@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from thermo_lib.quant.calls import CALL, denoising
 
-BACKENDS = ("auto", "plain", "compiled", "triton", "humming")
+BACKENDS = ("auto", "plain", "compiled", "cuda", "triton", "humming")
 _TRIED = {  # what is tried for what is asked, the fastest first
+    "cuda": ("cuda",),
     "triton": ("triton int8", "triton"),
     "humming": ("humming int8", "humming"),
-    "auto": ("humming int8", "triton int8", "humming", "triton"),
+    "auto": ("humming int8", "triton int8", "humming", "cuda", "triton"),
 }
+_MODULES = {"cuda": "cuda.bindings.nvrtc", "triton": "triton", "humming": "humming"}  # what they need
 _HALVES = (torch.bfloat16, torch.float16)
 _CLOSE = 0.02  # largest error of a product, as a share of its size, in any token
 _FEWEST, _MOST = 5, 128  # tokens of the product that is compared; kernels take other blocks for more of them
@@ -68,6 +70,15 @@ def _by_triton(layer: Any, x: Tensor) -> Tensor:
     return F.linear(layer.quantized_input(x), layer.triton_weight(x.dtype))
 
 
+def _for_cuda(layer: Any, x: Tensor) -> bool:
+    fits = layer.suits_cuda() and x.is_cuda and x.dtype in _HALVES and torch.version.hip is None
+    return fits and torch.cuda.get_device_capability(x.device) >= (8, 0) and _is_there(_MODULES["cuda"])
+
+
+def _by_cuda(layer: Any, x: Tensor) -> Tensor:
+    return F.linear(layer.quantized_input(x), layer.cuda_weight(x.dtype))
+
+
 def _for_integer_triton(layer: Any, x: Tensor) -> bool:
     if not (_has_codes(layer, x) and _on_gpu(x)):
         return False
@@ -101,6 +112,7 @@ def _by_integer_humming(layer: Any, x: Tensor) -> Tensor:
 
 
 _CODE = {
+    "cuda": _Code(_for_cuda, _by_cuda),
     "triton": _Code(_for_triton, _by_triton),
     "triton int8": _Code(_for_integer_triton, _by_integer_triton),
     "humming": _Code(_for_humming, _by_humming),
@@ -132,7 +144,7 @@ def choose(layer: Any, x: Tensor) -> str:
         x: ``(..., in_features)``, before it is quantized.
 
     Returns:
-        "plain", "compiled", "triton", "triton int8", "humming" or "humming int8".
+        "plain", "compiled", "cuda", "triton", "triton int8", "humming" or "humming int8".
     """
     asked = layer.backend
     if asked == "compiled":
@@ -228,7 +240,7 @@ def set_backend(model: nn.Module, name: str) -> None:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend: found {name!r}, allowed are {', '.join(BACKENDS)}")
-    if name in ("triton", "humming") and not _is_there(name):
+    if name in _MODULES and not _is_there(_MODULES[name]):
         raise ValueError(f'backend: found no {name}; `pip install "thermo_lib[cuda]"` brings it')
     for module in model.modules():
         if hasattr(module, "backend"):

@@ -12,7 +12,7 @@ from thermo_lib.quant.buffers import PreciseBuffers, TimestepTable
 from thermo_lib.quant.codes import check_bits, dequantize, unpack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.streams import Layout, stream_linear, stream_weight
-from thermo_lib.quant.trellis import read_codes
+from thermo_lib.quant.trellis import BlockPlaces, block_places, read_codes
 
 _ALL = slice(None)
 _DENSE = 2**24  # weights of a layer that are dequantized at a time
@@ -136,6 +136,10 @@ class QuantizedLinear(TimestepTable):
         """Whether there is a Triton kernel for the layer's codes."""
         return self.has_planes
 
+    def suits_cuda(self) -> bool:
+        """Whether there is a kernel in CUDA for the layer's codes."""
+        return False
+
     def humming(self, dtype: torch.dtype) -> Any:
         """The product by ``humming``; converted once for each row of the table, type and weight."""
         from thermo_lib.quant.humming_kernels import humming_product
@@ -242,8 +246,7 @@ class QuantizedEmbedding(PreciseBuffers):
 class TrellisLinear(QuantizedLinear):
     """A linear layer that computes from a trellis-coded weight; see ``QuantizedLinear``.
 
-    Its zero points are zero and aren't stored; the bits of its columns are stored as 4-bit codes. ``gathers_table``
-    lets the Triton kernel hold the table of values in shared memory.
+    Its zero points are zero and aren't stored; the bits of its columns are stored as 4-bit codes.
     """
 
     STORED = ("packed", "packed_column_bits")
@@ -252,7 +255,6 @@ class TrellisLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         self.has_planes = False
-        self.gathers_table = False
         self._found: tuple[Tensor, Layout] | None = None
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
@@ -273,14 +275,22 @@ class TrellisLinear(QuantizedLinear):
 
     def triton_weight(self, dtype: torch.dtype) -> Tensor:
         """See ``QuantizedLinear``."""
-        from thermo_lib.quant.triton_kernels import stream_places, stream_weight
+        from thermo_lib.quant.triton_kernels import stream_weight
 
-        def convert() -> Any:
-            return stream_places(unpack(self.packed_column_bits, 4, self.in_features))
+        return stream_weight(self.packed, self._places(), self.scale[self.row()], self.group_size, dtype)
 
-        places = self._once("places", convert)
-        scale = self.scale[self.row()]
-        return stream_weight(self.packed, places, scale, self.group_size, dtype, self.gathers_table)
+    def suits_cuda(self) -> bool:
+        """See ``QuantizedLinear``."""
+        return True
+
+    def cuda_weight(self, dtype: torch.dtype) -> Tensor:
+        """The dequantized weight by a kernel in CUDA, ``(out_features, in_features)``."""
+        from thermo_lib.quant.cuda_kernels import stream_weight
+
+        return stream_weight(self.packed, self._places(), self.scale[self.row()], self.group_size, dtype)
+
+    def _places(self) -> BlockPlaces:
+        return self._once("places", lambda: block_places(unpack(self.packed_column_bits, 4, self.in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` to ``(..., out_features)``."""

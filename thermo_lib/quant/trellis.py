@@ -11,6 +11,7 @@ pushed onto the rest, so the search keeps the best so many partial rows (the M-a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from thermo_lib.quant.precision import FLOAT32, products_in
 
 STATE_BITS = 12
 MOST_BITS = 6  # of a column
+BLOCK_COLUMNS = 8  # neighbours whose states lie in 64 bits, whatever their bits are
 _BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
 _REFITTED = 2**27  # numbers of a matrix (rows, groups, in_features) that the fit of the scales holds at a time
@@ -95,6 +97,40 @@ def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
     byte, offset = first // 8, first % 8
     word = (padded[:, byte] << 16) | (padded[:, byte + 1] << 8) | padded[:, byte + 2]
     return (word >> (24 - STATE_BITS - offset).int()) & (2**STATE_BITS - 1)
+
+
+class BlockPlaces(NamedTuple):
+    """Where the states of blocks of ``BLOCK_COLUMNS`` neighbouring columns are in a row's stream; the last may be short.
+
+    Attributes:
+        first: int32 ``(blocks,)``, the first bit of a block's first state; below zero before the row, where zeros are.
+        offset: int32 ``(blocks, BLOCK_COLUMNS)``, how many bits later each column's state begins.
+        gain: float32 ``(blocks, BLOCK_COLUMNS)``, see ``gains``.
+        columns: number of columns.
+    """
+
+    first: Tensor
+    offset: Tensor
+    gain: Tensor
+    columns: int
+
+
+def block_places(column_bits: Tensor) -> BlockPlaces:
+    """Where the states of columns with these bits are."""
+    padded = F.pad(column_bits.long(), (0, -len(column_bits) % BLOCK_COLUMNS))
+    start = (padded.cumsum(0) - STATE_BITS).view(-1, BLOCK_COLUMNS)
+    first = start[:, 0].contiguous()
+    return BlockPlaces(
+        first.int(), (start - first[:, None]).int(), gains(padded).view(-1, BLOCK_COLUMNS), len(column_bits)
+    )
+
+
+def whole_words(packed: Tensor) -> Tensor:
+    """Bytes as int32 words, flat; they are copied only where they don't fill the words or lie across them."""
+    flat = packed.reshape(-1)
+    if flat.numel() % 4 or flat.data_ptr() % 4:
+        flat = F.pad(flat, (0, -flat.numel() % 4)).clone()
+    return flat.view(torch.int32)
 
 
 def read_codes(packed: Tensor, column_bits: Tensor) -> Tensor:

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 
 from thermo_lib.extras import needs
-from thermo_lib.quant.trellis import STATE_BITS, codebook_on, gains
+from thermo_lib.quant.trellis import BLOCK_COLUMNS, STATE_BITS, BlockPlaces, codebook_on, whole_words
 
 triton = needs("triton")
 tl = needs("triton.language")
 
 _BYTES = 1024  # of codes that a program reads
-_ROWS, _COLUMNS = 8, 256  # of a trellis-coded weight that a program writes
-_ROWS_OF_TABLE = 32  # the same where a program copies the table first, which is as large as 2 rows of these columns
+_ROWS, _BLOCKS = 16, 32  # of a trellis-coded weight that a program writes
 
 
 @triton.jit
@@ -37,30 +36,47 @@ def _planes(packed, scale, zero_point, out, count, WIDTH: tl.constexpr, PADDED: 
 
 
 @triton.jit
-def _streams(packed, byte, shift, gain, values, scale, out, rows, width, columns, groups, group_size,
-             STATES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GATHERS: tl.constexpr):  # fmt: skip
-    """A block of a trellis-coded weight: each column's state is in three bytes of the row's stream."""
+def _word(words, at, count, inside):
+    """Four bytes of a stream, the first one highest; zero where there are none."""
+    word = tl.load(words + at, mask=inside & (at >= 0) & (at < count), other=0).to(tl.uint32, bitcast=True)
+    swapped = (word << 24) | ((word & 0xFF00) << 8) | ((word >> 8) & 0xFF00) | (word >> 24)
+    return swapped.to(tl.uint64)
+
+
+@triton.jit
+def _streams(words, first, offset, gain, values, scale, out, count, rows, width, columns, groups, group_size,
+             STATES: tl.constexpr, STATE_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+             COLUMNS: tl.constexpr, BY_BLOCK: tl.constexpr):  # fmt: skip
+    """Some rows of blocks of neighbouring columns of a trellis-coded weight, whose states lie in 64 bits each."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    is_row, is_column = row < rows, column < columns
-    first = tl.load(byte + column, mask=is_column, other=0)
-    word = tl.full((ROWS, COLUMNS), 0, tl.int32)
-    for place in tl.static_range(3):
-        at = first + place
-        there = is_row[:, None] & (is_column & (at >= 0) & (at < width))[None, :]
-        read = tl.load(packed + row[:, None] * width + at[None, :], mask=there, other=0)
-        word = (word << 8) | read.to(tl.int32)
-    inside = is_row[:, None] & is_column[None, :]
-    state = (word >> tl.load(shift + column, mask=is_column, other=0)[None, :]) & (STATES - 1)
-    if GATHERS:  # from shared memory, where lanes that look in different places don't wait for a line of memory each
-        table = tl.load(values + tl.arange(0, STATES))
-        value = tl.reshape(tl.gather(table, tl.reshape(state, (ROWS * COLUMNS,)), 0), (ROWS, COLUMNS))
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    is_row, is_block, is_column = row < rows, block * COLUMNS < columns, column < columns
+    inside = is_row[:, None] & is_block[None, :]
+
+    begin = tl.load(first + block, mask=is_block, other=0)
+    bit = row[:, None] * width * 8 + begin[None, :]
+    at, skip = bit >> 5, (bit & 31).to(tl.uint64)
+    high = (_word(words, at, count, inside) << 32) | _word(words, at + 1, count, inside)
+    low = _word(words, at + 2, count, inside)
+    before = tl.maximum(-begin, 0).to(tl.uint64)[None, :]  # bits of other rows
+    window = (((high << skip) | ((low << skip) >> 32)) << before) >> before
+    right = 64 - STATE_BITS - tl.load(offset + column, mask=is_column, other=0)
+    state = (window[:, :, None] >> right.to(tl.uint64)[None, :, :]).to(tl.int32) & (STATES - 1)
+
+    # From shared memory, where lanes that look in different places don't wait for a line of memory each.
+    table = tl.load(values + tl.arange(0, STATES))
+    value = tl.gather(table, tl.reshape(state, (ROWS * BLOCKS * COLUMNS,)), 0)
+    value = tl.reshape(value, (ROWS, BLOCKS, COLUMNS)) * tl.load(gain + column, mask=is_column, other=0)[None, :, :]
+    all_inside = is_row[:, None, None] & is_column[None, :, :]
+    if BY_BLOCK:
+        where = row[:, None] * groups + (block * COLUMNS // group_size)[None, :]
+        value *= tl.load(scale + where, mask=inside, other=0).to(tl.float32)[:, :, None]
     else:
-        value = tl.load(values + state, mask=inside, other=0)
-    value *= tl.load(gain + column, mask=is_column, other=0)[None, :]
-    where = row[:, None] * groups + (column // group_size)[None, :]
-    value = value * tl.load(scale + where, mask=inside, other=0).to(tl.float32)
-    tl.store(out + row[:, None] * columns + column[None, :], value.to(out.dtype.element_ty), mask=inside)
+        where = row[:, None, None] * groups + (column // group_size)[None, :, :]
+        value *= tl.load(scale + where, mask=all_inside, other=0).to(tl.float32)
+    place = out + row[:, None, None] * columns + column[None, :, :]
+    tl.store(place, value.to(out.dtype.element_ty), mask=all_inside)
 
 
 def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -85,49 +101,33 @@ def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, d
     return out
 
 
-def stream_places(column_bits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the states of columns with these bits are: first byte, shift and gain, ``(in_features,)`` each.
-
-    The first of a state's three bytes may lie up to two bytes before the row, where there are zeros.
-    """
-    first = column_bits.long().cumsum(0) + 16 - STATE_BITS
-    shift = 24 - STATE_BITS - first % 8
-    return (first // 8 - 2).int(), shift.int(), gains(column_bits)
-
-
 def stream_weight(
-    packed: Tensor,
-    places: tuple[Tensor, Tensor, Tensor],
-    scale: Tensor,
-    group_size: int,
-    dtype: torch.dtype,
-    gathers: bool = False,
+    packed: Tensor, places: BlockPlaces, scale: Tensor, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """The dequantized weight of trellis codes, in float32 bit for bit the plain one.
 
     Args:
         packed: uint8 ``(rows, bytes)``.
-        places: what ``stream_places`` returned.
+        places: of the columns.
         scale: ``(rows, groups)``.
         group_size: number of columns that share a scale.
         dtype: of the result.
-        gathers: whether each program holds the table of values in shared memory, instead of reading it through the
-            cache; the result is the same.
 
     Returns:
         ``(rows, in_features)``.
     """
-    (rows, width), columns = packed.shape, len(places[0])
-    block = _ROWS_OF_TABLE if gathers else _ROWS
+    (rows, width), columns, groups = packed.shape, places.columns, scale.shape[1]
     out = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    grid = triton.cdiv(rows, block), triton.cdiv(columns, _COLUMNS)
-    table, size = codebook_on(packed.device), min(group_size, columns)
-    _streams[grid](
-        *(packed.contiguous(), *places, table, scale.contiguous(), out, rows, width, columns, scale.shape[1], size),
+    words, size = whole_words(packed), min(group_size, columns)
+    of_columns = places.first, places.offset, places.gain, codebook_on(packed.device)
+    _streams[triton.cdiv(rows, _ROWS), triton.cdiv(len(places.first), _BLOCKS)](
+        *(words, *of_columns, scale.contiguous(), out, words.numel(), rows, width, columns, groups, size),
         STATES=2**STATE_BITS,
-        ROWS=block,
-        COLUMNS=_COLUMNS,
-        GATHERS=gathers,
-        num_warps=8 if gathers else 4,
+        STATE_BITS=STATE_BITS,
+        ROWS=_ROWS,
+        BLOCKS=_BLOCKS,
+        COLUMNS=BLOCK_COLUMNS,
+        BY_BLOCK=groups == 1 or size % BLOCK_COLUMNS == 0,
+        num_warps=4,
     )
     return out
