@@ -54,13 +54,13 @@ def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
     assert len(found["quantizers"]) == 4
     assert [(row["preset"], row["blocks"]) for row in found["layerwise"]] == [("gptq", 1), ("best, untrained", 1)]
     assert all(row["seconds"] > 0 and row["peak_mib"] is None for row in found["layerwise"])
-    assert found["decoders"] == [], "they are Triton's"
+    assert found["decoders"] == [], "they are for a GPU"
     assert {row["backend"] for row in found["rows"]} == {"plain"}, "no other kernel is for a CPU"
     assert len(found["rows"]) == len(gpu.KERNELS) * 2
 
 
 def test_every_product_is_right(found: dict[str, Any]) -> None:
-    assert len(found["kernels"]) == len(SMALL.checked) * len(gpu._TOKENS) * (3 * 3 + 2)
+    assert len(found["kernels"]) == len(SMALL.checked) * len(gpu._TOKENS) * (3 * 3 + 3)
     assert all(row["right"] for row in found["kernels"])
 
 

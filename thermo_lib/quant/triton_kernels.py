@@ -101,9 +101,7 @@ def plane_weight(packed: Tensor, scale: Tensor, zero_point: Tensor, bits: int, d
     return out
 
 
-def stream_weight(
-    packed: Tensor, places: BlockPlaces, scale: Tensor, group_size: int, dtype: torch.dtype
-) -> Tensor:
+def stream_weight(packed: Tensor, places: BlockPlaces, scale: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
     """The dequantized weight of trellis codes, in float32 bit for bit the plain one.
 
     Args:

@@ -77,15 +77,12 @@ Rows = Iterator[dict[str, Any]]
 
 
 def _backends(kernel: str) -> tuple[str, ...]:
-    return ("plain", "triton") if kernel == "trellis" else ("plain", "triton", "humming")
+    return ("plain", "triton", "cuda" if kernel == "trellis" else "humming")
 
 
 @torch.no_grad()
 def kernel_rows(device: torch.device, extent: Extent) -> Rows:
-    """Products by each kernel against float32 ones of the dequantized weight; ``error`` as a share of their size.
-
-    Of a trellis there are the two ways to read it too, which must be equal bit for bit.
-    """
+    """Products by each kernel against float32 ones of the dequantized weight; ``error`` as a share of their size."""
     for kernel, make in KERNELS.items():
         for in_features, out_features in extent.checked:
             layer = make(in_features, out_features).to(device)
@@ -98,21 +95,6 @@ def kernel_rows(device: torch.device, extent: Extent) -> Rows:
                     size = f"{in_features} -> {out_features}"
                     about = {"kernel": kernel, "asked": backend, "computed": layer.chosen, "linear": size}
                     yield about | {"tokens": tokens, "error": error, "right": error < _WRONG}
-            if kernel == "trellis" and device.type == "cuda":
-                read = [_table(layer, gathers)() for gathers in (False, True)]
-                error = float((read[1].float() - read[0].float()).norm() / read[0].float().norm().clamp(min=1e-30))
-                about = {"kernel": "trellis, table gathered", "asked": "triton", "computed": "triton", "linear": size}
-                yield about | {"tokens": 0, "error": error, "right": torch.equal(*read)}
-
-
-def _table(layer: nn.Module, gathers: bool) -> Callable[[], Tensor]:
-    """Reads a trellis-coded weight, with its table of values in shared memory or not."""
-
-    def read() -> Tensor:
-        layer.gathers_table = gathers
-        return layer.triton_weight(torch.bfloat16)
-
-    return read
 
 
 def linear_rows(device: torch.device, extent: Extent) -> Rows:
@@ -237,11 +219,11 @@ def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
 
 @torch.no_grad()
 def decoder_rows(device: torch.device, extent: Extent) -> Rows:
-    """Milliseconds to read a trellis-coded weight, with its table in memory and in shared memory; none on a CPU."""
+    """Milliseconds to read a trellis-coded weight, by each kernel; none on a CPU."""
     for in_features, out_features in extent.sizes if device.type == "cuda" else ():
         layer = KERNELS["trellis"](in_features, out_features).to(device)
-        for name, gathers in (("trellis", False), ("trellis, table gathered", True)):
-            seconds = _median(_table(layer, gathers), device, extent.rounds)
+        for name, read in (("triton", layer.triton_weight), ("cuda", layer.cuda_weight)):
+            seconds = _median(lambda read=read: read(torch.bfloat16), device, extent.rounds)
             yield {"decoder": name, "linear": f"{in_features} -> {out_features}", "ms": 1e3 * seconds}
 
 
