@@ -16,7 +16,7 @@ nvrtc = needs("cuda.bindings.nvrtc")
 
 _OUT = {torch.float32: "FLOAT", torch.bfloat16: "BFLOAT", torch.float16: "HALF"}
 _ALIGNED = 4  # rows of any number of bytes are whole words together
-_TYPES = (*[ctypes.c_void_p] * 7, ctypes.c_int64, *[ctypes.c_int32] * 6)
+_TYPES = (*[ctypes.c_void_p] * 7, ctypes.c_uint32, *[ctypes.c_int32] * 7)
 _LINES = 5  # of what the compiler says
 
 
@@ -114,6 +114,11 @@ def row_stride(rows: int, blocks: int, threads: int, least: int) -> int:
     return _ALIGNED * min(covered, wanted)
 
 
+def rows_inside(rows: int, width: int) -> int:
+    """The first rows, of ``width`` bytes, of which any three words are inside the stream of all."""
+    return max(0, rows - -(-12 // width)) if width else 0
+
+
 def stream_weight(
     packed: Tensor,
     places: BlockPlaces,
@@ -149,7 +154,7 @@ def stream_weight(
         found = kernel(device, dtype, columns % BLOCK_COLUMNS == 0, size % BLOCK_COLUMNS == 0, tuning)
         stride = row_stride(rows, blocks, found.threads, tuning.least)
         tensors = words, places.first, places.offset, places.gain, codebook_on(device), scale, out
-        numbers = words.numel(), width, rows, columns, groups, size, stride
+        numbers = words.numel(), width, rows, columns, groups, size, stride, rows_inside(rows, width)
         grid = -(-min(stride, rows) * blocks // tuning.threads)
         arguments = (*[tensor.data_ptr() for tensor in tensors], *numbers), _TYPES
         stream = driver.CUstream(torch.cuda.current_stream(device).cuda_stream)

@@ -68,7 +68,8 @@ __device__ __forceinline__ void write(Number* out, const float* value, int colum
 #endif
 }
 
-// words: of all rows, one after the other, `width` bytes each; `count` words.
+// words: of all rows, one after the other, `width` bytes each; `count` words, all three of each of the first `inside` rows'
+//   blocks among them, but for what is before the first row.
 // first, offset, gain: see BlockPlaces in trellis.py.
 // values: of the states.
 // scale: float16 (rows, groups).
@@ -77,18 +78,23 @@ __device__ __forceinline__ void write(Number* out, const float* value, int colum
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
     read_streams(const unsigned* __restrict__ words, const int* __restrict__ first, const int4* __restrict__ offset,
                  const float4* __restrict__ gain, const float4* __restrict__ values,
-                 const unsigned short* __restrict__ scale, Number* __restrict__ out, long long count, int width,
-                 int rows, int columns, int groups, int group_size, int stride) {
-  __shared__ float4 table[(1 << STATE_BITS) / 4];
-  const int blocks = (columns + COLUMNS - 1) / COLUMNS;
-  const int unit = blockIdx.x * THREADS + threadIdx.x;
+                 const unsigned short* __restrict__ scale, Number* __restrict__ out, unsigned count, int width,
+                 int rows, int columns, int groups, int group_size, int stride, int inside) {
+  constexpr int entries = (1 << STATE_BITS) / 4;
+  __shared__ float4 table[entries];
+  const unsigned blocks = (columns + COLUMNS - 1) / COLUMNS;
+  const unsigned unit = blockIdx.x * THREADS + threadIdx.x;
   int row = unit / blocks;
-  const int block = unit - row * blocks;
+  const int block = unit % blocks;
 
   const int begin = __ldg(first + block);
   const int4 early = __ldg(offset + 2 * block), late = __ldg(offset + 2 * block + 1);
   const float4 low = __ldg(gain + 2 * block), high = __ldg(gain + 2 * block + 1);
-  for (int i = threadIdx.x; i < (1 << STATE_BITS) / 4; i += THREADS) table[i] = __ldg(values + i);
+#pragma unroll
+  for (int turn = 0; turn < (entries + THREADS - 1) / THREADS; turn++) {
+    const int i = turn * THREADS + threadIdx.x;
+    if (i < entries) table[i] = __ldg(values + i);
+  }
   __syncthreads();
   if (row >= stride || row >= rows) return;
 
@@ -98,50 +104,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   const int shift[COLUMNS] = {last - early.x, last - early.y, last - early.z, last - early.w,
                               last, last - late.y + middle, last - late.z + middle, last - late.w + middle};
   const float reach[COLUMNS] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-  const unsigned keep = begin < 0 ? 0xffffffffu >> -begin : 0xffffffffu;  // what is before the row is zero
+  const int before = max(0, -begin);  // bits before the row, which are zero
   const long long bit = 8LL * row * width + begin;
   const unsigned skip = static_cast<unsigned>(bit) & 31;
   const bool needs_third = skip + STATE_BITS + late.w > 64;
   const int column = block * COLUMNS, group = column / group_size;
 
-  // Rows whose three words are all inside. The last row's aren't always, nor are several last ones' where rows are short.
-  const int inside_from = begin < 0, short_by = width > 0 ? (11 + width) / width : rows;
-  const unsigned inside = max(0, rows - short_by - inside_from);
-  const unsigned* at = words + (bit >> 5);
-  const unsigned short* factor = scale + static_cast<long long>(row) * groups + group;
+  const int inside_from = begin < 0, words_on = stride / 4 * width, columns_on = stride * columns;
+  const unsigned inside_rows = max(0, inside - inside_from);
+  int at = bit >> 5;
   out += static_cast<long long>(row) * columns + column;
-  const int words_on = stride / 4 * width, groups_on = stride * groups, columns_on = stride * columns;
 
-  auto read = [&](int row) {
+  auto read = [&](int row, int at) {
     Row found = {{0, 0, 0}, 0};
-    if (static_cast<unsigned>(row - inside_from) < inside) {
-      found.word[0] = __ldg(at);
-      found.word[1] = __ldg(at + 1);
-      if (needs_third) found.word[2] = __ldg(at + 2);
+    if (static_cast<unsigned>(row - inside_from) < inside_rows) {
+      found.word[0] = __ldg(words + at);
+      found.word[1] = __ldg(words + at + 1);
+      if (needs_third) found.word[2] = __ldg(words + at + 2);
     } else {
-      for (int i = 0; i < 3; i++)
-        if (at + i >= words && at + i < words + count) found.word[i] = __ldg(at + i);
+#pragma unroll 1
+      for (int i = 0; i < 3; i++) {
+        const unsigned word = static_cast<unsigned>(at + i) < count ? __ldg(words + at + i) : 0;
+        if (i == 0) found.word[0] = word;
+        if (i == 1) found.word[1] = word;
+        if (i == 2) found.word[2] = word;
+      }
     }
 #if BY_BLOCK
-    found.scale = __ldg(factor);
+    found.scale = __ldg(scale + static_cast<unsigned>(row * groups + group));
 #endif
     return found;
   };
 
-  Row next = read(row);
+  Row next = read(row, at);
 #pragma unroll UNROLLED
   for (; row < rows; row += stride) {
     const Row now = next;
-#if !BY_BLOCK
-    const unsigned short* factors = factor;
-#endif
     at += words_on;
-    factor += groups_on;
-    if (row + stride < rows) next = read(row + stride);
+    if (row + stride < rows) next = read(row + stride, at);
 
     const unsigned a = __byte_perm(now.word[0], 0, 0x0123), b = __byte_perm(now.word[1], 0, 0x0123);
     const unsigned c = __byte_perm(now.word[2], 0, 0x0123);
-    const unsigned top = __funnelshift_l(b, a, skip) & keep;
+    const unsigned top = __funnelshift_l(b, a, skip) << before >> before;
     const unsigned rest = __funnelshift_l(__funnelshift_l(c, b, skip), top, middle);
     float value[COLUMNS];
 #pragma unroll
@@ -154,6 +158,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++) value[i] = __fmul_rn(__fmul_rn(value[i], reach[i]), strength);
 #else
+    const unsigned short* factors = scale + static_cast<unsigned>(row * groups + group);
     int left = group_size - column % group_size;
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++)
