@@ -1,4 +1,4 @@
-"""``streams.cu`` is bit for bit the plain weight: as C++, one thread after the other, and on a GPU where there is one."""
+"""``streams.cu`` is bit for bit the plain weight: as C++, a thread after the other, and on a GPU where there is one."""
 
 import ctypes
 import functools

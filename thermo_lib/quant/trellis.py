@@ -100,7 +100,7 @@ def read_states(packed: Tensor, column_bits: Tensor) -> Tensor:
 
 
 class BlockPlaces(NamedTuple):
-    """Where the states of blocks of ``BLOCK_COLUMNS`` neighbouring columns are in a row's stream; the last may be short.
+    """Where the states of blocks of ``BLOCK_COLUMNS`` neighbours are in a row's stream; the last block may be short.
 
     Attributes:
         first: int32 ``(blocks,)``, the first bit of a block's first state; below zero before the row, where zeros are.
