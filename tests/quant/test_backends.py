@@ -259,7 +259,7 @@ class TestChoice:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", ["auto", "triton", "humming"])
+@pytest.mark.parametrize("name", ["auto", "cuda", "triton", "humming"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_on_a_gpu(name: str, tokens: int) -> None:
     for layer in (planes_layer(48, 768, 2, 32), planes_layer(48, 768, 4, 64), trellis_layer(48, 768, 10**6)):

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 from thermo_lib import set_backend
 from thermo_lib.quant import cuda_kernels
 from thermo_lib.quant.codes import pack
-from thermo_lib.quant.cuda_kernels import Tuning, options, row_stride, rows_inside
+from thermo_lib.quant.cuda_kernels import Tuning, compiled, options, row_stride, rows_inside
 from thermo_lib.quant.layers import TrellisLinear
 from thermo_lib.quant.trellis import (
     BLOCK_COLUMNS,
@@ -195,6 +196,26 @@ def test_every_thread_of_a_card_has_rows() -> None:
     assert row_stride(512, 448, 132 * 1024, 4) == 128
     assert row_stride(10, 10**6, 132 * 1024, 4) == 4
     assert row_stride(1, 1, 132 * 1024, 4) == 4
+
+
+@functools.cache
+def has_compiler() -> bool:
+    try:
+        return bool(cuda_kernels._done(cuda_kernels.nvrtc.nvrtcVersion()))
+    except Exception:  # the library isn't there
+        return False
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_compiles_for_cards(dtype: torch.dtype, architecture: str) -> None:
+    if not has_compiler():
+        pytest.skip("needs NVRTC")
+    for is_whole, by_block in itertools.product((False, True), repeat=2):
+        macros = options(dtype, is_whole, by_block, Tuning())
+        assert compiled((f"--gpu-architecture={architecture}", "-std=c++17", *macros)).startswith(b"\x7fELF")
+    with pytest.raises(RuntimeError, match='streams.cu: NVRTC_ERROR_COMPILATION; streams.cu.* "THREADS" is undefined'):
+        compiled(("-std=c++17",))
 
 
 def test_a_failure_is_an_error() -> None:

@@ -122,16 +122,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
       found.word[1] = __ldg(words + at + 1);
       if (needs_third) found.word[2] = __ldg(words + at + 2);
     } else {
-#pragma unroll 1
-      for (int i = 0; i < 3; i++) {
-        const unsigned word = static_cast<unsigned>(at + i) < count ? __ldg(words + at + i) : 0;
-        if (i == 0) found.word[0] = word;
-        if (i == 1) found.word[1] = word;
-        if (i == 2) found.word[2] = word;
-      }
+#pragma unroll
+      for (int i = 0; i < 3; i++)
+        if (static_cast<unsigned>(at + i) < count) found.word[i] = __ldg(words + at + i);
     }
 #if BY_BLOCK
-    found.scale = __ldg(scale + static_cast<unsigned>(row * groups + group));
+    found.scale = __ldg(scale + (static_cast<unsigned>(row) * groups + group));
 #endif
     return found;
   };
@@ -158,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++) value[i] = __fmul_rn(__fmul_rn(value[i], reach[i]), strength);
 #else
-    const unsigned short* factors = scale + static_cast<unsigned>(row * groups + group);
+    const unsigned short* factors = scale + (static_cast<unsigned>(row) * groups + group);
     int left = group_size - column % group_size;
 #pragma unroll
     for (int i = 0; i < COLUMNS; i++)
