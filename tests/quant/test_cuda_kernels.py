@@ -214,7 +214,7 @@ def test_it_compiles_for_cards(dtype: torch.dtype, architecture: str) -> None:
     for is_whole, by_block in itertools.product((False, True), repeat=2):
         macros = options(dtype, is_whole, by_block, Tuning())
         assert compiled((f"--gpu-architecture={architecture}", "-std=c++17", *macros)).startswith(b"\x7fELF")
-    with pytest.raises(RuntimeError, match='streams.cu: NVRTC_ERROR_COMPILATION; streams.cu.* "THREADS" is undefined'):
+    with pytest.raises(RuntimeError, match=r'streams.cu: NVRTC_ERROR_COMPILATION; streams.cu.* "THREADS" is undefined'):
         compiled(("-std=c++17",))
 
 
