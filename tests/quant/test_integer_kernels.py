@@ -102,6 +102,36 @@ def test_products_are_the_simulated_ones(
             check(layer, inputs(1, tokens, number * size, dtype=dtype, seed=seed))
 
 
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("splits", [1, 2, 3, 7])
+def test_columns_in_parts(kernels: ModuleType, bits: int, splits: int) -> None:
+    """Each part of the groups is multiplied by itself, and the last of them may be smaller."""
+    layer, x = layer_of(50, 7, bits, 128, DynamicRanges(8)), inputs(20, 7 * 128)
+    scale, zero_point = layer.scale[0], layer.zero_point[0]
+    factors = kernels.code_factors(layer.codes(), scale, zero_point, bits)
+    tokens = kernels.quantize_tokens(x, None, 8, 1.0, 7)
+    tile = kernels.Tile(64, 16, 4, 2)
+    found = kernels.code_product(tokens, layer.packed, scale, factors, bits, torch.float16, tile, splits)
+    exact = layer.quantized_input(x.float()).double() @ layer.weight().double().T
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+def test_long_rows_of_few_tokens_are_split(kernels: ModuleType) -> None:
+    assert kernels._splits(56, 148) == 4
+    assert kernels._splits(296, 28) == kernels._splits(1, 3) == 1
+    layer = layer_of(16, 8, 2, 64, DynamicRanges(8))
+    check(layer, inputs(1, 512))
+    check(layer, inputs(65, 512))
+
+
+def test_tokens_of_many_groups(kernels: ModuleType) -> None:
+    """Some groups at a time are quantized where tokens are many."""
+    x = inputs(65, 40 * 128)
+    many, few = (kernels.quantize_tokens(part, None, 8, 1.0, 40, True) for part in (x, x[:5]))
+    for a, b in zip(many, few, strict=True):
+        assert torch.equal(a[:5], b)
+
+
 @given(
     columns=st.sampled_from([64, 100, 768]),
     bits=st.integers(2, 8),
@@ -124,13 +154,16 @@ def test_codes_are_those_of_the_simulated_input(
     with denoising((1, 2), torch.arange(5)[None] % 2 == 0):
         ranges, expected = layer.of_tokens(x[None]), layer(x[None].float())[0]
     found = kernels.quantize_tokens(x, ranges, bits, clip, 4)
-    steps = found.codes.double() - found.zero_point.double()[:, None]
+    steps = found.codes.double() - found.sums[:, 4:5].double()
     assert torch.equal(steps.float() * found.scale[:, None], expected)
-    torch.testing.assert_close(found.sums.double(), steps.unflatten(1, (4, -1)).sum(-1).T, rtol=0, atol=0)
+    assert torch.equal(found.sums[:, :4].double(), steps.unflatten(1, (4, -1)).sum(-1))
     turned = kernels.quantize_tokens(x, ranges, bits, clip, 2, alternates=True)
     odd = torch.arange(columns) % 2 == 1
     assert torch.equal(torch.where(odd, -1 - turned.codes, turned.codes), found.codes)
-    assert torch.equal(turned.sums[2:].double(), (steps * odd).unflatten(1, (2, -1)).sum(-1).T)
+    assert torch.equal(turned.sums[:, 2:4].double(), (steps * odd).unflatten(1, (2, -1)).sum(-1))
+    for sums, zero in ((found.sums, 4), (turned.sums, 4)):
+        assert sums.shape == (5, 32)
+        assert torch.equal(sums[:, zero + 1 :], torch.eye(32)[0, : 31 - zero].expand(5, -1))
 
 
 def test_not_a_number_stays_one() -> None:

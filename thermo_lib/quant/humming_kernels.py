@@ -41,7 +41,7 @@ def humming_product(
 
 def humming_code_product(
     codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int
-) -> Callable[["TokenCodes"], Tensor]:
+) -> Callable[["TokenCodes", torch.dtype], Tensor]:
     """Convert a weight once, for products with the codes of inputs, in whole numbers.
 
     A sum of products of codes is rounded to 11 bits before the zero points' part of it is taken away, so that part has
@@ -57,8 +57,11 @@ def humming_code_product(
         bits: of a code.
 
     Returns:
-        A function of tokens with as many groups, whose codes alternate, to float32 ``(tokens, out_features)``.
+        A function of tokens with as many groups, whose codes alternate, and of the result's type, to
+        ``(tokens, out_features)``.
     """
+    from thermo_lib.quant.integer_kernels import finish, pad
+
     (columns, groups), middle = (codes.shape[1], scale.shape[1]), 2 ** (bits - 1)
     is_odd = torch.arange(columns, device=codes.device) % 2 == 1
     turned = torch.where(is_odd, 2**bits - 1 - codes, codes)
@@ -67,19 +70,20 @@ def humming_code_product(
     share = 2.0 ** min(0, math.floor(math.log2(_LARGEST / (128 * middle * columns))))
     grouped = turned.unflatten(1, (groups, -1)).int() - middle
     even, odd = ((grouped[..., first::2].sum(-1) * b).sum(-1) for first in (0, 1))
-    factors = torch.cat([-(b * z), -b, (odd - even)[:, None], odd[:, None]], 1).T.contiguous()
+    factors = pad(torch.cat([-(b * z), -b, (odd - even)[:, None], odd[:, None]], 1))
     how = {"group_size": 0 if groups == 1 else columns // groups}
     layer = _layer(
         turned, bits, torch.float16, how, {"weight_scale": (b / unit).half()}, input_config={"dtype": "int8"}
     )
 
-    def product(tokens: "TokenCodes") -> Tensor:
-        count = len(tokens.codes)
-        # Scales of tokens are read in fours.
-        shares = torch.full((-(-count // 4) * 4,), share, dtype=torch.float32, device=codes.device)
-        found = layer(tokens.codes, input_scale=shares[:count].view(-1, 1)).float()
-        rest = torch.cat([tokens.sums, tokens.zero_point[None], torch.ones_like(tokens.zero_point)[None]])
-        return torch.addmm(found, rest.T, factors, beta=unit / share).mul_(tokens.scale[:, None])
+    shares: dict[int, Tensor] = {}
+
+    def product(tokens: "TokenCodes", dtype: torch.dtype) -> Tensor:
+        count = -(-len(tokens.codes) // 4) * 4  # scales of tokens are read in fours
+        if count not in shares:
+            shares[count] = torch.full((count, 1), share, dtype=torch.float32, device=codes.device)
+        found = layer(tokens.codes, input_scale=shares[count][: len(tokens.codes)])
+        return finish(found, tokens, factors, unit / share, dtype)
 
     return product
 

@@ -10,9 +10,11 @@ codes are written and read once more, which of an H100's bandwidth takes about a
 and a fifth of that of 2048. This is reckoned from the card's published rates, not measured.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from thermo_lib.extras import needs
@@ -22,8 +24,37 @@ triton = needs("triton")
 tl = needs("triton.language")
 
 NARROWEST = 16  # bytes of a plane; narrower ones leave most of a tensor core's 32 places empty
+PLACES = 32  # the zero points' part is summed over as many numbers at a time
 _WIDEST = 64  # bytes of a plane that are multiplied at a time
+_FEW = 64  # tokens, that are quantized by programs of more warps
+_BLOCKS = 132  # of the output, that fill a card
+_LONGEST = 4096  # places that are quantized at a time
 _ROUNDS = tl.constexpr(3 * 2.0**22)  # a number this large has no fractions: to add it rounds, ties to even
+
+
+class Tile(NamedTuple):
+    """A block of the output that a program computes, and how.
+
+    Attributes:
+        rows, tokens: its size.
+        warps, stages: of the program.
+        precision: of the products of float32 in it, in which the zero points' part is summed; of ``tl.dot``.
+    """
+
+    rows: int
+    tokens: int
+    warps: int
+    stages: int
+    precision: str = "tf32x3"
+
+
+_TILES = {  # by the largest number of tokens they are for
+    16: Tile(64, 16, 4, 4),
+    32: Tile(64, 32, 4, 4),
+    64: Tile(64, 64, 4, 4),
+    math.inf: Tile(128, 64, 8, 3),
+}
+_FINISH_TILES = {16: Tile(32, 16, 4, 4), 64: Tile(64, 16, 4, 4), math.inf: Tile(128, 64, 4, 3)}
 
 
 class TokenCodes(NamedTuple):
@@ -32,94 +63,167 @@ class TokenCodes(NamedTuple):
     Attributes:
         codes: int8 ``(tokens, in_features)``, shifted by ``-2**(bits - 1)``. Where they alternate, the bits of every
             other one of a group are inverted: it is ``-1 - code``.
-        scale, zero_point: float32 ``(tokens,)``; the zero points are shifted like the codes.
-        sums: float32 ``(groups, tokens)``, of each group's ``codes - zero_point``. Where codes alternate, as many rows
-            follow that sum the inverted ones, as they were before.
+        scale: float32 ``(tokens,)``.
+        sums: float32 ``(tokens, places)``, what a weight's zero points are multiplied with: each group's sum of
+            ``codes - zero_point``; where codes alternate, that sum of the inverted ones as they were before; the zero
+            point, shifted like the codes; one; zeros up to a multiple of ``PLACES``.
     """
 
     codes: Tensor
     scale: Tensor
-    zero_point: Tensor
     sums: Tensor
 
 
 @triton.jit
-def _quantize(x, given_scale, given_zero_point, codes, out_scale, out_zero_point, sums, clip, least, share,
-              BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, ALL_GROUPS: tl.constexpr,
-              ALL_PLACES: tl.constexpr, IS_GIVEN: tl.constexpr, BY_SHARE: tl.constexpr,
-              ALTERNATES: tl.constexpr):  # fmt: skip
-    """A token; the groups and their places are padded to powers of two."""
+def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, least, share,
+              BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SOME_GROUPS: tl.constexpr,
+              ALL_PLACES: tl.constexpr, LENGTH: tl.constexpr, ALL_LENGTH: tl.constexpr, IS_GIVEN: tl.constexpr,
+              BY_SHARE: tl.constexpr, ALTERNATES: tl.constexpr):  # fmt: skip
+    """A token, some groups at a time; the groups and their places are padded to powers of two."""
     most: tl.constexpr = 2**BITS - 1
-    token, tokens = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    group, place = tl.arange(0, ALL_GROUPS), tl.arange(0, ALL_PLACES)
-    inside = (group < GROUPS)[:, None] & (place < SIZE)[None, :]
-    at = token * (GROUPS * SIZE) + group[:, None] * SIZE + place[None, :]
-    value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    parts: tl.constexpr = (GROUPS + SOME_GROUPS - 1) // SOME_GROUPS
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, ALL_PLACES)
+    is_odd = (place % 2 == 1)[None, :]
     if IS_GIVEN:
         scale, zero = tl.load(given_scale + token), tl.load(given_zero_point + token)
     else:
-        low = clip * tl.minimum(tl.min(tl.min(value, 1), 0), 0.0)
-        high = clip * tl.maximum(tl.max(tl.max(value, 1), 0), 0.0)
+        lowest = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.float32)
+        highest = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.float32)
+        for part in range(parts):
+            group = part * SOME_GROUPS + tl.arange(0, SOME_GROUPS)
+            inside = (group < GROUPS)[:, None] & (place < SIZE)[None, :]
+            at = token * (GROUPS * SIZE) + group[:, None] * SIZE + place[None, :]
+            value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+            lowest, highest = tl.minimum(lowest, value), tl.maximum(highest, value)
+        low, high = clip * tl.min(tl.min(lowest, 1), 0), clip * tl.max(tl.max(highest, 1), 0)
         # torch divides by a number on a CPU, and multiplies by its inverse on a GPU.
         step = (high - low) * share if BY_SHARE else tl.div_rn(high - low, most * 1.0)
         scale = tl.maximum(step, least)
         zero = (tl.div_rn(0 - low, scale) + _ROUNDS) - _ROUNDS
-    code = tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), most * 1.0)
-    code = ((code + _ROUNDS) - _ROUNDS).to(tl.int32)
-    shifted = code - 2 ** (BITS - 1)
-    is_odd = (place % 2 == 1)[None, :]
-    if ALTERNATES:
-        shifted = tl.where(is_odd, -1 - shifted, shifted)
-    tl.store(codes + at, shifted.to(tl.int8), mask=inside)
-    total = tl.sum(tl.where(inside, code, 0), 1).to(tl.float32) - zero * SIZE
-    tl.store(sums + group * tokens + token, total, mask=group < GROUPS)
-    if ALTERNATES:
-        odd = tl.sum(tl.where(inside & is_odd, code, 0), 1).to(tl.float32) - zero * (SIZE // 2)
-        tl.store(sums + (GROUPS + group) * tokens + token, odd, mask=group < GROUPS)
-    is_number = tl.max(tl.max((value != value).to(tl.int32), 1), 0) == 0  # NaN has no code, and mustn't get lost
+    all_sums = sums + token * LENGTH
+    last = tl.arange(0, ALL_LENGTH)
+    first: tl.constexpr = GROUPS * (2 if ALTERNATES else 1)
+    shifted_zero = zero - 2 ** (BITS - 1)
+    rest = tl.where(last == first, shifted_zero, tl.where(last == first + 1, 1.0, 0.0))
+    tl.store(all_sums + last, rest, mask=(last >= first) & (last < LENGTH))
+    strange = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.int32)
+    for part in range(parts):
+        group = part * SOME_GROUPS + tl.arange(0, SOME_GROUPS)
+        inside = (group < GROUPS)[:, None] & (place < SIZE)[None, :]
+        at = token * (GROUPS * SIZE) + group[:, None] * SIZE + place[None, :]
+        value = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+        strange |= (value != value).to(tl.int32)
+        code = tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), most * 1.0)
+        code = ((code + _ROUNDS) - _ROUNDS).to(tl.int32)
+        shifted = code - 2 ** (BITS - 1)
+        if ALTERNATES:
+            shifted = tl.where(is_odd, -1 - shifted, shifted)
+        tl.store(codes + at, shifted.to(tl.int8), mask=inside)
+        total = tl.sum(tl.where(inside, code, 0), 1).to(tl.float32) - zero * SIZE
+        tl.store(all_sums + group, total, mask=group < GROUPS)
+        if ALTERNATES:
+            odd = tl.sum(tl.where(inside & is_odd, code, 0), 1).to(tl.float32) - zero * (SIZE // 2)
+            tl.store(all_sums + GROUPS + group, odd, mask=group < GROUPS)
+    is_number = tl.max(tl.max(strange, 1), 0) == 0  # NaN has no code, and mustn't get lost
     tl.store(out_scale + token, tl.where(is_number, scale, float("nan")))
-    tl.store(out_zero_point + token, zero - 2 ** (BITS - 1))
 
 
 @triton.jit
-def _multiply(codes, token_scale, token_zero_point, sums, packed, scale, zero_point, offset, out, tokens, rows,
+def _lane(some, LANE: tl.constexpr, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
+    """A code of each byte, int8; those of 8 bits are shifted by -128. ``BY_FOUR`` takes four bytes at a time."""
+    if BITS == 8:
+        return (some ^ 128).to(tl.int8, bitcast=True)
+    elif BY_FOUR:
+        mask: tl.constexpr = (2**BITS - 1) * 0x01010101
+        code: tl.constexpr = f"{{ .reg .b32 t; shr.b32 t, $1, {LANE * BITS}; and.b32 $0, t, {mask}; }}"
+        return tl.inline_asm_elementwise(code, "=r,r", [some], dtype=tl.int8, is_pure=True, pack=4)
+    else:
+        return ((some >> (LANE * BITS)) & (2**BITS - 1)).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _lanes(some, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
+    """The codes of all lanes of bytes ``(rows, bytes)``, lane after lane: int8 ``(rows, lanes * bytes)``."""
+    if BITS == 8:
+        return _lane(some, 0, BITS, BY_FOUR)
+    elif BITS == 4:
+        pair = tl.join(_lane(some, 0, BITS, BY_FOUR), _lane(some, 1, BITS, BY_FOUR))
+        return tl.reshape(tl.permute(pair, (0, 2, 1)), (some.shape[0], 2 * some.shape[1]))
+    else:
+        even = tl.join(_lane(some, 0, BITS, BY_FOUR), _lane(some, 2, BITS, BY_FOUR))
+        odd = tl.join(_lane(some, 1, BITS, BY_FOUR), _lane(some, 3, BITS, BY_FOUR))
+        return tl.reshape(tl.permute(tl.join(even, odd), (0, 2, 3, 1)), (some.shape[0], 4 * some.shape[1]))
+
+
+@triton.jit
+def _multiply(codes, token_scale, sums, packed, scale, factors, out, tokens, rows,
               WIDTH: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
-              ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
+              LENGTH: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
+              TOKENS: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """A block of the output. Bytes of a plane are multiplied in int32, and what they come to is summed in float32.
 
-    The weight is on the left, so that its unpacked codes can stay in registers.
+    The weight is on the left, so that its unpacked codes can stay in registers. Where the columns are split, what each
+    part of the groups comes to is written by itself, in float32, and ``_finish`` does the rest.
     """
     lanes: tl.constexpr = 8 // BITS
-    shift: tl.constexpr = 128 if BITS == 8 else 0
     blocks: tl.constexpr = (WIDTH + BYTES - 1) // BYTES
+    per: tl.constexpr = (GROUPS + SPLITS - 1) // SPLITS
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     is_row, is_token = row < rows, token < tokens
+    start = tl.program_id(2) * per
     total = tl.full((ROWS, TOKENS), 0, tl.float32)
-    for step in range(GROUPS * blocks):
+    for step in range(start * blocks, tl.minimum(start + per, GROUPS) * blocks):
         group = step // blocks
         byte = (step % blocks) * BYTES + tl.arange(0, BYTES)
         is_byte = byte < WIDTH
         where = packed + row[:, None] * (GROUPS * WIDTH) + (group * WIDTH + byte)[None, :]
         some = tl.load(where, mask=is_row[:, None] & is_byte[None, :], other=0)
-        part = tl.full((ROWS, TOKENS), 0, tl.int32)
-        for lane in tl.static_range(lanes):
-            q = (((some >> (lane * BITS)) & (2**BITS - 1)) ^ shift).to(tl.int8, bitcast=True)
-            column = (group * lanes + lane) * WIDTH + byte
-            there = is_token[:, None] & is_byte[None, :]
-            p = tl.load(codes + token[:, None] * (GROUPS * WIDTH * lanes) + column[None, :], mask=there, other=0)
-            part = tl.dot(q, tl.trans(p), part, out_dtype=tl.int32)
+        place = tl.arange(0, lanes * BYTES)
+        start_byte = (step % blocks) * BYTES
+        column = (group * lanes + place // BYTES) * WIDTH + start_byte + place % BYTES
+        there = is_token[:, None] & (start_byte + place % BYTES < WIDTH)[None, :]
+        p = tl.load(codes + token[:, None] * (GROUPS * WIDTH * lanes) + column[None, :], mask=there, other=0)
+        # One product of all lanes: each is waited for, as its left side is in registers.
+        part = tl.dot(_lanes(some, BITS, BY_FOUR), tl.trans(p), out_dtype=tl.int32)
         b = tl.load(scale + row * GROUPS + group, mask=is_row, other=0).to(tl.float32)
         total += part.to(tl.float32) * b[:, None]
-    for group in range(GROUPS):
-        b = tl.load(scale + row * GROUPS + group, mask=is_row, other=0).to(tl.float32)
-        z = tl.load(zero_point + row * GROUPS + group, mask=is_row, other=0).to(tl.float32) - shift
-        total -= (b * z)[:, None] * tl.load(sums + group * tokens + token, mask=is_token, other=0)[None, :]
-    y = tl.load(token_zero_point + token, mask=is_token, other=0)
-    total -= tl.load(offset + row, mask=is_row, other=0)[:, None] * y[None, :]
-    total *= tl.load(token_scale + token, mask=is_token, other=0)[None, :]
-    found = tl.trans(total).to(out.dtype.element_ty)
-    tl.store(out + token[:, None] * rows + row[None, :], found, mask=is_token[:, None] & is_row[None, :])
+    if SPLITS > 1:
+        place = out + tl.program_id(2).to(tl.int64) * tokens * rows + token[None, :] * rows + row[:, None]
+        tl.store(place, total, mask=is_row[:, None] & is_token[None, :])
+    else:
+        for first in range(0, LENGTH, STEP):
+            place = first + tl.arange(0, STEP)
+            f = tl.load(factors + row[:, None] * LENGTH + place[None, :], mask=is_row[:, None], other=0)
+            s = tl.load(sums + token[:, None] * LENGTH + place[None, :], mask=is_token[:, None], other=0)
+            total = tl.dot(f, tl.trans(s), total, input_precision=PRECISION)
+        total *= tl.load(token_scale + token, mask=is_token, other=0)[None, :]
+        found = tl.trans(total).to(out.dtype.element_ty)
+        tl.store(out + token[:, None] * rows + row[None, :], found, mask=is_token[:, None] & is_row[None, :])
+
+
+@triton.jit
+def _finish(found, token_scale, sums, factors, out, unit, tokens, rows, LENGTH: tl.constexpr, STEP: tl.constexpr,
+            PARTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
+            PRECISION: tl.constexpr):  # fmt: skip
+    """A block of the output, of products of codes that are there in parts: adds the zero points' part, and scales."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    is_row, is_token = row < rows, token < tokens
+    inside, at = is_token[:, None] & is_row[None, :], token[:, None] * rows + row[None, :]
+    total = tl.load(found + at, mask=inside, other=0).to(tl.float32)
+    whole = tl.full((), 1, tl.int64) * tokens * rows
+    for part in range(1, PARTS):
+        total += tl.load(found + part * whole + at, mask=inside, other=0).to(tl.float32)
+    total *= unit
+    for first in range(0, LENGTH, STEP):
+        place = first + tl.arange(0, STEP)
+        f = tl.load(factors + row[:, None] * LENGTH + place[None, :], mask=is_row[:, None], other=0)
+        s = tl.load(sums + token[:, None] * LENGTH + place[None, :], mask=is_token[:, None], other=0)
+        total = tl.dot(s, tl.trans(f), total, input_precision=PRECISION)
+    total *= tl.load(token_scale + token, mask=is_token, other=0)[:, None]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
 def quantize_tokens(
@@ -141,81 +245,148 @@ def quantize_tokens(
         alternates: invert every other code, see ``TokenCodes``; a group's size is even.
     """
     tokens, columns = x.shape
+    size, length = columns // groups, _length((1 + alternates) * groups)
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
-    scale, zero_point = torch.empty((2, tokens), dtype=torch.float32, device=x.device)
-    sums = torch.empty(((1 + alternates) * groups, tokens), dtype=torch.float32, device=x.device)
-    given = (scale, zero_point) if ranges is None else [part.contiguous() for part in ranges]
-    size = columns // groups
-    padded = triton.next_power_of_2(groups), triton.next_power_of_2(size)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    sums = torch.empty((tokens, length), dtype=torch.float32, device=x.device)
+    given = (scale, scale) if ranges is None else [part.contiguous() for part in ranges]
+    padded = triton.next_power_of_2(size)
+    longest = _LONGEST if tokens > _FEW else 8 * _LONGEST  # few tokens are quantized at once
+    some = min(triton.next_power_of_2(groups), max(1, longest // padded))
     _quantize[(tokens,)](
-        *(x.contiguous(), *given, codes, scale, zero_point, sums, clip, SMALLEST_SCALE, 1 / (2**bits - 1)),
+        *(x.contiguous(), *given, codes, scale, sums, clip, SMALLEST_SCALE, 1 / (2**bits - 1)),
         BITS=bits,
         GROUPS=groups,
         SIZE=size,
-        ALL_GROUPS=padded[0],
-        ALL_PLACES=padded[1],
+        SOME_GROUPS=some,
+        ALL_PLACES=padded,
+        LENGTH=length,
+        ALL_LENGTH=triton.next_power_of_2(length),
         IS_GIVEN=ranges is not None,
         BY_SHARE=x.is_cuda,
         ALTERNATES=alternates,
-        num_warps=min(16, max(4, padded[0] * padded[1] // 2048)),
+        num_warps=min(16, max(4, some * padded // 2048)),
         enable_fp_fusion=False,  # torch rounds a product before it is added
     )
-    return TokenCodes(codes, scale, zero_point, sums)
+    return TokenCodes(codes, scale, sums)
 
 
-def code_offset(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """What each row's codes sum up to, times their scales: float32 ``(rows,)``.
+def _length(sums: int) -> int:
+    """How many places a token's sums, its zero point and a one take."""
+    return -(-(sums + 2) // PLACES) * PLACES
+
+
+def pad(factors: Tensor) -> Tensor:
+    """What ``TokenCodes.sums`` are multiplied with, float32 ``(rows, places)``, from ``(rows, at most as many)``."""
+    length = -(-factors.shape[1] // PLACES) * PLACES
+    return F.pad(factors.float(), (0, length - factors.shape[1])).contiguous()
+
+
+def code_factors(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """What the sums of tokens that don't alternate are multiplied with: float32 ``(rows, places)``.
 
     Args:
         codes: uint8 ``(rows, in_features)``.
-        scale: ``(rows, groups)``.
+        scale, zero_point: ``(rows, groups)``.
         bits: of a code; those of 8 bits are taken as shifted by -128.
     """
     grouped = codes.unflatten(1, (scale.shape[1], -1))
     shift = 128 if bits == 8 else 0
-    return ((grouped.sum(-1, dtype=torch.int32) - shift * grouped.shape[-1]) * scale.float()).sum(-1)
-
-
-def tile(tokens: int) -> int:
-    """How many tokens a program multiplies; the kernel is another one for each of these sizes."""
-    return min(128, max(16, triton.next_power_of_2(tokens)))
+    offset = (grouped.sum(-1, dtype=torch.int32) - shift * grouped.shape[-1]) * scale.float()
+    zeros = scale.float() * (zero_point.float() - shift)
+    return pad(torch.cat([-zeros, -offset.sum(-1, keepdim=True), torch.zeros_like(zeros[:, :1])], 1))
 
 
 def code_product(
     tokens: TokenCodes,
     packed: Tensor,
     scale: Tensor,
-    zero_point: Tensor,
-    offset: Tensor,
+    factors: Tensor,
     bits: int,
     dtype: torch.dtype,
+    tile: Tile | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """Quantized tokens times a packed weight, transposed.
 
     Args:
         tokens: by ``quantize_tokens`` with as many groups.
         packed: uint8 ``(rows, in_features * bits / 8)``, codes plane by plane.
-        scale, zero_point: ``(rows, groups)``.
-        offset: what ``code_offset`` returned.
+        scale: ``(rows, groups)``.
+        factors: what ``code_factors`` returned.
         bits: of the weight's codes.
         dtype: of the result.
+        tile: how blocks are computed; None chooses by the number of tokens.
+        splits: how many parts the columns are split into; None chooses so that the card is filled.
 
     Returns:
         ``(tokens, rows)``.
     """
     count, (rows, groups) = len(tokens.codes), scale.shape
-    out = torch.empty((count, rows), dtype=dtype, device=packed.device)
+    tile = tile or _tile(_TILES, count)
+    blocks = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.tokens)
+    if splits is None:
+        splits = _splits(blocks[0] * blocks[1], groups)
+    splits = triton.cdiv(groups, triton.cdiv(groups, splits))
+    shape, kind = ((count, rows), dtype) if splits == 1 else ((splits, count, rows), torch.float32)
+    out = torch.empty(shape, dtype=kind, device=packed.device)
     width = packed.shape[1] // groups
-    tall, wide = 64 if count <= 64 else 128, tile(count)
-    _multiply[(triton.cdiv(rows, tall), triton.cdiv(count, wide))](
-        *(*tokens, packed.contiguous(), scale.contiguous(), zero_point.contiguous(), offset, out, count, rows),
+    _multiply[(*blocks, splits)](
+        *(*tokens, packed.contiguous(), scale.contiguous(), factors, out, count, rows),
         WIDTH=width,
         BYTES=max(32, min(_WIDEST, width & -width)),
         BITS=bits,
         GROUPS=groups,
-        ROWS=tall,
-        TOKENS=wide,
-        num_warps=4 if tall * wide < 128 * 128 else 8,
-        num_stages=3,
+        LENGTH=factors.shape[1],
+        STEP=PLACES,
+        SPLITS=splits,
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        BY_FOUR=packed.is_cuda,  # the interpreter runs no assembly
+        PRECISION=tile.precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out if splits == 1 else finish(out, tokens, factors, 1.0, dtype)
+
+
+def finish(
+    found: Tensor, tokens: TokenCodes, factors: Tensor, unit: float, dtype: torch.dtype, tile: Tile | None = None
+) -> Tensor:
+    """The product of what codes stand for, from that of codes alone.
+
+    Args:
+        found: ``(tokens, rows)``, or parts of it to sum up, ``(parts, tokens, rows)``; contiguous.
+        tokens: by ``quantize_tokens``.
+        factors: float32 ``(rows, places)``, of the tokens' sums.
+        unit: that ``found`` is given in.
+        dtype: of the result.
+        tile: how blocks are computed; None chooses by the number of tokens.
+
+    Returns:
+        ``(tokens, rows)``.
+    """
+    count, rows = found.shape[-2:]
+    tile = tile or _tile(_FINISH_TILES, count)
+    out = torch.empty((count, rows), dtype=dtype, device=found.device)
+    _finish[(triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.tokens))](
+        *(found, tokens.scale, tokens.sums, factors, out, unit, count, rows),
+        LENGTH=factors.shape[1],
+        STEP=PLACES,
+        PARTS=1 if found.ndim == 2 else len(found),
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        PRECISION=tile.precision,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
     )
     return out
+
+
+def _tile(tiles: dict[float, Tile], tokens: int) -> Tile:
+    return next(tile for most, tile in tiles.items() if tokens <= most)
+
+
+def _splits(blocks: int, groups: int) -> int:
+    """Parts of the columns so that twice as many blocks as fill a card are computed, of at least four groups each."""
+    return max(1, min(2 * _BLOCKS // blocks, groups // 4))

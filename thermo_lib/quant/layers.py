@@ -156,16 +156,20 @@ class QuantizedLinear(TimestepTable):
         def convert() -> Any:
             return humming_code_product(*self._of_row(self.codes()), self.bits)
 
-        return self._once(("integer humming", self.row()), convert)(self._token_codes(x, alternates=True)).to(x.dtype)
+        product = self._once(("integer humming", self.row()), convert)
+        return product(self._token_codes(x, alternates=True), x.dtype)
 
     def integer_triton(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` times the weight in whole numbers, by Triton kernels: ``(tokens, out_features)``."""
-        from thermo_lib.quant.integer_kernels import code_offset, code_product
+        from thermo_lib.quant.integer_kernels import code_factors, code_product
 
         packed, scale, zero_point = self._of_row(self.packed)
-        offset = self._once(("offset", self.row()), lambda: code_offset(self.codes(), scale, self.bits))
-        tokens = self._token_codes(x, alternates=False)
-        return code_product(tokens, packed, scale, zero_point, offset, self.bits, x.dtype)
+
+        def convert() -> Any:
+            return code_factors(self.codes(), scale, zero_point, self.bits)
+
+        factors = self._once(("factors", self.row()), convert)
+        return code_product(self._token_codes(x, alternates=False), packed, scale, factors, self.bits, x.dtype)
 
     def _token_codes(self, x: Tensor, alternates: bool) -> Any:
         from thermo_lib.quant.integer_kernels import quantize_tokens
