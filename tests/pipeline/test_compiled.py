@@ -123,5 +123,5 @@ def test_on_a_gpu_graphs_compute_the_same(quantized: Quantize, random_ids: Calla
         expected = [lm.model(ids) for ids in batches]
         compile(lm)
         for ids, logits in zip(batches, expected, strict=True):
-            torch.testing.assert_close(lm.model(ids), logits, rtol=0.02, atol=0.1)
+            torch.testing.assert_close(lm.model(ids), logits, rtol=0.02, atol=0.25)
         assert len(lm.model.hidden.graphs) == 1

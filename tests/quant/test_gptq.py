@@ -54,6 +54,19 @@ def test_what_is_fitted_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch, 
     assert torch.backends.cuda.matmul.fp32_precision != TF32
 
 
+def test_a_hessian_that_rounding_spoiled_is_damped_more() -> None:
+    """As sums in float32 over many inputs that are nearly alike leave it."""
+    weight, hessian = weights(4, 16, 0), correlated_hessian(16, 1)
+    sizes, directions = torch.linalg.eigh(hessian)
+    sizes[0] = -0.05 * hessian.diagonal().mean()
+    spoiled = directions * sizes @ directions.T
+    with pytest.warns(UserWarning, match="hessian: 0.01 of damping left it singular, 0.1 was taken"):
+        found = gptq(weight, spoiled, 2, 8, 0.01, 0.0)
+    assert torch.equal(found.codes, gptq(weight, spoiled, 2, 8, 0.1, 0.0).codes)
+    with pytest.raises(ValueError, match="hessian: found none that is positive, up to a damping of 1"):
+        gptq(weight, -hessian, 2, 8, 0.01, 0.0)
+
+
 class TestGPTQ:
     """GPTQ quantizes for the layer's output on its inputs, not for the weights."""
 

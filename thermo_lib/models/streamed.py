@@ -1,4 +1,4 @@
-"""A full-precision model in little memory: its blocks are read when they run, and dropped again.
+"""A full-precision model in little memory: its blocks are read when they run, and dropped again if memory is short.
 
 Last norm and head are on the device all the time, embeddings that the head doesn't share in the host's memory. Where
 gradients are needed a block runs again on the way back (activation checkpointing, arXiv 1604.06174), so that no more
@@ -24,6 +24,7 @@ from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_fol
 from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
 from thermo_lib.quant.calls import CALL, denoising
 
+_ROOM = 24 * 2**30  # bytes of free memory; a GPU that has no more in all needs them for the states
 _EMBEDDINGS = "model.embed_tokens.weight"
 
 
@@ -164,9 +165,13 @@ class StreamedForward:
         self.block.requires_grad_(False)
 
     def empty(self) -> None:
-        """Drop the weights, unless they are held or kept."""
-        if not (self.is_held or self.is_kept):
+        """Drop the weights, unless they are held or kept, or a GPU has room for them."""
+        if not (self.is_held or self.is_kept or self._has_room()):
             self.block.to("meta")
+
+    def _has_room(self) -> bool:
+        """Whether so much of a GPU's memory is free that the weights needn't be read again at the next pass."""
+        return self.device.type == "cuda" and torch.cuda.mem_get_info(self.device)[0] > _ROOM
 
 
 class HostEmbedding(nn.Embedding):

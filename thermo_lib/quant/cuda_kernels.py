@@ -30,8 +30,8 @@ class Tuning(NamedTuple):
         least: rows that a thread writes at least, so that what it reads of its columns pays.
     """
 
-    threads: int = 512
-    resident: int = 2
+    threads: int = 256
+    resident: int = 5
     unrolled: int = 2
     least: int = 4
 

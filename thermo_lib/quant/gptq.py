@@ -1,5 +1,6 @@
 """GPTQ (arXiv 2210.17323), and the closed-form fit of scales and zero points to finished codes."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from thermo_lib.quant.rounding import least_squares_parameters
 
 _RECORDED = 2**9  # columns of a group at most that are recorded; the graph has a dozen kernels for each
 _KEPT = 8  # graphs
+_MOST_DAMPING = 1.0
 
 
 @products_in(FLOAT32)
@@ -96,18 +98,33 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         hessian: ``sum x x^T``, ``(in_features, in_features)``. A channel that is always zero (a dead one) takes the
             mean diagonal of the others: its weights don't matter, but they must not make the damping of the others
             depend on the scale of the inputs.
-        damping: share of the mean diagonal that is added to the diagonal.
+        damping: share of the mean diagonal that is added to the diagonal; ten times as much, with a warning, as long as
+            rounding in the sums leaves the matrix without a factor.
+
+    Raises:
+        ValueError: no factor at any damping.
     """
     # By columns, as LAPACK has it, so that each step is in place.
-    H = torch.empty_like(hessian, dtype=torch.float64).mT.copy_(hessian)
-    diagonal = H.diagonal()
-    is_dead = diagonal == 0
-    if is_dead.any():
-        diagonal[is_dead] = 1.0 if is_dead.all() else diagonal[~is_dead].mean()
-    diagonal += damping * diagonal.mean()
-    torch.linalg.cholesky(H, out=H)
-    torch.cholesky_inverse(H, out=H)
-    return torch.linalg.cholesky(H, upper=True, out=H)
+    H = torch.empty_like(hessian, dtype=torch.float64).mT
+    share = damping
+    while True:
+        diagonal = H.copy_(hessian).diagonal()
+        is_dead = diagonal == 0
+        if is_dead.any():
+            diagonal[is_dead] = 1.0 if is_dead.all() else diagonal[~is_dead].mean()
+        diagonal += share * diagonal.mean()
+        try:
+            torch.linalg.cholesky(H, out=H)
+            torch.cholesky_inverse(H, out=H)
+            torch.linalg.cholesky(H, upper=True, out=H)
+        except torch.linalg.LinAlgError:
+            if share >= _MOST_DAMPING:
+                raise ValueError(f"hessian: found none that is positive, up to a damping of {share:g}") from None
+            share = min(_MOST_DAMPING, max(10 * share, 1e-4))
+            continue
+        if share != damping:
+            warnings.warn(f"hessian: {damping:g} of damping left it singular, {share:g} was taken", stacklevel=2)
+        return H
 
 
 def check_hessian(hessian: Tensor, in_features: int) -> None:

@@ -100,7 +100,7 @@ def kernel_rows(device: torch.device, extent: Extent) -> Rows:
 def linear_rows(device: torch.device, extent: Extent) -> Rows:
     """Times of single linears against the dense bfloat16 one, both as CUDA graphs, none of their weights in the cache.
 
-    Kernels that aren't used for a size are left out.
+    Kernels that aren't used for a size are left out, and so is plain torch on a GPU.
     """
     for in_features, out_features in extent.sizes:
         weights = torch.randn(_copies(2 * in_features * out_features, device), out_features, in_features).bfloat16()
@@ -110,7 +110,7 @@ def linear_rows(device: torch.device, extent: Extent) -> Rows:
         for kernel, make in KERNELS.items():
             layer = make(in_features, out_features).to(device)
             layers = [copy.deepcopy(layer) for _ in range(_copies(layer.packed.numel(), device))]
-            for backend in _backends(kernel):
+            for backend in _backends(kernel)[device.type == "cuda" :]:
                 set_backend(nn.ModuleList(layers), backend)
                 for count, x in inputs.items():
                     row = _timed(layers, x, expected[count], extent.rounds, len(dense))
@@ -189,10 +189,15 @@ def generation_rows(device: torch.device, extent: Extent) -> Rows:
             if is_graph:
                 model.hidden = GraphedPass(model, 1)
             whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
-            with torch.no_grad():
-                passes = _STEPS * _median(lambda lm=lm, ids=ids: lm.model.hidden(ids), device, 3)
+            passes = _STEPS * _median(lambda lm=lm, ids=ids: _pass(lm, ids), device, 3)
             about = {"model": kernel or "dense", "graph": is_graph, "layers": extent.layers}
             yield about | {"seconds": whole, "beside": 1 - passes / whole}
+
+
+@torch.no_grad()
+def _pass(lm: DiffusionLM, ids: Tensor) -> Tensor:
+    """A forward pass, with the head at as many positions as are open in the mean of a generation's steps."""
+    return lm.model.lm_head(lm.model.hidden(ids)[0, : _TEXT * (_STEPS + 1) // (2 * _STEPS)])
 
 
 @torch.no_grad()
@@ -212,7 +217,7 @@ def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
         }
         for name, method in methods.items():
             _free(device)
-            seconds = _median(method, device, 1)
+            seconds = _median(method, device, int(not name.startswith("trellis")))
             about = {"quantizer": name, "linear": f"{in_features} -> {out_features}", "seconds": seconds}
             yield about | {"weights_a_second": weight.numel() / seconds, "peak_mib": _peak(device)}
 
@@ -223,7 +228,8 @@ def decoder_rows(device: torch.device, extent: Extent) -> Rows:
     for in_features, out_features in extent.sizes if device.type == "cuda" else ():
         layer = KERNELS["trellis"](in_features, out_features).to(device)
         for name, read in (("triton", layer.triton_weight), ("cuda", layer.cuda_weight)):
-            seconds = _median(lambda read=read: read(torch.bfloat16), device, extent.rounds)
+            often = _together([lambda x, read=read: read(x.dtype)] * 8, layer.scale.bfloat16(), device)
+            seconds = _median(often, device, extent.rounds) / 8
             yield {"decoder": name, "linear": f"{in_features} -> {out_features}", "ms": 1e3 * seconds}
 
 
@@ -314,14 +320,14 @@ def gpu_check(device: torch.device, extent: Extent, output: Path, *, progress: b
 
 
 def _median(function: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median seconds of a call, after one that warms up."""
+    """Median seconds of a call, after one that warms up; of none, that one's."""
     seconds = []
     for turn in range(rounds + 1):
         _wait(device)
         start = time.perf_counter()
         function()
         _wait(device)
-        if turn:
+        if turn or not rounds:
             seconds.append(time.perf_counter() - start)
     return sorted(seconds)[len(seconds) // 2]
 
