@@ -226,6 +226,34 @@ class TestChoice:
             layer(inputs(tokens, 64, torch.bfloat16))
         assert counts == [5, 1, 4, 64, 33, 60, 128, 1000, 2000]
 
+    @pytest.mark.parametrize(
+        ("out_features", "tokens", "suited", "expected"),
+        [
+            (4096, 64, {"triton", "humming"}, "humming"),
+            (4096, 65, {"triton", "humming"}, "triton"),
+            (4096, 65, {"humming"}, "humming"),
+            (4096, 65, {"cuda", "triton"}, "cuda"),
+            (4096, 65, {"triton int8", "triton", "humming"}, "triton int8"),
+            (4160, 65, {"triton", "humming"}, "humming"),
+            (4160, 65, {"triton int8", "humming"}, "triton int8"),
+        ],
+    )
+    def test_small_weights_are_written_for_many_tokens(
+        self, monkeypatch: pytest.MonkeyPatch, out_features: int, tokens: int, suited: set[str], expected: str
+    ) -> None:
+        for name, code in backends._CODE.items():
+            monkeypatch.setitem(backends._CODE, name, code._replace(suits=lambda *_, name=name: name in suited))
+        monkeypatch.setattr(backends, "_is_right", lambda *_: True)
+
+        class OnGpu(Tensor):
+            is_cuda = True
+
+        layer = QuantizedLinear(4096, out_features, bits=2, group_size=64, bias=False)
+        x = torch.zeros((1, tokens, 4096), dtype=torch.bfloat16).as_subclass(OnGpu)
+        assert backends.choose(layer, x) == expected
+        layer.backend = "humming"
+        assert backends.choose(layer, x) == ("humming" if "humming" in suited else "plain")
+
     def test_a_name_that_isnt_known_or_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = planes_layer(4, 32, 2, 16)
         with pytest.raises(ValueError, match="backend: found 'fast', allowed are auto, plain, compiled, cuda, triton"):

@@ -26,7 +26,7 @@ tl = needs("triton.language")
 NARROWEST = 16  # bytes of a plane; narrower ones leave most of a tensor core's 32 places empty
 PLACES = 32  # the zero points' part is summed over as many numbers at a time
 _WIDEST = 64  # bytes of a plane that are multiplied at a time
-_FEW = 64  # tokens, that are quantized by programs of more warps
+_FEW = 64  # tokens, that are quantized by programs of more warps, and multiplied in blocks of all of them
 _BLOCKS = 132  # of the output, that fill a card
 _LONGEST = 4096  # places that are quantized at a time
 _ROUNDS = tl.constexpr(3 * 2.0**22)  # a number this large has no fractions: to add it rounds, ties to even
@@ -38,35 +38,33 @@ class Tile(NamedTuple):
     Attributes:
         rows, tokens: its size.
         warps, stages: of the program.
-        precision: of the products of float32 in it, in which the zero points' part is summed; of ``tl.dot``.
     """
 
     rows: int
     tokens: int
     warps: int
     stages: int
-    precision: str = "tf32x3"
 
 
-_TILES = {  # by the largest number of tokens they are for
+_TILES = {  # by the largest number of tokens they are for; measured on an H200 at 1, 32 and 256 to 4096 tokens
     16: Tile(64, 16, 4, 4),
     32: Tile(64, 32, 4, 4),
     64: Tile(64, 64, 4, 4),
-    math.inf: Tile(128, 64, 8, 3),
+    math.inf: Tile(64, 64, 4, 3),
 }
-_FINISH_TILES = {16: Tile(32, 16, 4, 4), 64: Tile(64, 16, 4, 4), math.inf: Tile(128, 64, 4, 3)}
+_LONG = 64  # groups; blocks of longer rows and many tokens are larger, of more rows where their columns are split
+_SPLIT_TILE, _LONG_TILE = Tile(128, 64, 4, 3), Tile(64, 128, 4, 3)
+_FINISH_TILES = {16: Tile(32, 16, 4, 4), 64: Tile(64, 16, 4, 4), math.inf: Tile(64, 64, 4, 3)}
 
 
 class TokenCodes(NamedTuple):
     """Quantized tokens: ``(codes - zero_point) * scale``.
 
     Attributes:
-        codes: int8 ``(tokens, in_features)``, shifted by ``-2**(bits - 1)``. Where they alternate, the bits of every
-            other one of a group are inverted: it is ``-1 - code``.
+        codes: int8 ``(tokens, in_features)``, shifted by ``-2**(bits - 1)``.
         scale: float32 ``(tokens,)``.
         sums: float32 ``(tokens, places)``, what a weight's zero points are multiplied with: each group's sum of
-            ``codes - zero_point``; where codes alternate, that sum of the inverted ones as they were before; the zero
-            point, shifted like the codes; one; zeros up to a multiple of ``PLACES``.
+            ``codes - zero_point``; the zero point, shifted like the codes; zeros up to a multiple of ``PLACES``.
     """
 
     codes: Tensor
@@ -78,13 +76,12 @@ class TokenCodes(NamedTuple):
 def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, least, share,
               BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SOME_GROUPS: tl.constexpr,
               ALL_PLACES: tl.constexpr, LENGTH: tl.constexpr, ALL_LENGTH: tl.constexpr, IS_GIVEN: tl.constexpr,
-              BY_SHARE: tl.constexpr, ALTERNATES: tl.constexpr):  # fmt: skip
+              BY_SHARE: tl.constexpr):  # fmt: skip
     """A token, some groups at a time; the groups and their places are padded to powers of two."""
     most: tl.constexpr = 2**BITS - 1
     parts: tl.constexpr = (GROUPS + SOME_GROUPS - 1) // SOME_GROUPS
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, ALL_PLACES)
-    is_odd = (place % 2 == 1)[None, :]
     if IS_GIVEN:
         scale, zero = tl.load(given_scale + token), tl.load(given_zero_point + token)
     else:
@@ -103,10 +100,8 @@ def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, le
         zero = (tl.div_rn(0 - low, scale) + _ROUNDS) - _ROUNDS
     all_sums = sums + token * LENGTH
     last = tl.arange(0, ALL_LENGTH)
-    first: tl.constexpr = GROUPS * (2 if ALTERNATES else 1)
-    shifted_zero = zero - 2 ** (BITS - 1)
-    rest = tl.where(last == first, shifted_zero, tl.where(last == first + 1, 1.0, 0.0))
-    tl.store(all_sums + last, rest, mask=(last >= first) & (last < LENGTH))
+    shifted_zero = tl.where(last == GROUPS, zero - 2 ** (BITS - 1), 0.0)
+    tl.store(all_sums + last, shifted_zero, mask=(last >= GROUPS) & (last < LENGTH))
     strange = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.int32)
     for part in range(parts):
         group = part * SOME_GROUPS + tl.arange(0, SOME_GROUPS)
@@ -116,15 +111,9 @@ def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, le
         strange |= (value != value).to(tl.int32)
         code = tl.minimum(tl.maximum(tl.div_rn(value, scale) + zero, 0.0), most * 1.0)
         code = ((code + _ROUNDS) - _ROUNDS).to(tl.int32)
-        shifted = code - 2 ** (BITS - 1)
-        if ALTERNATES:
-            shifted = tl.where(is_odd, -1 - shifted, shifted)
-        tl.store(codes + at, shifted.to(tl.int8), mask=inside)
+        tl.store(codes + at, (code - 2 ** (BITS - 1)).to(tl.int8), mask=inside)
         total = tl.sum(tl.where(inside, code, 0), 1).to(tl.float32) - zero * SIZE
         tl.store(all_sums + group, total, mask=group < GROUPS)
-        if ALTERNATES:
-            odd = tl.sum(tl.where(inside & is_odd, code, 0), 1).to(tl.float32) - zero * (SIZE // 2)
-            tl.store(all_sums + GROUPS + group, odd, mask=group < GROUPS)
     is_number = tl.max(tl.max(strange, 1), 0) == 0  # NaN has no code, and mustn't get lost
     tl.store(out_scale + token, tl.where(is_number, scale, float("nan")))
 
@@ -160,7 +149,7 @@ def _lanes(some, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
 def _multiply(codes, token_scale, sums, packed, scale, factors, out, tokens, rows,
               WIDTH: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
               LENGTH: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
-              TOKENS: tl.constexpr, BY_FOUR: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+              TOKENS: tl.constexpr, BY_FOUR: tl.constexpr):  # fmt: skip
     """A block of the output. Bytes of a plane are multiplied in int32, and what they come to is summed in float32.
 
     The weight is on the left, so that its unpacked codes can stay in registers. Where the columns are split, what each
@@ -197,43 +186,34 @@ def _multiply(codes, token_scale, sums, packed, scale, factors, out, tokens, row
             place = first + tl.arange(0, STEP)
             f = tl.load(factors + row[:, None] * LENGTH + place[None, :], mask=is_row[:, None], other=0)
             s = tl.load(sums + token[:, None] * LENGTH + place[None, :], mask=is_token[:, None], other=0)
-            total = tl.dot(f, tl.trans(s), total, input_precision=PRECISION)
+            total = tl.dot(f, tl.trans(s), total, input_precision="tf32x3")
         total *= tl.load(token_scale + token, mask=is_token, other=0)[None, :]
         found = tl.trans(total).to(out.dtype.element_ty)
         tl.store(out + token[:, None] * rows + row[None, :], found, mask=is_token[:, None] & is_row[None, :])
 
 
 @triton.jit
-def _finish(found, token_scale, sums, factors, out, unit, tokens, rows, LENGTH: tl.constexpr, STEP: tl.constexpr,
-            PARTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr,
-            PRECISION: tl.constexpr):  # fmt: skip
+def _finish(found, token_scale, sums, factors, out, tokens, rows, LENGTH: tl.constexpr, STEP: tl.constexpr,
+            PARTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """A block of the output, of products of codes that are there in parts: adds the zero points' part, and scales."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     token = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     is_row, is_token = row < rows, token < tokens
     inside, at = is_token[:, None] & is_row[None, :], token[:, None] * rows + row[None, :]
-    total = tl.load(found + at, mask=inside, other=0).to(tl.float32)
+    total = tl.load(found + at, mask=inside, other=0)
     whole = tl.full((), 1, tl.int64) * tokens * rows
     for part in range(1, PARTS):
-        total += tl.load(found + part * whole + at, mask=inside, other=0).to(tl.float32)
-    total *= unit
+        total += tl.load(found + part * whole + at, mask=inside, other=0)
     for first in range(0, LENGTH, STEP):
         place = first + tl.arange(0, STEP)
         f = tl.load(factors + row[:, None] * LENGTH + place[None, :], mask=is_row[:, None], other=0)
         s = tl.load(sums + token[:, None] * LENGTH + place[None, :], mask=is_token[:, None], other=0)
-        total = tl.dot(s, tl.trans(f), total, input_precision=PRECISION)
+        total = tl.dot(s, tl.trans(f), total, input_precision="tf32x3")
     total *= tl.load(token_scale + token, mask=is_token, other=0)[:, None]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def quantize_tokens(
-    x: Tensor,
-    ranges: tuple[Tensor, Tensor] | None,
-    bits: int,
-    clip: float,
-    groups: int,
-    alternates: bool = False,
-) -> TokenCodes:
+def quantize_tokens(x: Tensor, ranges: tuple[Tensor, Tensor] | None, bits: int, clip: float, groups: int) -> TokenCodes:
     """Quantize tokens to the codes of ``codes.fake_quantize`` or ``codes.fake_quantize_per_token``.
 
     Args:
@@ -242,10 +222,9 @@ def quantize_tokens(
         bits: number of bits of a code, at most 8.
         clip: how far a token's own range reaches, as a share of the way from zero to its extremes.
         groups: number of groups of equal size, whose codes are summed.
-        alternates: invert every other code, see ``TokenCodes``; a group's size is even.
     """
     tokens, columns = x.shape
-    size, length = columns // groups, _length((1 + alternates) * groups)
+    size, length = columns // groups, -(-(groups + 1) // PLACES) * PLACES
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     sums = torch.empty((tokens, length), dtype=torch.float32, device=x.device)
@@ -264,26 +243,14 @@ def quantize_tokens(
         ALL_LENGTH=triton.next_power_of_2(length),
         IS_GIVEN=ranges is not None,
         BY_SHARE=x.is_cuda,
-        ALTERNATES=alternates,
         num_warps=min(16, max(4, some * padded // 2048)),
         enable_fp_fusion=False,  # torch rounds a product before it is added
     )
     return TokenCodes(codes, scale, sums)
 
 
-def _length(sums: int) -> int:
-    """How many places a token's sums, its zero point and a one take."""
-    return -(-(sums + 2) // PLACES) * PLACES
-
-
-def pad(factors: Tensor) -> Tensor:
-    """What ``TokenCodes.sums`` are multiplied with, float32 ``(rows, places)``, from ``(rows, at most as many)``."""
-    length = -(-factors.shape[1] // PLACES) * PLACES
-    return F.pad(factors.float(), (0, length - factors.shape[1])).contiguous()
-
-
 def code_factors(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """What the sums of tokens that don't alternate are multiplied with: float32 ``(rows, places)``.
+    """What ``TokenCodes.sums`` are multiplied with: float32 ``(rows, places)``.
 
     Args:
         codes: uint8 ``(rows, in_features)``.
@@ -294,7 +261,8 @@ def code_factors(codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) ->
     shift = 128 if bits == 8 else 0
     offset = (grouped.sum(-1, dtype=torch.int32) - shift * grouped.shape[-1]) * scale.float()
     zeros = scale.float() * (zero_point.float() - shift)
-    return pad(torch.cat([-zeros, -offset.sum(-1, keepdim=True), torch.zeros_like(zeros[:, :1])], 1))
+    factors = -torch.cat([zeros, offset.sum(-1, keepdim=True)], 1)
+    return F.pad(factors, (0, -factors.shape[1] % PLACES))
 
 
 def code_product(
@@ -304,7 +272,6 @@ def code_product(
     factors: Tensor,
     bits: int,
     dtype: torch.dtype,
-    tile: Tile | None = None,
     splits: int | None = None,
 ) -> Tensor:
     """Quantized tokens times a packed weight, transposed.
@@ -316,14 +283,13 @@ def code_product(
         factors: what ``code_factors`` returned.
         bits: of the weight's codes.
         dtype: of the result.
-        tile: how blocks are computed; None chooses by the number of tokens.
         splits: how many parts the columns are split into; None chooses so that the card is filled.
 
     Returns:
         ``(tokens, rows)``.
     """
     count, (rows, groups) = len(tokens.codes), scale.shape
-    tile = tile or _tile(_TILES, count)
+    tile = _tile(count, rows, groups)
     blocks = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.tokens)
     if splits is None:
         splits = _splits(blocks[0] * blocks[1], groups)
@@ -343,47 +309,38 @@ def code_product(
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         BY_FOUR=packed.is_cuda,  # the interpreter runs no assembly
-        PRECISION=tile.precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
-    return out if splits == 1 else finish(out, tokens, factors, 1.0, dtype)
+    return out if splits == 1 else _sum_up(out, tokens, factors, dtype)
 
 
-def finish(
-    found: Tensor, tokens: TokenCodes, factors: Tensor, unit: float, dtype: torch.dtype, tile: Tile | None = None
-) -> Tensor:
-    """The product of what codes stand for, from that of codes alone.
-
-    Args:
-        found: ``(tokens, rows)``, or parts of it to sum up, ``(parts, tokens, rows)``; contiguous.
-        tokens: by ``quantize_tokens``.
-        factors: float32 ``(rows, places)``, of the tokens' sums.
-        unit: that ``found`` is given in.
-        dtype: of the result.
-        tile: how blocks are computed; None chooses by the number of tokens.
-
-    Returns:
-        ``(tokens, rows)``.
-    """
-    count, rows = found.shape[-2:]
-    tile = tile or _tile(_FINISH_TILES, count)
+def _sum_up(found: Tensor, tokens: TokenCodes, factors: Tensor, dtype: torch.dtype) -> Tensor:
+    """The product ``(tokens, rows)`` from what the parts of the columns come to, float32 ``(parts, tokens, rows)``."""
+    parts, count, rows = found.shape
+    tile = _for_tokens(_FINISH_TILES, count)
     out = torch.empty((count, rows), dtype=dtype, device=found.device)
     _finish[(triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.tokens))](
-        *(found, tokens.scale, tokens.sums, factors, out, unit, count, rows),
+        *(found, tokens.scale, tokens.sums, factors, out, count, rows),
         LENGTH=factors.shape[1],
         STEP=PLACES,
-        PARTS=1 if found.ndim == 2 else len(found),
+        PARTS=parts,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
-        PRECISION=tile.precision,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
     return out
 
 
-def _tile(tiles: dict[float, Tile], tokens: int) -> Tile:
+def _tile(tokens: int, rows: int, groups: int) -> Tile:
+    if tokens <= _FEW or groups <= _LONG:
+        return _for_tokens(_TILES, tokens)
+    blocks = triton.cdiv(rows, _SPLIT_TILE.rows) * triton.cdiv(tokens, _SPLIT_TILE.tokens)
+    return _SPLIT_TILE if _splits(blocks, groups) > 1 else _LONG_TILE
+
+
+def _for_tokens(tiles: dict[float, Tile], tokens: int) -> Tile:
     return next(tile for most, tile in tiles.items() if tokens <= most)
 
 

@@ -38,8 +38,8 @@ class QuantizedLinear(TimestepTable):
 
     ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
     inputs of less than float32 are multiplied block by block as in ``quant.planes``. ``backend`` is what is asked to
-    multiply them, ``chosen`` what the last call took, see ``quant.backends``: "triton int8" and "humming int8" multiply
-    the input's codes with the weight's, instead of what they stand for.
+    multiply them, ``chosen`` what the last call took, see ``quant.backends``: "triton int8" multiplies the input's
+    codes with the weight's, instead of what they stand for.
     """
 
     STORED: tuple[str, ...] = ("packed",)
@@ -149,19 +149,9 @@ class QuantizedLinear(TimestepTable):
 
         return self._once(("humming", self.row(), dtype), convert)
 
-    def integer_humming(self, x: Tensor) -> Tensor:
-        """``x (..., in_features)`` times the weight in whole numbers, by ``humming``: ``(tokens, out_features)``."""
-        from thermo_lib.quant.humming_kernels import humming_code_product
-
-        def convert() -> Any:
-            return humming_code_product(*self._of_row(self.codes()), self.bits)
-
-        product = self._once(("integer humming", self.row()), convert)
-        return product(self._token_codes(x, alternates=True), x.dtype)
-
     def integer_triton(self, x: Tensor) -> Tensor:
         """``x (..., in_features)`` times the weight in whole numbers, by Triton kernels: ``(tokens, out_features)``."""
-        from thermo_lib.quant.integer_kernels import code_factors, code_product
+        from thermo_lib.quant.integer_kernels import code_factors, code_product, quantize_tokens
 
         packed, scale, zero_point = self._of_row(self.packed)
 
@@ -169,15 +159,10 @@ class QuantizedLinear(TimestepTable):
             return code_factors(self.codes(), scale, zero_point, self.bits)
 
         factors = self._once(("factors", self.row()), convert)
-        return code_product(self._token_codes(x, alternates=False), packed, scale, factors, self.bits, x.dtype)
-
-    def _token_codes(self, x: Tensor, alternates: bool) -> Any:
-        from thermo_lib.quant.integer_kernels import quantize_tokens
-
-        ranges, groups = self.input_quantizer, self.scale.shape[-1]
-        clip = getattr(ranges, "clip", 1.0)
+        ranges, clip = self.input_quantizer, getattr(self.input_quantizer, "clip", 1.0)
         tokens = x.reshape(-1, x.shape[-1])
-        return quantize_tokens(tokens, ranges.of_tokens(x), ranges.bits, clip, groups, alternates)
+        codes = quantize_tokens(tokens, ranges.of_tokens(x), ranges.bits, clip, scale.shape[-1])
+        return code_product(codes, packed, scale, factors, self.bits, x.dtype)
 
     def _of_row(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Codes with the scale and zero point of the current timestep."""
