@@ -35,7 +35,7 @@ _SMALL, _FEW = 2**24, 64  # weights of a layer, tokens
 _MODULES = {"cuda": "cuda.bindings.nvrtc", "triton": "triton", "humming": "humming"}  # what they need
 _HALVES = (torch.bfloat16, torch.float16)
 _CLOSE = 0.02  # largest error of a product, as a share of its size, in any token
-_FEWEST, _MOST = 5, 128  # tokens of the product that is compared; kernels take other blocks for more of them
+_FEWEST, _MOST = 5, 1024  # tokens of the product that is compared; kernels take other blocks for more of them
 _SIZES = (1.0, -0.5, 0.75, -0.25)  # of the numbers in a token that has few of them, as shares of the largest
 _LARGEST = 6e4  # in float16
 

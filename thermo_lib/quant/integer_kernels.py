@@ -292,7 +292,7 @@ def code_product(
     tile = _tile(count, rows, groups)
     blocks = triton.cdiv(rows, tile.rows), triton.cdiv(count, tile.tokens)
     if splits is None:
-        splits = _splits(blocks[0] * blocks[1], groups)
+        splits = _splits(blocks[0] * blocks[1], groups, count)
     splits = triton.cdiv(groups, triton.cdiv(groups, splits))
     shape, kind = ((count, rows), dtype) if splits == 1 else ((splits, count, rows), torch.float32)
     out = torch.empty(shape, dtype=kind, device=packed.device)
@@ -337,13 +337,16 @@ def _tile(tokens: int, rows: int, groups: int) -> Tile:
     if tokens <= _FEW or groups <= _LONG:
         return _for_tokens(_TILES, tokens)
     blocks = triton.cdiv(rows, _SPLIT_TILE.rows) * triton.cdiv(tokens, _SPLIT_TILE.tokens)
-    return _SPLIT_TILE if _splits(blocks, groups) > 1 else _LONG_TILE
+    return _SPLIT_TILE if _splits(blocks, groups, tokens) > 1 else _LONG_TILE
 
 
 def _for_tokens(tiles: dict[float, Tile], tokens: int) -> Tile:
     return next(tile for most, tile in tiles.items() if tokens <= most)
 
 
-def _splits(blocks: int, groups: int) -> int:
-    """Parts of the columns so that twice as many blocks as fill a card are computed, of at least four groups each."""
-    return max(1, min(2 * _BLOCKS // blocks, groups // 4))
+def _splits(blocks: int, groups: int, tokens: int) -> int:
+    """Parts of the columns so that enough blocks of a few tokens are computed to fill a card, of four groups or more.
+
+    Blocks of 64 tokens or fewer wait longer for memory than they compute, so four of them share a multiprocessor.
+    """
+    return max(1, min((4 if tokens <= _FEW else 2) * _BLOCKS // blocks, groups // 4))
