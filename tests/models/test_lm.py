@@ -1,6 +1,7 @@
 """Logits are those of the published architecture, whatever the padding and the chosen positions."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,21 @@ class TestForward:
         first, again, other = (build_tiny(seed).model.state_dict() for seed in (3, 3, 4))
         assert all(torch.equal(first[name], again[name]) for name in first)
         assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+@pytest.mark.parametrize("is_captured", [False, True])
+def test_attention_is_given_no_mask_without_padding(
+    tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch, random_ids: Callable[..., Tensor], is_captured: bool
+) -> None:
+    """Nor where a CUDA graph is captured, for which ``transformers`` would make one: attention is slower with it."""
+    masks, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def record(*given: Any, attn_mask: Tensor | None = None, **more: Any) -> Tensor:
+        masks.append(attn_mask)
+        return attention(*given, attn_mask=attn_mask, **more)
+
+    expected = tiny.model(random_ids(2, 9))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: is_captured)
+    assert torch.equal(tiny.model(random_ids(2, 9)), expected)
+    assert masks == [None] * tiny.model.config.num_hidden_layers

@@ -115,8 +115,8 @@ def test_columns_in_parts(kernels: ModuleType, bits: int, splits: int) -> None:
 
 
 def test_long_rows_of_few_tokens_are_split(kernels: ModuleType) -> None:
-    assert kernels._splits(56, 148) == 4
-    assert kernels._splits(296, 28) == kernels._splits(1, 3) == 1
+    assert (kernels._splits(56, 148, 32), kernels._splits(56, 148, 65)) == (9, 4)
+    assert kernels._splits(296, 28, 65) == kernels._splits(1, 3, 1) == 1
     found = [kernels._tile(tokens, 3584, 148)[:2] for tokens in (64, 65, 256, 1024)]
     assert found == [(64, 64), (128, 64), (128, 64), (64, 128)]
     assert kernels._tile(256, 3584, 28)[:2] == kernels._tile(4096, 18944, 28)[:2] == (64, 64)

@@ -16,9 +16,11 @@ from thermo_lib.quant.codes import pack
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.layers import TrellisLinear
 from thermo_lib.quant.trellis import (
+    _SEARCHED,
     MOST_BITS,
     STATE_BITS,
     TrellisWeight,
+    _searched,
     allocate_bits,
     codebook,
     column_costs,
@@ -191,6 +193,15 @@ class TestSearch:
             for c in (spread, even)
         ]
         assert errors[0] < 0.7 * errors[1]
+
+    def test_a_gpu_searches_as_many_rows_as_it_has_room_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        memory = {"mem_get_info": (100 * 2**30, 141 * 2**30), "memory_reserved": 2**33, "memory_allocated": 2**32}
+        for name, size in memory.items():
+            monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
+        assert _searched(torch.device("cuda", 0)) == 2**32
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+        assert _searched(torch.device("cuda", 0)) == 2**28
+        assert _searched(torch.device("cpu")) == _SEARCHED
 
     def test_rows_that_are_searched_apart_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:
         weight, hessian, counts = random(10, 40), hessian_of(40), torch.full((40,), 2)

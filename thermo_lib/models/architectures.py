@@ -80,10 +80,29 @@ class MaskPredictor(nn.Module):
             bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with denoising(self.step.value, input_ids == self.config.mask_token_id):
-            states = self.model(
-                input_ids=input_ids, attention_mask=bias, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
+            states = self._states(input_ids, bias, position_ids)
         return _shift(states, attention_mask) if self.is_shifted else states
+
+    def _states(self, input_ids: Tensor, bias: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        """What ``transformers``' model computes, without a causal mask to skip.
+
+        To find out that there is none it reads a tensor, and where a CUDA graph is captured it makes one instead,
+        with which attention takes several times as long.
+        """
+        model = self.model
+        hidden = model.embed_tokens(input_ids)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
+        positions = model.rotary_emb(hidden, position_ids)
+        for block in model.layers:
+            hidden = block(
+                hidden,
+                attention_mask=bias,
+                position_ids=position_ids,
+                position_embeddings=positions,
+                use_cache=False,
+            )
+        return model.norm(hidden)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Say which denoising step the model computes for from now on, in this thread; the first until it is said.

@@ -73,7 +73,7 @@ class TokenCodes(NamedTuple):
 
 
 @triton.jit
-def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, least, share,
+def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, stride, clip, least, share,
               BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SOME_GROUPS: tl.constexpr,
               ALL_PLACES: tl.constexpr, LENGTH: tl.constexpr, ALL_LENGTH: tl.constexpr, IS_GIVEN: tl.constexpr,
               BY_SHARE: tl.constexpr):  # fmt: skip
@@ -83,7 +83,7 @@ def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, clip, le
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, ALL_PLACES)
     if IS_GIVEN:
-        scale, zero = tl.load(given_scale + token), tl.load(given_zero_point + token)
+        scale, zero = tl.load(given_scale + token * stride), tl.load(given_zero_point + token * stride)
     else:
         lowest = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.float32)
         highest = tl.full((SOME_GROUPS, ALL_PLACES), 0, tl.float32)
@@ -228,12 +228,14 @@ def quantize_tokens(x: Tensor, ranges: tuple[Tensor, Tensor] | None, bits: int, 
     codes = torch.empty((tokens, columns), dtype=torch.int8, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     sums = torch.empty((tokens, length), dtype=torch.float32, device=x.device)
-    given = (scale, scale) if ranges is None else [part.contiguous() for part in ranges]
+    given = (scale, scale) if ranges is None else ranges  # one range of all tokens isn't written out for each
+    if given[0].stride() != given[1].stride():
+        given = [part.contiguous() for part in given]
     padded = triton.next_power_of_2(size)
     longest = _LONGEST if tokens > _FEW else 8 * _LONGEST  # few tokens are quantized at once
     some = min(triton.next_power_of_2(groups), max(1, longest // padded))
     _quantize[(tokens,)](
-        *(x.contiguous(), *given, codes, scale, sums, clip, SMALLEST_SCALE, 1 / (2**bits - 1)),
+        *(x.contiguous(), *given, codes, scale, sums, given[0].stride(0), clip, SMALLEST_SCALE, 1 / (2**bits - 1)),
         BITS=bits,
         GROUPS=groups,
         SIZE=size,

@@ -27,7 +27,9 @@ MOST_BITS = 6  # of a column
 BLOCK_COLUMNS = 8  # neighbours whose states lie in 64 bits, whatever their bits are
 _BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
-_SEARCHED_ON_GPU = 2**29  # the same where its launches cost more than its memory: some three times as many are held
+_HELD = (
+    16  # bytes of a GPU's memory for each: there the search's launches take the time, so many rows are searched at once
+)
 _REFITTED = 2**27  # numbers of a matrix (rows, groups, in_features) that the fit of the scales holds at a time
 
 
@@ -251,7 +253,7 @@ def trellis(
     deviation = padded.square().sum(-1).div(sizes.to(weight.device)).sqrt()
     scale, _ = storable(deviation, torch.zeros_like(deviation))
     of_column = scale.float().repeat_interleave(width, 1)[:, :in_features] * gains(here)
-    at_a_time = max(1, (_SEARCHED_ON_GPU if weight.is_cuda else _SEARCHED) // (beam * in_features))
+    at_a_time = max(1, _searched(weight.device) // (beam * in_features))
     symbols = [
         _search(rows, reach, Hinv, column_bits.tolist(), beam)
         for rows, reach in zip(weight.float().split(at_a_time), of_column.split(at_a_time), strict=True)
@@ -259,6 +261,14 @@ def trellis(
     packed = pack_symbols(torch.cat(symbols), here)
     found = TrellisWeight(packed, here.to(torch.uint8), scale, group_size)
     return refit_scales(weight, found, hessian)
+
+
+def _searched(device: torch.device) -> int:
+    """How many numbers the search keeps at a time: on a GPU a power of two, so that it seldom differs on one card."""
+    if device.type != "cuda":
+        return _SEARCHED
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return max(_SEARCHED, 1 << (free // _HELD).bit_length() - 1)
 
 
 def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[int], beam: int) -> Tensor:
