@@ -8,11 +8,12 @@ fill the positions first that the model is surest of; and of LLaDA (arXiv 2502.0
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -87,20 +88,24 @@ def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Ten
     return logits
 
 
+_CACHED = 2**20  # logits
 _LIKELY = 1024  # tokens among which a nucleus is looked for first
 
 
 def _outside_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Which tokens come after those of mass ``top_p``, bool of the same shape.
+    """Which tokens come after those of mass ``top_p``, bool of the same shape; those as likely as the last are inside.
 
-    A nucleus is small as a rule, and to sort a large vocabulary takes as long as a block of the model.
+    A nucleus is small as a rule, and to sort a large vocabulary takes as long as a block of the model. On a CPU numbers
+    are sorted alone, without their places, which takes a tenth of the time.
     """
-    for count in (min(_LIKELY, probabilities.shape[-1]), probabilities.shape[-1]):
-        likeliest, order = probabilities.topk(count)
-        mass = likeliest.cumsum(-1)
-        if (mass[..., -1] > top_p).all():
-            break
-    return torch.ones_like(probabilities, dtype=torch.bool).scatter(-1, order, mass - likeliest > top_p)
+    likeliest = probabilities.topk(min(_LIKELY, probabilities.shape[-1])).values
+    if not (likeliest.sum(-1) > top_p).all():
+        if probabilities.device.type == "cpu":
+            likeliest = torch.from_numpy(np.sort(probabilities.numpy(), -1)).flip(-1)
+        else:
+            likeliest = probabilities.sort(-1, descending=True).values
+    inside = (likeliest.cumsum(-1) - likeliest <= top_p).sum(-1, keepdim=True)
+    return probabilities < likeliest.gather(-1, inside - 1)
 
 
 def sample_tokens(
@@ -341,7 +346,7 @@ def _denoise(
     """Fill a share ``rho`` of the ``n`` open positions by parts of their logits ``(n, vocabulary)``."""
     for_position, for_token = uniform[0], uniform[1][is_open]
     tokens, scores = [], []
-    for logits in parts:
+    for logits in (some for part in parts for some in _in_cache(part)):
         drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
         found, probabilities = sample_tokens(logits, sampling.temperature, drawn, sampling.top_p, sampling.top_k)
         tokens.append(found)
@@ -358,6 +363,11 @@ def _denoise(
         score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()
     rank = score.argsort(dim=1, descending=True).argsort(dim=1)
     return torch.where(is_open & (rank < _scheduled(is_open.sum(1), rho, sampling.sampler)[:, None]), filled, x)
+
+
+def _in_cache(logits: Tensor) -> Sequence[Tensor]:
+    """Rows of logits at a time that a processor's cache holds while they are gone through several times."""
+    return logits.split(max(1, _CACHED // logits.shape[-1])) if logits.device.type == "cpu" else (logits,)
 
 
 def _scheduled(still_open: Tensor, rho: float, sampler: str) -> Tensor:
