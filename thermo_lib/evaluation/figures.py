@@ -88,9 +88,11 @@ def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
             ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=COLORS[number], alpha=0.2)
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16", title=linear)
-        ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}))
-        ax.set_ylim(0.5, 5)
-        ax.set_yticks([0.5, 0.7, 1, 1.5, 2, 3, 4], ["0.5", "0.7", "1", "1.5", "2", "3", "4"])
+        ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}), rotation=45)
+        ax.set_ylim(0.5 if min(row["times_dense"] for row in rows) > 0.5 else 0.3, 5)
+        ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
+        ax.set_yticks([tick for tick in ticks if tick >= ax.get_ylim()[0]])
+        ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize="small")
 

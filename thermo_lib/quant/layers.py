@@ -244,7 +244,6 @@ class TrellisLinear(QuantizedLinear):
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)
         self.has_planes = False
-        self._found: tuple[Tensor, Layout] | None = None
         self.register_buffer("packed_column_bits", torch.zeros(-(-in_features // 2), dtype=torch.uint8))
 
     def codes(self, rows: slice = slice(None)) -> Tensor:
@@ -279,6 +278,7 @@ class TrellisLinear(QuantizedLinear):
         return stream_weight(self.packed, self._places(), self.scale[self.row()], self.group_size, dtype)
 
     def _places(self) -> BlockPlaces:
+        """The same for those of a GPU."""
         return self._once("places", lambda: block_places(unpack(self.packed_column_bits, 4, self.in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -291,12 +291,5 @@ class TrellisLinear(QuantizedLinear):
         return self._plus_bias(product)
 
     def _layout(self) -> Layout:
-        """Where the columns' states are; worked out once for these bits of the columns."""
-        if self._found is None or self._found[0] is not self.packed_column_bits:
-            column_bits = unpack(self.packed_column_bits, 4, self.in_features)
-            self._found = self.packed_column_bits, Layout.of(column_bits)
-        return self._found[1]
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._found = None  # the bits may have been overwritten where they are
+        """Where the columns' states are for the kernels of a CPU."""
+        return self._once("layout", lambda: Layout.of(unpack(self.packed_column_bits, 4, self.in_features)))

@@ -27,9 +27,7 @@ MOST_BITS = 6  # of a column
 BLOCK_COLUMNS = 8  # neighbours whose states lie in 64 bits, whatever their bits are
 _BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
-_HELD = (
-    16  # bytes of a GPU's memory for each: there the search's launches take the time, so many rows are searched at once
-)
+_HELD = 16  # bytes of a GPU for each of these; launches take the time there, so many rows are searched at once
 _REFITTED = 2**27  # numbers of a matrix (rows, groups, in_features) that the fit of the scales holds at a time
 
 

@@ -159,6 +159,7 @@ def forward_rows(device: torch.device, extent: Extent) -> Rows:
     """Milliseconds of a forward pass of one sequence, called and replayed, and what they are of the dense model's."""
     dense: dict[tuple[int, bool], float] = {}
     for kernel in _MODELS:
+        model = run = None  # of the last one, whose memory doesn't count
         _free(device)
         model = random_model(extent.config, extent.layers, device, kernel)
         for tokens in extent.tokens:
@@ -244,6 +245,7 @@ def layerwise_rows(device: torch.device, extent: Extent) -> Rows:
         "best, untrained": ThermoConfig.preset("best").replace(training=()),
     }
     for name, config in configs.items():
+        model = lm = states = None  # of the last one, whose memory doesn't count
         _free(device)
         model = random_model(extent.config, 1, device)
         lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
