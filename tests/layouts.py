@@ -1,7 +1,7 @@
-"""The layouts that Dream and LLaDA are published in, and tiny checkpoints in them with random weights."""
+"""The layouts that models are published in, tiny checkpoints in them with random weights, and what these compute."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
+
+from thermo_lib import load_model
+from thermo_lib.models.lm import DiffusionLM
 
 # config.json of Dream-org/Dream-v0-Base-7B and -Instruct-7B, and of GSAI-ML/LLaDA-8B-Base and -Instruct.
 DREAM_7B: dict[str, Any] = {
@@ -106,24 +109,42 @@ class Layout:
     eps: float
     has_bias: bool
     is_shifted: bool
+    head_size: int = 8
+    has_head_norms: bool = False
+    has_output_bias: bool = False
+    family: str | None = None  # where config.json doesn't say it
+    tying: str = "tie_word_embeddings"
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model_type(self) -> str:
+        """The family's name."""
+        return self.family or self.config["model_type"]
+
+    def load(self, folder: Path) -> DiffusionLM:
+        """A full-precision checkpoint of this layout."""
+        return load_model(str(folder), family=self.family)
 
     def name(self, role: str, block: int = 0) -> str:
         return self.names[role].format(block)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Tensor name to shape, all of them."""
-        kv = self.hidden // self.heads * self.kv_heads
-        inside = {
-            "q": (self.hidden, self.hidden),
+        q, kv = self.head_size * self.heads, self.head_size * self.kv_heads
+        inside: dict[str, tuple[int, ...]] = {
+            "q": (q, self.hidden),
             "k": (kv, self.hidden),
             "v": (kv, self.hidden),
-            "o": (self.hidden, self.hidden),
+            "o": (self.hidden, q),
             "gate": (self.mlp, self.hidden),
             "up": (self.mlp, self.hidden),
             "down": (self.hidden, self.mlp),
             "attention_norm": (self.hidden,),
             "mlp_norm": (self.hidden,),
         }
+        if self.has_head_norms:
+            inside |= {"q_norm": (self.head_size,), "k_norm": (self.head_size,)}
+        biased = "qkv" * self.has_bias + "o" * self.has_output_bias
         vocabulary = self.config["vocab_size"]
         shapes: dict[str, tuple[int, ...]] = {
             f"{self.name('embedding')}.weight": (vocabulary, self.hidden),
@@ -132,13 +153,14 @@ class Layout:
         }
         for block in range(2):
             shapes |= {f"{self.name(role, block)}.weight": shape for role, shape in inside.items()}
-            if self.has_bias:
-                shapes |= {f"{self.name(role, block)}.bias": inside[role][:1] for role in "qkv"}
+            shapes |= {f"{self.name(role, block)}.bias": inside[role][:1] for role in biased}
         return shapes
 
-    def write(self, folder: Path, tokenizer: Tokenizer, **changes: Any) -> Path:
+    def write(self, folder: Path, tokenizer: Tokenizer, *, tied: bool = False, **changes: Any) -> Path:
         """A checkpoint of two bfloat16 shards with random weights, as wide in their effects as trained ones."""
         folder.mkdir()
+        if tied:
+            changes[self.tying] = True
         generator = torch.Generator().manual_seed(0)
         tensors = {}
         for name, shape in self.shapes().items():
@@ -146,11 +168,63 @@ class Layout:
             matrix = 2 * values / shape[-1] ** 0.5
             value = 1 + 0.2 * values if "norm" in name or "ln_f" in name else matrix if len(shape) == 2 else values
             tensors[name] = value.to(torch.bfloat16)
+        if tied:
+            del tensors[f"{self.name('head')}.weight"]
         names = sorted(tensors)
         write_shards(folder, {n: tensors[n] for n in names[::2]}, {n: tensors[n] for n in names[1::2]})
         (folder / "config.json").write_text(json.dumps(self.config | changes), encoding="utf-8")
         tokenizer.save(str(folder / "tokenizer.json"))
+        if self.tokenizer_config:
+            (folder / "tokenizer_config.json").write_text(json.dumps(self.tokenizer_config), encoding="utf-8")
         return folder
+
+    def logits(self, tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
+        """Logits ``(length, vocabulary)`` in float64 of one sequence ``(length,)``, nothing hidden from anything.
+
+        The blocks are written out here without ``transformers``, on the tensors as the checkpoint stores them.
+        """
+        weights = {name: tensor.double() for name, tensor in tensors.items()}
+
+        def linear(x: Tensor, role: str, block: int = 0) -> Tensor:
+            name = self.name(role, block)
+            return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
+
+        def norm(x: Tensor, role: str, block: int = 0) -> Tensor:
+            return rms_norm(x, weights[f"{self.name(role, block)}.weight"], self.eps)
+
+        embeddings = f"{self.name('embedding')}.weight"
+        weights.setdefault(f"{self.name('head')}.weight", weights[embeddings])
+        x = weights[embeddings][ids]
+        for block in range(2):
+            h = norm(x, "attention_norm", block)
+            q, k, v = (linear(h, role, block).view(len(ids), -1, self.head_size) for role in "qkv")
+            if self.has_head_norms:
+                q, k = norm(q, "q_norm", block), norm(k, "k_norm", block)
+            q, k = rotate(q, self.theta), rotate(k, self.theta)
+            attended = []
+            for head in range(self.heads):
+                shared = head * self.kv_heads // self.heads  # neighbouring query heads share keys and values
+                attention = (q[:, head] @ k[:, shared].T / self.head_size**0.5).softmax(-1)
+                attended.append(attention @ v[:, shared])
+            x = x + linear(torch.cat(attended, dim=-1), "o", block)
+            h = norm(x, "mlp_norm", block)
+            gate = linear(h, "gate", block)
+            x = x + linear(gate * gate.sigmoid() * linear(h, "up", block), "down", block)
+        logits = linear(norm(x, "norm"), "head")
+        return torch.cat([logits[:1], logits[:-1]]) if self.is_shifted else logits
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def rotate(x: Tensor, theta: float) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): features i and i + d/2 of ``(length, heads, d)``."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle = torch.arange(len(x), dtype=x.dtype)[:, None, None] * frequency
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
 
 
 MASK_TOKEN_ID, VOCABULARY = 3, 320
@@ -223,8 +297,63 @@ LLADA = Layout(
     eps=1e-5,
     has_bias=False,
     is_shifted=False,
+    tying="weight_tying",
+)
+# As transformers writes it for Qwen2 and its like, without what only training needs.
+_PLAIN: dict[str, Any] = {
+    "eos_token_id": 4,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.57.0",
+    "use_cache": True,
+    "vocab_size": VOCABULARY,
+}
+_QWEN: dict[str, Any] = _PLAIN | {
+    "layer_types": ["full_attention", "full_attention"],
+    "max_window_layers": 2,
+    "sliding_window": None,
+    "use_sliding_window": False,
+}
+A2D_QWEN2 = replace(
+    DREAM, config=_QWEN | {"architectures": ["A2DQwen2LMHeadModel"], "model_type": "a2d-qwen2"}, is_shifted=False
+)
+A2D_QWEN3 = replace(
+    A2D_QWEN2,
+    config=_QWEN
+    | {"architectures": ["A2DQwen3LMHeadModel"], "model_type": "a2d-qwen3", "attention_bias": False, "head_dim": 16},
+    names=DREAM.names | {f"{role}_norm": f"model.layers.{{}}.self_attn.{role}_norm" for role in "qk"},
+    head_size=16,
+    has_bias=False,
+    has_head_norms=True,
+)
+A2D_LLAMA = replace(
+    A2D_QWEN2,
+    config=_PLAIN
+    | {"architectures": ["A2DLlamaLMHeadModel"], "model_type": "a2d-llama", "attention_bias": True, "head_dim": 8}
+    | {"mlp_bias": False, "pretraining_tp": 1},
+    has_output_bias=True,
+)
+OPEN_DCODER = replace(
+    DREAM,
+    config=_QWEN | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    family="open-dcoder",
+    tokenizer_config={"mask_token": "<|mask|>"},
 )
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
+_SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA]
+NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])
+_EVERY = [*_SAYING, OPEN_DCODER]
+EVERY = pytest.mark.parametrize("layout", _EVERY, ids=[layout.model_type for layout in _EVERY])
 
 
 def write_shards(folder: Path, *parts: dict[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import BOTH, DREAM, LLADA, Layout, stored
+from layouts import BOTH, DREAM, EVERY, LLADA, NAMED, Layout, stored
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -38,17 +38,7 @@ def write(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
     """Writes a checkpoint of a layout with changed settings."""
 
     def make(layout: Layout = DREAM, *, tied: bool = False, **changes: Any) -> Path:
-        if tied:
-            changes["tie_word_embeddings" if layout is DREAM else "weight_tying"] = True
-        folder = layout.write(tmp_path / "source", tokenizer, **changes)
-        if tied:
-            (folder / "model.safetensors.index.json").unlink()
-            head = layout.name("head")
-            tensors = {name: tensor for name, tensor in stored(folder).items() if not name.startswith(head)}
-            for path in folder.glob("*.safetensors"):
-                path.unlink()
-            save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
+        return layout.write(tmp_path / "source", tokenizer, tied=tied, **changes)
 
     return make
 
@@ -80,7 +70,7 @@ def same_tensors(a: Path, b: Path) -> bool:
 
 
 class TestFullPrecision:
-    @BOTH
+    @NAMED
     def test_it_is_the_model_that_the_library_loads(self, write: Callable[..., Path], layout: Layout) -> None:
         source = write(layout)
         expected = outputs(load_model(str(source)).model)
@@ -91,7 +81,7 @@ class TestFullPrecision:
             assert outputs(model).equal(expected)
         assert AutoModel.from_pretrained(source).dtype == torch.bfloat16  # as it is stored
 
-    @BOTH
+    @NAMED
     def test_it_is_saved_in_the_published_layout(
         self, write: Callable[..., Path], tmp_path: Path, layout: Layout
     ) -> None:
@@ -110,14 +100,15 @@ class TestFullPrecision:
 
 
 class TestQuantized:
-    @BOTH
+    @EVERY
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("fields", [{}, {"embedding_bits": 8}, {"quantizer": "rtn", "bit_width": 4}], ids=str)
     def test_a_streamed_folder_loads(
         self, write: Callable[..., Path], tmp_path: Path, layout: Layout, tied: bool, fields: dict[str, Any]
     ) -> None:
         source = write(layout, tied=tied)
-        quantize_checkpoint(source, tmp_path / "quantized", ThermoConfig(**DATA_FREE | fields))
+        config = ThermoConfig(**DATA_FREE | fields)
+        quantize_checkpoint(source, tmp_path / "quantized", config, family=layout.family)
         for dtype in (torch.float32, torch.bfloat16):
             expected = load_quantized(tmp_path / "quantized", dtype=dtype).model
             assert outputs(AutoModel.from_pretrained(tmp_path / "quantized", dtype=dtype)).equal(outputs(expected))

@@ -1,7 +1,7 @@
-"""Checkpoints in the layouts that Dream and LLaDA are published in: names, settings, shards and what they compute.
+"""Checkpoints in the layouts that models are published in: names, settings, shards and what they compute.
 
-Every expected number comes from ``plain_logits``, the two architectures written out here in float64 without
-``transformers``, on the tensors as the checkpoint stores them.
+Every expected number comes from ``Layout.logits``, the blocks written out in float64 without ``transformers``, on the
+tensors as the checkpoint stores them.
 """
 
 import json
@@ -15,9 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layouts import (
-    BOTH,
+    A2D_QWEN3,
     DREAM,
     DREAM_7B,
+    EVERY,
     LLADA,
     LLADA_8B,
     MASK_TOKEN_ID,
@@ -37,54 +38,16 @@ from thermo_lib.models.lm import DiffusionLM, save_model
 from thermo_lib.quant import calls
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): features i and i + d/2 of ``(length, heads, d)``."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
-    angle = torch.arange(len(x), dtype=x.dtype)[:, None, None] * frequency
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)
-
-
-def plain_logits(layout: Layout, tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits ``(length, vocabulary)`` in float64 of one sequence ``(length,)``, nothing hidden from anything."""
-    weights = {name: tensor.double() for name, tensor in tensors.items()}
-
-    def linear(x: Tensor, role: str, block: int = 0) -> Tensor:
-        name = layout.name(role, block)
-        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0)
-
-    def norm(x: Tensor, role: str, block: int = 0) -> Tensor:
-        return rms_norm(x, weights[f"{layout.name(role, block)}.weight"], layout.eps)
-
-    head_size = layout.hidden // layout.heads
-    x = weights[f"{layout.name('embedding')}.weight"][ids]
-    for block in range(2):
-        h = norm(x, "attention_norm", block)
-        q, k, v = (linear(h, role, block).view(len(ids), -1, head_size) for role in "qkv")
-        q, k = rotate(q, layout.theta), rotate(k, layout.theta)
-        attended = []
-        for head in range(layout.heads):
-            shared = head * layout.kv_heads // layout.heads  # neighbouring query heads share keys and values
-            attention = (q[:, head] @ k[:, shared].T / head_size**0.5).softmax(-1)
-            attended.append(attention @ v[:, shared])
-        x = x + linear(torch.cat(attended, dim=-1), "o", block)
-        h = norm(x, "mlp_norm", block)
-        gate = linear(h, "gate", block)
-        x = x + linear(gate * gate.sigmoid() * linear(h, "up", block), "down", block)
-    logits = linear(norm(x, "norm"), "head")
-    return torch.cat([logits[:1], logits[:-1]]) if layout.is_shifted else logits
-
-
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> dict[bool, Path]:
-    """A checkpoint of each layout, by whether it is shifted; tests don't change them."""
+def checkpoints(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Callable[[Layout], Path]:
+    """Gives a checkpoint of a layout; tests don't change it."""
     folder = tmp_path_factory.mktemp("published")
-    return {layout.is_shifted: layout.write(folder / str(layout.is_shifted), tokenizer) for layout in (DREAM, LLADA)}
+
+    def make(layout: Layout) -> Path:
+        path = folder / layout.model_type
+        return path if path.exists() else layout.write(path, tokenizer)
+
+    return make
 
 
 @pytest.fixture
@@ -98,37 +61,40 @@ def random_text() -> Tensor:
 class TestForward:
     """A loaded checkpoint computes what its architecture says, to 1e-4 in float32."""
 
-    @BOTH
+    @EVERY
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
     def test_logits_are_those_of_the_plain_implementation(
-        self, layout: Layout, checkpoints: dict[bool, Path], random_text: Tensor, attention: str
+        self, layout: Layout, checkpoints: Callable[[Layout], Path], random_text: Tensor, attention: str
     ) -> None:
-        folder = checkpoints[layout.is_shifted]
-        expected = torch.stack([plain_logits(layout, stored(folder), ids) for ids in random_text])
-        model = load_model(str(folder)).model
+        folder = checkpoints(layout)
+        expected = torch.stack([layout.logits(stored(folder), ids) for ids in random_text])
+        model = layout.load(folder).model
         model.set_attn_implementation(attention)
         logits = model(random_text)
         assert logits.dtype == torch.float32
         assert expected.std() > 1  # so that 1e-4 says something
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
 
-    @BOTH
+    @EVERY
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-    def test_rows_of_different_length_padded_on_the_left(
-        self, layout: Layout, checkpoints: dict[bool, Path], random_text: Tensor, attention: str
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_rows_of_different_length_padded_on_the_left_or_the_right(
+        self, layout: Layout, tmp_path: Path, tokenizer: Tokenizer, random_text: Tensor, attention: str, tied: bool
     ) -> None:
-        folder = checkpoints[layout.is_shifted]
-        model = load_model(str(folder)).model
+        folder = layout.write(tmp_path / "padded", tokenizer, tied=tied)
+        model, tensors = layout.load(folder).model, stored(folder)
         model.set_attn_implementation(attention)
-        padding = torch.tensor([0, 4])
-        logits = model(random_text, torch.arange(11) >= padding[:, None])
-        for row, pad in enumerate(padding.tolist()):
-            expected = plain_logits(layout, stored(folder), random_text[row, pad:])
-            torch.testing.assert_close(logits[row, pad:].double(), expected, rtol=0, atol=1e-4)
+        for start, stop in ((4, 11), (0, 7)):
+            logits = model(random_text, torch.tensor([[True] * 11, [start <= n < stop for n in range(11)]]))
+            for row, part in enumerate((slice(0, 11), slice(start, stop))):
+                expected = layout.logits(tensors, random_text[row, part])
+                torch.testing.assert_close(logits[row, part].double(), expected, rtol=0, atol=1e-4)
 
-    @BOTH
-    def test_a_block_called_alone_sees_both_directions(self, layout: Layout, checkpoints: dict[bool, Path]) -> None:
-        backbone = load_model(str(checkpoints[layout.is_shifted])).model.model
+    @EVERY
+    def test_a_block_called_alone_sees_both_directions(
+        self, layout: Layout, checkpoints: Callable[[Layout], Path]
+    ) -> None:
+        backbone = layout.load(checkpoints(layout)).model.model
         states = torch.randn(1, 5, layout.hidden, generator=torch.Generator().manual_seed(6))
         changed = states.clone()
         changed[:, -1] += 1
@@ -136,18 +102,19 @@ class TestForward:
         outputs = [backbone.layers[0](x, position_embeddings=positions) for x in (states, changed)]
         assert ((outputs[0] - outputs[1]).abs().amax(-1) > 1e-3).all()
 
-    @BOTH
+    @EVERY
     def test_layers_are_told_which_tokens_are_masked_and_which_step_it_is(
-        self, layout: Layout, checkpoints: dict[bool, Path], random_text: Tensor
+        self, layout: Layout, checkpoints: Callable[[Layout], Path], random_text: Tensor
     ) -> None:
-        lm = load_model(str(checkpoints[layout.is_shifted]))
+        lm = layout.load(checkpoints(layout))
+        ids = random_text.where(random_text != MASK_TOKEN_ID, lm.mask_token_id)
         told: list[Any] = []
         layer = lm.model.model.layers[1].mlp.up_proj
         layer.register_forward_pre_hook(lambda *_: told.append((calls.CALL.step, calls.CALL.is_masked)))
         for step in ((0, 1), (2, 7)):
             if step != (0, 1):  # which is the first until another is said
                 lm.set_timestep(*step)
-            lm.model.hidden(random_text)
+            lm.model.hidden(ids)
             assert told[-1][0] == step
             assert torch.equal(told[-1][1], random_text == MASK_TOKEN_ID)
 
@@ -179,30 +146,30 @@ class TestForward:
 class TestTensors:
     """Every tensor of the files lands in the module it belongs to; one too many or too few is named as stored."""
 
-    @BOTH
-    def test_every_tensor_lands(self, layout: Layout, checkpoints: dict[bool, Path]) -> None:
-        # Dream's names are the library's; LLaDA's stand for them role by role.
-        folder = checkpoints[layout.is_shifted]
-        tensors, state = stored(folder), load_model(str(folder)).model.state_dict()
+    @EVERY
+    def test_every_tensor_lands(self, layout: Layout, checkpoints: Callable[[Layout], Path]) -> None:
+        # The names for Qwen3 are the library's; LLaDA's stand for them role by role.
+        folder = checkpoints(layout)
+        tensors, state = stored(folder), layout.load(folder).model.state_dict()
         assert len(state) == len(tensors)
         for role in layout.names:
             for block in range(2):
                 for kind in ("weight", "bias"):
-                    name, ours = f"{layout.name(role, block)}.{kind}", f"{DREAM.name(role, block)}.{kind}"
+                    name, ours = f"{layout.name(role, block)}.{kind}", f"{A2D_QWEN3.name(role, block)}.{kind}"
                     assert (name in tensors) == (ours in state)
                     if name in tensors:
                         assert torch.equal(state[ours], tensors[name].float()), name
 
-    @BOTH
+    @EVERY
     @given(data=st.data())
     @settings(max_examples=12)
     def test_a_damaged_tensor_has_its_stored_name_in_the_message(
-        self, layout: Layout, checkpoints: dict[bool, Path], tmp_path_factory: pytest.TempPathFactory, data: Any
+        self, layout: Layout, checkpoints: Callable[[Layout], Path], tmp_path_factory: pytest.TempPathFactory, data: Any
     ) -> None:
-        source = checkpoints[layout.is_shifted]
+        source = checkpoints(layout)
         folder = tmp_path_factory.mktemp("damaged")
-        for file in ("config.json", "tokenizer.json"):
-            (folder / file).write_bytes((source / file).read_bytes())
+        for path in source.glob("*.json"):
+            (folder / path.name).write_bytes(path.read_bytes())
         tensors = stored(source)
         name = data.draw(st.sampled_from(sorted(tensors)))
         shape = tuple(tensors[name].shape)
@@ -222,18 +189,15 @@ class TestTensors:
         names = sorted(tensors)
         write_shards(folder, {n: tensors[n] for n in names[:9]}, {n: tensors[n] for n in names[9:]})
         with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}: {message}')}$"):
-            load_model(str(folder))
+            layout.load(folder)
 
-    def test_a_tied_head_is_the_embedding(self, tmp_path: Path, tokenizer: Tokenizer, random_text: Tensor) -> None:
-        folder = LLADA.write(tmp_path / "tied", tokenizer, weight_tying=True)
-        tensors = stored(folder)
-        del tensors["model.transformer.ff_out.weight"]
-        write_shards(folder, tensors)
-        (folder / "model-00001-of-00002.safetensors").unlink()
-        (folder / "model-00002-of-00002.safetensors").unlink()
-        lm = load_model(str(folder))
-        tied = tensors | {"model.transformer.ff_out.weight": tensors["model.transformer.wte.weight"]}
-        expected = torch.stack([plain_logits(LLADA, tied, ids) for ids in random_text])
+    @EVERY
+    def test_a_tied_head_is_the_embedding(
+        self, layout: Layout, tmp_path: Path, tokenizer: Tokenizer, random_text: Tensor
+    ) -> None:
+        folder = layout.write(tmp_path / "tied", tokenizer, tied=True)
+        lm, tensors = layout.load(folder), stored(folder)
+        expected = torch.stack([layout.logits(tensors, ids) for ids in random_text])
         torch.testing.assert_close(lm.model(random_text).double(), expected, rtol=0, atol=1e-4)
         save_model(lm, tmp_path / "again")
         assert stored(tmp_path / "again").keys() == tensors.keys()
@@ -296,7 +260,7 @@ class TestConfiguration:
                 "num_key_value_heads: found 3, allowed are divisors of num_attention_heads = 4",
             ),
             ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: found {'rope_type': 'yarn'}, allowed is"),
-            ({"model_type": "llama"}, "model_type: found 'llama', supported are Dream, llada"),
+            ({"model_type": "opt"}, "model_type: found 'opt', supported are Dream, llada"),
             ({"model_type": ["Dream"]}, "model_type: found ['Dream'], supported are Dream, llada"),
             ({"hidden_act": "swish2"}, "hidden_act: found 'swish2', allowed are "),
             ({"hidden_act": ["silu"]}, "hidden_act: found ['silu'], allowed are "),
@@ -320,36 +284,38 @@ class TestConfiguration:
         with pytest.raises(ValueError, match=r"config\.json: found invalid JSON"):
             read_config(tmp_path)
 
-    @BOTH
+    @EVERY
     def test_the_place_where_transformers_5_writes_rope_theta(self, layout: Layout, tmp_path: Path) -> None:
-        config = layout.config | {"rope_parameters": {"rope_type": "default", "rope_theta": 123.0}}
+        rope = {"rope_type": "default", "rope_theta": 123.0}
+        config = layout.config | {"rope_parameters": rope, "mask_token_id": MASK_TOKEN_ID}
         del config["rope_theta"]
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        assert read_config(tmp_path).rope_parameters["rope_theta"] == 123.0
+        assert read_config(tmp_path, layout.family).rope_parameters["rope_theta"] == 123.0
 
 
 class TestSave:
     """A saved model is in the layout that it was loaded from, quantized or not."""
 
-    @BOTH
+    @EVERY
     def test_settings_and_names_are_the_published_ones(
-        self, layout: Layout, checkpoints: dict[bool, Path], tmp_path: Path
+        self, layout: Layout, checkpoints: Callable[[Layout], Path], tmp_path: Path, tokenizer: Tokenizer
     ) -> None:
-        source = checkpoints[layout.is_shifted]
-        save_model(load_model(str(source)), tmp_path / "again")
+        source = checkpoints(layout)
+        save_model(layout.load(source), tmp_path / "again")
         config = json.loads((tmp_path / "again" / "config.json").read_text(encoding="utf-8"))
-        published = layout.config | {"torch_dtype": "bfloat16"}
+        published = {"mask_token_id": tokenizer.token_to_id("<|mask|>")} | layout.config
+        published |= {"torch_dtype": "bfloat16", "model_type": layout.model_type}
         assert config.items() <= published.items()
-        assert read_config(tmp_path / "again").to_dict() == read_config(source).to_dict()
+        assert read_config(tmp_path / "again").to_dict() == read_config(source, layout.family).to_dict()
         tensors, again = stored(source), stored(tmp_path / "again")
         assert again.keys() == tensors.keys()
         assert all(torch.equal(again[name], tensors[name]) for name in tensors)
 
-    @BOTH
+    @EVERY
     def test_a_quantized_model_comes_back_bit_for_bit(
-        self, layout: Layout, checkpoints: dict[bool, Path], tmp_path: Path, random_text: Tensor
+        self, layout: Layout, checkpoints: Callable[[Layout], Path], tmp_path: Path, random_text: Tensor
     ) -> None:
-        lm = quantized(load_model(str(checkpoints[layout.is_shifted])))
+        lm = quantized(layout.load(checkpoints(layout)))
         save_quantized(lm, tmp_path / "q")
         loaded = load_quantized(tmp_path / "q")
         outputs = []
@@ -364,9 +330,9 @@ class TestSave:
         assert modules == {name.rpartition(".")[0] for name in layout.shapes()}
 
     def test_a_damaged_quantized_tensor_has_its_stored_name_in_the_message(
-        self, checkpoints: dict[bool, Path], tmp_path: Path
+        self, checkpoints: Callable[[Layout], Path], tmp_path: Path
     ) -> None:
-        save_quantized(quantized(load_model(str(checkpoints[LLADA.is_shifted]))), tmp_path / "q")
+        save_quantized(quantized(load_model(str(checkpoints(LLADA)))), tmp_path / "q")
         whole = stored(tmp_path / "q")
         name = "model.transformer.blocks.1.attn_out"
         damages: dict[str, Callable[[Tensor], Tensor | None]] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import BOTH, Layout
+from layouts import EVERY, Layout
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ from thermo_lib.transition.loss import token_importance
 
 
 @pytest.fixture
-def write(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[Layout], str]:
+def write(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[Layout], Path]:
     """Writes a checkpoint of a layout."""
-    return lambda layout: str(layout.write(tmp_path / "source", tokenizer))
+    return lambda layout: layout.write(tmp_path / "source", tokenizer)
 
 
 def loaded(lm: DiffusionLM) -> list[int]:
@@ -36,10 +36,10 @@ def streamed(folder: Path) -> StreamedLM:
     return load_streamed(str(folder))
 
 
-@BOTH
-def test_it_computes_what_the_whole_model_does(write: Callable[[Layout], str], layout: Layout) -> None:
+@EVERY
+def test_it_computes_what_the_whole_model_does(write: Callable[[Layout], Path], layout: Layout) -> None:
     source = write(layout)
-    whole, found = load_model(source), load_streamed(source)
+    whole, found = layout.load(source), load_streamed(str(source), family=layout.family)
     ids = torch.randint(0, whole.model.config.vocab_size - 1, (3, 9), generator=torch.Generator().manual_seed(0))
     ids[:, 4:] = whole.mask_token_id
     at = ids == whole.mask_token_id

@@ -191,7 +191,8 @@ def test_import_brings_nothing_of_the_extras() -> None:
     code = """
 import json, sys
 import jinja2.sandbox, numpy, pydantic, safetensors.torch, scipy, tokenizers, torch, tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
+from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 before = set(sys.modules)
 from thermo_lib import *
 print(json.dumps(sorted(set(sys.modules) - before)))
@@ -211,7 +212,7 @@ def test_import_brings_no_model_of_transformers() -> None:
     code = """
 import json, sys
 import torch
-from transformers import AutoConfig, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
 before = set(sys.modules)
 import thermo_lib
 print(json.dumps(sorted(set(sys.modules) - before)))

@@ -1,6 +1,6 @@
-"""Dream, LLaDA and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
+"""The models and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
 
-``register`` makes the two architectures known to the Auto classes, and the quantization method ``thermo``:
+``register`` makes the architectures known to the Auto classes, and the quantization method ``thermo``:
 a quantized folder loads as it is, and ``from_pretrained(folder, quantization_config=ThermoConfig(...))`` quantizes a
 full-precision one while it is read, one linear after another.
 """

@@ -1,7 +1,7 @@
-"""Dream and LLaDA in plain ``transformers`` modules.
+"""The models in plain ``transformers`` modules.
 
-Both are mask predictors: transformers with attention in both directions that predict the tokens at masked
-positions. They differ in their blocks and in one shift:
+All are mask predictors: transformers with attention in both directions that predict the tokens at masked
+positions. ``families.ARCHITECTURES`` says how they differ, in their blocks and in one shift:
 
 - Dream (arXiv 2508.15487) has Qwen2 blocks. Its logits are shifted by one: the state at position ``i - 1``
   predicts token ``i``, as in the autoregressive model it was initialized from.
@@ -15,7 +15,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from thermo_lib.files.tensors import (
     CONVERT,
@@ -27,7 +27,8 @@ from thermo_lib.files.tensors import (
     weight_files,
     written_times,
 )
-from thermo_lib.models.families import DreamConfig, LLaDAConfig, stored_names, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name
+from thermo_lib.models.settings import Architecture
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
 
@@ -35,7 +36,11 @@ _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which tra
 
 
 class MaskPredictor(nn.Module):
-    """What the architectures share; mixed into a ``...ForCausalLM`` of ``transformers``."""
+    """What the architectures share; mixed into a ``...ForCausalLM`` of ``transformers``.
+
+    Attributes:
+        is_shifted: whether the state at position ``i - 1`` predicts token ``i``.
+    """
 
     is_shifted: bool
 
@@ -256,21 +261,23 @@ def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.where(after_padding[..., None], states, shifted)
 
 
-class DreamModel(MaskPredictor, Qwen2ForCausalLM):
-    """Dream's architecture: Qwen2 blocks, bidirectional attention, logits shifted by one."""
-
-    config_class = DreamConfig
-    is_shifted = True
+_BLOCKS = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM}
 
 
-class LLaDAModel(MaskPredictor, LlamaForCausalLM):
-    """LLaDA's architecture: Llama blocks, bidirectional attention, no shift."""
+def _model_class(family: Architecture) -> type[MaskPredictor]:
+    """The class of a family's models, named as its configuration; ``transformers`` wants one for each."""
+    about = {
+        "__module__": __name__,
+        "__doc__": f"The model of ``{family.config.__name__}``, see ``MaskPredictor``.",
+        "config_class": family.config,
+        "is_shifted": family.is_shifted,
+    }
+    name = family.config.__name__.removesuffix("Config") + "Model"
+    return type(name, (MaskPredictor, _BLOCKS[family.blocks]), about)
 
-    config_class = LLaDAConfig
-    is_shifted = False
 
-
-MODELS: dict[str, type[MaskPredictor]] = {model.config_class.model_type: model for model in (DreamModel, LLaDAModel)}
+MODELS = {model_type: _model_class(family) for model_type, family in ARCHITECTURES.items()}
+DreamModel, LLaDAModel = MODELS["Dream"], MODELS["llada"]
 
 
 def build_model(config: PreTrainedConfig) -> MaskPredictor:

@@ -1,4 +1,6 @@
-"""The layouts of published checkpoints: their ``config.json``, and what they call their tensors.
+"""The families of models: their blocks, their ``config.json``, and what they call their tensors.
+
+``ARCHITECTURES`` is the table. A family needs an entry there, and a configuration class with its ``model_type``.
 
 A checkpoint's own names of settings and tensors are used at the files only: on loading they become those of
 ``transformers``, on saving and in errors they are the checkpoint's again.
@@ -9,7 +11,7 @@ from collections.abc import Callable, Container, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from thermo_lib.files.text import read_object
 from thermo_lib.models.settings import TOKEN_IDS, Architecture, flat_rope, parse, same
@@ -32,17 +34,26 @@ class Published:
         return super().__new__(cls)
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What ``transformers`` reads, with the name of the folder, whose tokenizer may be needed."""
+        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return content | {"_name_or_path": str(pretrained_model_name_or_path)}, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """A configuration; keys that ask for remote code are not obeyed.
 
         Raises:
-            ValueError: what ``read_config`` raises.
+            ValueError: what ``read_config`` raises, or a mask token that only the tokenizer of a hub id knows.
         """
         found = config_dict.get("quantization_config")
         if found is not None and not isinstance(found, dict):
             raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
         kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
-        values = parse(ARCHITECTURES[cls.model_type], flat_rope(config_dict))
+        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
+        values = _values(cls.model_type, config_dict, name)
         return super().from_dict(values | kept, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -72,28 +83,68 @@ class LLaDAConfig(Published, LlamaConfig):
     eos_token_id: int | list[int] | None = None
 
 
+class A2DQwen2Config(Published, Qwen2Config):
+    """Qwen2's configuration with a mask token."""
+
+    model_type = "a2d-qwen2"
+    is_causal = False
+    mask_token_id: int | None = None
+
+
+class A2DQwen3Config(Published, Qwen3Config):
+    """Qwen3's configuration with a mask token."""
+
+    model_type = "a2d-qwen3"
+    is_causal = False
+    mask_token_id: int | None = None
+
+
+class A2DLlamaConfig(Published, LlamaConfig):
+    """Llama's configuration with a mask token."""
+
+    model_type = "a2d-llama"
+    is_causal = False
+    mask_token_id: int | None = None
+    bos_token_id: int | None = None  # as for LLaDA
+    eos_token_id: int | list[int] | None = None
+
+
+class OpenDCoderConfig(Published, Qwen2Config):
+    """Qwen2's configuration with a mask token."""
+
+    model_type = "open-dcoder"
+    is_causal = False
+    mask_token_id: int | None = None
+
+
+# What transformers writes for Qwen2, Qwen3 and Llama.
+_SIZES = same(
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "mask_token_id",
+)
+_SETTINGS = (
+    same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act") | TOKEN_IDS
+)
+_FIXED: dict[str, tuple[Any, ...]] = {"rope_scaling": (None,), "use_sliding_window": (False, None)}
+
 _DREAM = Architecture(
     config=DreamConfig,
+    blocks="qwen2",
+    is_shifted=True,
     published_as="DreamModel",
-    sizes=same(
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "mask_token_id",
-    ),
-    settings=same("max_position_embeddings", "rms_norm_eps", "rope_theta", "tie_word_embeddings", "hidden_act")
-    | TOKEN_IDS,
-    fixed={
-        "rope_scaling": (None,),
-        "use_mrope": (False, None),
-        "use_sliding_window": (False, None),
-    },
+    sizes=_SIZES,
+    settings=_SETTINGS,
+    fixed=_FIXED | {"use_mrope": (False, None)},
 )
 _LLADA = Architecture(
     config=LLaDAConfig,
+    blocks="llama",
+    is_shifted=False,
     published_as="LLaDAModelLM",
     sizes={
         "vocab_size": "vocab_size",
@@ -146,7 +197,58 @@ _LLADA = Architecture(
         "post_attention_layernorm": "ff_norm",
     },
 )
-ARCHITECTURES = {architecture.config.model_type: architecture for architecture in (_DREAM, _LLADA)}
+_A2D_QWEN2 = Architecture(
+    config=A2DQwen2Config,
+    blocks="qwen2",
+    is_shifted=False,
+    published_as="A2DQwen2LMHeadModel",
+    sizes=_SIZES,
+    settings=_SETTINGS,
+    fixed=_FIXED,
+    mask_token="<|mask|>",
+)
+_A2D_QWEN3 = Architecture(
+    config=A2DQwen3Config,
+    blocks="qwen3",
+    is_shifted=False,
+    published_as="A2DQwen3LMHeadModel",
+    sizes=_SIZES | same("head_dim"),
+    settings=_SETTINGS | same("attention_bias"),
+    fixed=_FIXED,
+    mask_token="<|mask|>",
+)
+_A2D_LLAMA = Architecture(
+    config=A2DLlamaConfig,
+    blocks="llama",
+    is_shifted=False,
+    published_as="A2DLlamaLMHeadModel",
+    sizes=_SIZES,
+    settings=_SETTINGS | same("head_dim", "attention_bias", "mlp_bias"),
+    fixed={"rope_scaling": (None,), "pretraining_tp": (1, None)},
+    mask_token="<|mask|>",
+)
+_OPEN_DCODER = Architecture(
+    config=OpenDCoderConfig,
+    blocks="qwen2",
+    is_shifted=True,
+    published_as="Qwen2ForCausalLM",
+    sizes=_SIZES,
+    settings=_SETTINGS,
+    fixed=_FIXED,
+    mask_token="<M>",
+)
+_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER)
+ARCHITECTURES = {architecture.config.model_type: architecture for architecture in _ALL}
+
+_EXPERTS, _BLOCK_CAUSAL = "a mixture of experts", "a model with block-causal attention"
+_UNSUPPORTED = {
+    "llada2_moe": f"{_EXPERTS} (LLaDA2) with block-causal attention",
+    "sdar_moe": f"{_EXPERTS} (SDAR) with block-causal attention",
+    "rnd1": f"{_EXPERTS} (RND1)",
+    "sdar": f"{_BLOCK_CAUSAL} (SDAR)",
+    "Fast_dLLM_Qwen": f"{_BLOCK_CAUSAL} (Fast-dLLM v2)",
+}
+_OF_QWEN3 = ("block_size", "head_dim", "attention_bias", "use_qk_norm", "qk_norm")  # not in Dream's own config.json
 
 
 def tensor_name(config: PreTrainedConfig, name: str) -> str:
@@ -165,23 +267,73 @@ def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iter
     return names
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
+def _check_supported(model_type: Any, content: dict[str, Any]) -> None:
+    """Raise ValueError for a model that is known to compute something else than the modules here do."""
+    if isinstance(model_type, str) and model_type in _UNSUPPORTED:
+        raise ValueError(f"model_type: found {model_type!r}, {_UNSUPPORTED[model_type]}, which isn't supported yet")
+    experts = [key for key in content if "expert" in key and content[key]]
+    if experts:
+        found = f"{experts[0]}: found {content[experts[0]]!r:.80}"
+        raise ValueError(f"{found}, a mixture of experts, which isn't supported yet")
+    if model_type == "Dream":
+        for key in _OF_QWEN3:
+            if content.get(key) is not None:
+                what = "a Dream model with Qwen3 blocks and block-causal attention (DreamReasoner)"
+                raise ValueError(f"{key}: found {content[key]!r:.80}, {what}, which isn't supported yet")
+
+
+def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
+    """The attributes of a family's configuration, from ``config.json`` and, of the mask token, the tokenizer."""
+    architecture = ARCHITECTURES[family]
+    _check_supported(family, content)
+    if content.get("mask_token_id") is None and architecture.mask_token is not None:
+        from thermo_lib.models.tokenization import read_mask_token_id  # it takes a second to import
+
+        if not folder or not Path(folder).is_dir():
+            raise ValueError(f"mask_token_id: found none, and no tokenizer in {folder!r}, allowed is a folder with one")
+        content = content | {"mask_token_id": read_mask_token_id(Path(folder), architecture.mask_token)}
+    return parse(architecture, flat_rope(content))
+
+
+def _family(content: dict[str, Any], asked: str | None) -> str:
+    """The family of a ``config.json``, which one that is plain Qwen2, Qwen3 or Llama doesn't say."""
+    found = content.get("model_type")
+    if isinstance(found, str) and found in ARCHITECTURES:
+        fitting = [found]
+    else:
+        fitting = [name for name, entry in ARCHITECTURES.items() if entry.blocks == found and not entry.tensors]
+    if not fitting:
+        _check_supported(found, content)
+        plain = sorted({entry.blocks for entry in ARCHITECTURES.values()})
+        supported = f"supported are {', '.join(ARCHITECTURES)}, and with a family {', '.join(plain)}"
+        raise ValueError(f"model_type: found {found!r}, {supported}")
+    if asked is None and found not in ARCHITECTURES:
+        allowed = f"allowed with {found!r} blocks, which say nothing of diffusion, are {', '.join(fitting)}"
+        raise ValueError(f"family: found None, {allowed}")
+    if asked is not None and asked not in fitting:
+        raise ValueError(f"family: found {asked!r}, allowed with model_type {found!r} is {', '.join(fitting)}")
+    return fitting[0] if asked is None else asked
+
+
+def read_config(folder: Path, family: str | None = None) -> PreTrainedConfig:
     """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
 
+    Args:
+        folder: of a model.
+        family: of ``ARCHITECTURES``, needed where ``config.json`` is plain Qwen2, Qwen3 or Llama.
+
     Raises:
-        ValueError: no such file, not JSON, unsupported ``model_type``, a missing field, or a value that the modules
-            of that architecture can't compute.
+        ValueError: no such file, not JSON, unsupported ``model_type``, a family that is missing or doesn't fit, a
+            missing field, a value that the modules of that architecture can't compute, or a tokenizer without the
+            mask token.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"model: found no config.json in {folder}")
     content = read_object(path)
-    model_type = content.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise ValueError(f"{path}: model_type: found {model_type!r}, supported are {', '.join(ARCHITECTURES)}")
     try:
-        architecture = ARCHITECTURES[model_type]
-        return architecture.config(**parse(architecture, flat_rope(content)))
+        name = _family(content, family)
+        return ARCHITECTURES[name].config(**_values(name, content, folder))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

@@ -1,6 +1,6 @@
 """Diffusion language models, loaded from published checkpoints without running checkpoint code, and saved.
 
-Read are the layouts of Dream (arXiv 2508.15487) and LLaDA (arXiv 2502.09992), from safetensors only.
+Read are the layouts of ``families.ARCHITECTURES``, from safetensors only.
 """
 
 import itertools
@@ -46,7 +46,7 @@ class DiffusionLM:
     """A diffusion language model with its tokenizer.
 
     Attributes:
-        model: a ``DreamModel`` or ``LLaDAModel``, its linear layers perhaps quantized.
+        model: of a class of ``architectures.MODELS``, its linear layers perhaps quantized.
         tokenizer: text to token ids.
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
@@ -250,19 +250,23 @@ def model_folder(name: str) -> Path:
         raise ValueError(f"model: found {name!r}, allowed are {allowed} ({reason})") from error
 
 
-def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+def load_model(
+    name: str = "reference", *, family: str | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionLM:
     """Load a full-precision diffusion language model, in evaluation mode.
 
     Args:
         name: ``"reference"`` for the embedded model, a local folder, or a hub id.
+        family: what the model is, where its ``config.json`` is plain Qwen2, Qwen3 or Llama and says nothing of
+            diffusion, e.g. ``"open-dcoder"``; what is saved or quantized from it says it.
         dtype: of the weights in memory.
 
     Raises:
-        ValueError: unknown model, a quantized one, unsupported type, or damaged weights; the message says which and
-            why.
+        ValueError: unknown model, a quantized one, unsupported type, a family that is missing or doesn't fit, or
+            damaged weights; the message says which and why.
     """
     folder = model_folder(name)
-    config = read_config(folder)
+    config = read_config(folder, family)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     carried = read_carried(folder)
@@ -278,10 +282,10 @@ def load_model(name: str = "reference", *, dtype: torch.dtype = torch.float32) -
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 
 
-def stored_dtype(name: str) -> torch.dtype:
+def stored_dtype(name: str, family: str | None = None) -> torch.dtype:
     """The type in which a model's files hold what isn't quantized; raises what ``load_model`` raises of files."""
     folder = model_folder(name)
-    key = tensor_name(read_config(folder), "model.norm.weight")
+    key = tensor_name(read_config(folder, family), "model.norm.weight")
     found = read_headers(weight_files(folder))
     if key not in found:
         raise ValueError(f"{folder}: missing tensors {key} (1 in all)")

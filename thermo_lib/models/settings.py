@@ -10,10 +10,12 @@ from transformers import PreTrainedConfig
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a published checkpoint says what this library builds.
+    """A family of models: its blocks, and how its published checkpoints say what this library builds.
 
     Attributes:
         config: the class of the configuration.
+        blocks: ``qwen2``, ``qwen3`` (as Qwen2 with a norm of each head's queries and keys) or ``llama``.
+        is_shifted: whether the state at position ``i - 1`` predicts token ``i``; otherwise that at ``i`` does.
         published_as: the class in ``architectures`` of ``config.json``.
         sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
             attribute must agree.
@@ -22,15 +24,20 @@ class Architecture:
         fixed: key of ``config.json`` to the only values that the modules can compute, None where the key may be
             left out.
         tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
+        mask_token: text of the mask token, whose id the tokenizer knows where ``config.json`` doesn't say it, unless
+            ``tokenizer_config.json`` names another; None where ``config.json`` must say it.
     """
 
     config: type[PreTrainedConfig]
+    blocks: str
+    is_shifted: bool
     published_as: str
     sizes: Mapping[str, str]
     settings: Mapping[str, str]
     required: tuple[str, ...] = ()
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
+    mask_token: str | None = None
 
 
 def same(*keys: str) -> dict[str, str]:
@@ -39,9 +46,9 @@ def same(*keys: str) -> dict[str, str]:
 
 
 TOKEN_IDS = same("bos_token_id", "eos_token_id", "pad_token_id")
+FLAGS = same("tie_word_embeddings", "attention_bias", "mlp_bias")
 # Of what would take all memory or all time before a tensor of the wrong shape is found.
 _MOST = 2**24
-
 
 _LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
 
@@ -70,11 +77,15 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
         _check_whole(key, found, least, most)
         if values.setdefault(attribute, found) != found:
             raise ValueError(f"{key}: found {found}, allowed is {attribute} = {values[attribute]}")
-    _check_sizes({attribute: key for key, attribute in reversed(architecture.sizes.items())}, values)
+    kinds = content.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(kind == "full_attention" for kind in kinds)):
+        raise ValueError(f"layer_types: found {kinds!r:.80}, allowed is 'full_attention' for every layer")
     for key, attribute in architecture.settings.items():
         if key in content:
             _check_setting(key, attribute, content[key])
             values[attribute] = content[key]
+    keys = architecture.sizes | architecture.settings
+    _check_sizes({attribute: key for key, attribute in reversed(keys.items())}, values)
     return values
 
 
@@ -93,8 +104,12 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
         is_list = attribute == "eos_token_id" and isinstance(found, list)
         for number in found if is_list else () if found is None else (found,):
             _check_whole(key, number, 0, 2**31)
-    elif attribute == "tie_word_embeddings" and not isinstance(found, bool):
-        raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
+    elif attribute == "head_dim":
+        if found is not None:
+            _check_whole(key, found, 1, _MOST)
+    elif attribute in FLAGS:
+        if not isinstance(found, bool):
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
     elif attribute == "hidden_act":
         from transformers.activations import ACT2FN  # takes as long to import as the models themselves
 
@@ -102,13 +117,18 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
             raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
 
 
-def _check_sizes(keys: dict[str, str], values: dict[str, int]) -> None:
-    for part, whole in (("num_attention_heads", "hidden_size"), ("num_key_value_heads", "num_attention_heads")):
+def _check_sizes(keys: Mapping[str, str], values: Mapping[str, Any]) -> None:
+    divided = {"num_key_value_heads": "num_attention_heads"}
+    if values.get("head_dim") is None:
+        divided = {"num_attention_heads": "hidden_size"} | divided
+    for part, whole in divided.items():
         if values[part] < 1 or values[whole] % values[part]:
             allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
             raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
-    head_size = values["hidden_size"] // values["num_attention_heads"]
+    head_size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
     if head_size % 2:  # rotary embeddings turn pairs of features
+        if values.get("head_dim") is not None:
+            raise ValueError(f"{keys['head_dim']}: found {head_size}, allowed are even numbers")
         found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"
         raise ValueError(f"{keys['num_attention_heads']}: {found}, allowed are those of an even size")
     if values["mask_token_id"] >= values["vocab_size"]:

@@ -53,6 +53,7 @@ class Checkpoint:
         model: of its configuration; needs no weights.
 
     Attributes:
+        family: of the model.
         tensors: the library's name to where the tensor is; a copy of tied embeddings as the head is left out.
 
     Raises:
@@ -71,6 +72,7 @@ class Checkpoint:
         check_shapes(shapes, {key: expected[name] for key, name in names.items()}, folder)
         is_tied = model.config.tie_word_embeddings
         self.folder = folder
+        self.family = model.config.model_type
         self.tensors = {names[key]: stored for key, stored in found.items() if not (is_tied and names[key] == HEAD)}
         self._seen: set[str] = set()
 
@@ -98,7 +100,7 @@ class Checkpoint:
         Weights are known by their file's size, time and header: other numbers under the same size and time aren't
         noticed, and the same file with another time is taken for another.
         """
-        found: dict[str, Any] = {}
+        found: dict[str, Any] = {"family": self.family}
         for path in [self.folder / "config.json", *(self.folder / name for name in TOKENIZER_FILES)]:
             if path.is_file():
                 found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -241,11 +243,18 @@ class StreamedLM(DiffusionLM):
         return self.checkpoint.identity()
 
 
-def load_streamed(name: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> StreamedLM:
+def load_streamed(
+    name: str,
+    *,
+    family: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> StreamedLM:
     """Load a full-precision model whose blocks stay in its checkpoint; it computes what ``load_model``'s does.
 
     Args:
         name: ``"reference"`` for the embedded model, a local folder, or a hub id.
+        family: see ``load_model``.
         device: where it runs; the model can't be moved.
         dtype: of the weights in memory.
 
@@ -253,7 +262,7 @@ def load_streamed(name: str, *, device: torch.device | str = "cpu", dtype: torch
         ValueError: what ``load_model`` raises; of a block's weights when it is first read.
     """
     folder, device = model_folder(name), torch.device(device)
-    config = read_config(folder)
+    config = read_config(folder, family)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     model = skeleton(config)

@@ -92,6 +92,25 @@ def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any], path: Path) -
             raise ValueError(f"{path}: added_tokens_decoder: {found}, the next after the vocabulary")
 
 
+def read_mask_token_id(folder: Path, text: str) -> int:
+    """The id of the mask token, by the tokenizer of a model folder.
+
+    Args:
+        folder: the model folder.
+        text: of the token, where ``tokenizer_config.json`` has no ``mask_token``.
+
+    Raises:
+        ValueError: what ``read_tokenizer`` raises, or a tokenizer without that token.
+    """
+    token = _read_settings(folder).get("mask_token")
+    text = text if token is None else _text_of(token, "mask_token", folder)
+    number = read_tokenizer(folder).token_to_id(text)
+    if number is None:
+        expected = "expected that token, or mask_token_id in config.json"
+        raise ValueError(f"{folder}: mask_token: found no {text!r} in the tokenizer, {expected}")
+    return number
+
+
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / SETTINGS_NAME
     return read_object(path) if path.is_file() else {}

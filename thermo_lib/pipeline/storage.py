@@ -165,10 +165,9 @@ def is_quantized(name: str) -> bool:
     return path.is_file() and "quantization_config" in read_object(path)
 
 
-def load_any(name: str, *, dtype: torch.dtype = torch.float32) -> DiffusionLM:
-    """A model, full precision or quantized; raises what ``load_model`` and ``load_quantized`` raise."""
-    load = load_quantized if is_quantized(name) else load_model
-    return load(name, dtype=dtype)
+def load_any(name: str, *, family: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionLM:
+    """A model, full precision or quantized, which says its family; raises what the two functions for them raise."""
+    return load_quantized(name, dtype=dtype) if is_quantized(name) else load_model(name, family=family, dtype=dtype)
 
 
 def expected_tensors(

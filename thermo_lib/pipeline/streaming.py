@@ -80,6 +80,7 @@ def quantize_checkpoint(
     config: ThermoConfig,
     calibration: Calibration | None = None,
     *,
+    family: str | None = None,
     prompts: Sequence[Prompts] | None = None,
     client: "Client | None" = None,
     shard_bytes: int | None = None,
@@ -93,11 +94,12 @@ def quantize_checkpoint(
     was stopped at its very end leaves a ``run.json`` in ``output``, which the same call removes.
 
     Args:
-        source: a folder in the layout of Dream or LLaDA, or a hub id.
+        source: a folder in the layout of a family, or a hub id.
         output: folder to write, see ``models.output_folder``; the only run that writes it.
         config: how to quantize.
         calibration: states for all but data-free weights, see ``calibrate``; of ``models.streamed.load_streamed``, or
             of the model in memory.
+        family: see ``load_model``.
         prompts: see ``quantize``.
         client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
             and output under the same paths. A worker that is lost costs time only.
@@ -127,7 +129,8 @@ def quantize_checkpoint(
     output = output_folder(output, folder)
     with only_writer(output):
         where = torch.device(device)
-        _quantize(folder, output, config, calibration, prompts, client, shard_bytes or _SHARD_BYTES, where, progress)
+        size = shard_bytes or _SHARD_BYTES
+        _quantize(folder, output, config, calibration, family, prompts, client, size, where, progress)
 
 
 def _quantize(
@@ -135,6 +138,7 @@ def _quantize(
     output: Path,
     config: ThermoConfig,
     calibration: Calibration | None,
+    family: str | None,
     prompts: Sequence[Prompts] | None,
     client: "Client | None",
     shard_bytes: int,
@@ -142,7 +146,7 @@ def _quantize(
     progress: bool,
 ) -> None:
     """``quantize_checkpoint`` after its checks, as the only writer of the output."""
-    model_config = read_config(folder)
+    model_config = read_config(folder, family)
     check_unquantized(folder)
     model = skeleton(model_config)
     checkpoint = Checkpoint(folder, model)
@@ -158,7 +162,7 @@ def _quantize(
     _begin(partial, run)
     paths = _complete_shards(partial)
     if config.needs_calibration and not paths:
-        lm = load_streamed(str(folder), device=device)
+        lm = load_streamed(str(folder), family=family, device=device)
         snapshots = partial / SNAPSHOTS_NAME
         quantized = quantize(lm, config, calibration, prompts=prompts, resume=snapshots, progress=progress)
         paths = _write_tensors(partial, _as_stored(quantized, checkpoint), shard_bytes)
