@@ -350,6 +350,7 @@ OPEN_DCODER = replace(
     tokenizer_config={"mask_token": "<|mask|>"},
 )
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
+KINDS = pytest.mark.parametrize("layout", [DREAM, LLADA, A2D_QWEN3], ids=["Qwen2", "Llama", "Qwen3"])  # of blocks
 _SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA]
 NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])
 _EVERY = [*_SAYING, OPEN_DCODER]

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import OPEN_DCODER
 from small_runs import Run, small_calibration
+from tokenizers import Tokenizer
 
 from thermo_lib import (
     ThermoConfig,
@@ -161,3 +163,24 @@ class TestQuantize:
         status, _, err = run("quantize", "--model", "small", "--output", "smaller")
         assert status == 2
         assert "model: found 'small', which is quantized, allowed is a full-precision model" in err
+
+
+class TestFamily:
+    """A plain configuration needs ``--family`` in every command; what is quantized from it doesn't."""
+
+    def test_it_is_handed_on(self, run: Run, tokenizer: Tokenizer, tmp_path: Path) -> None:
+        source = OPEN_DCODER.write(tmp_path / "source", tokenizer)
+        family = ("--family", "open-dcoder")
+        ways = {"streamed": FAST, "in memory": ("group_size=16",), "layerwise": ("--layerwise", "all", "group_size=16")}
+        for output, words in ways.items():
+            status, _, err = run("quantize", "--model", source, "--output", output, *words)
+            assert (status, "family: found None, allowed with" in err) == (2, True)
+            assert run("quantize", "--model", source, "--output", output, *family, *words)[0] == 0
+            assert load_quantized(output).model.config.model_type == "open-dcoder"
+        fill = ("--prompt", "x", "--max-new-tokens", 2, "--timesteps", 2)
+        assert run("generate", "--model", source, *fill)[0] == 2
+        assert run("generate", "--model", source, *family, *fill)[0] == 0
+        assert run("generate", "--model", "streamed", *fill)[0] == 0
+        small = ("--timesteps", 2, "--reference", source)
+        assert run("evaluate", "--model", "streamed", *small)[0] == 2
+        assert run("evaluate", "--model", "streamed", *small, *family)[0] == 0

@@ -1,7 +1,7 @@
 """The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``benchmark``, ...
 
-``quantize`` writes a quantized folder, which ``generate`` and ``evaluate`` take as well as a full-precision one.
-``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
+``quantize`` writes a quantized folder, which ``generate``, ``evaluate`` and ``info`` take as well as a full-precision
+one. ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
 ``study`` measures the points of the grid behind the notebook ``06_smoothing_study``, ``point`` any single one;
 ``tidy`` is for the pipeline. What a command needs is imported once it runs, so that help comes at once.
 """
@@ -24,6 +24,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
+    families = {"help": "of a full-precision model whose config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"}
     devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
     dtypes = {
         "choices": ["stored", "float32", "bfloat16", "float16"],
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
 
     writer = commands.add_parser("quantize", help="write a quantized folder")
     writer.add_argument("--model", **some_model)
+    writer.add_argument("--family", **families)
     writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
     writer.add_argument(
         "--layerwise",
@@ -68,8 +70,13 @@ def _parser() -> argparse.ArgumentParser:
         "weights.bits=4 activations.bits=8",
     )
 
+    informer = commands.add_parser("info", help="say what a model folder holds, full precision or quantized")
+    informer.add_argument("model", nargs="?", **some_model)
+    informer.add_argument("--family", **families)
+
     teller = commands.add_parser("generate", help="let a model, full precision or quantized, continue a text")
     teller.add_argument("--model", **some_model)
+    teller.add_argument("--family", **families)
     teller.add_argument("--prompt", required=True, help="the text")
     teller.add_argument("--chat", action="store_true", help="the prompt is a user's message to an instruct model")
     teller.add_argument("--max-new-tokens", type=int, default=64, help="tokens to fill (%(default)s)")
@@ -91,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)
+    judge.add_argument("--family", **families)
     judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
     judge.add_argument(
         "--data",
@@ -113,6 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = ["linear", "cubic", "sigmoid", "spline"]
     which.add_argument("--smoothing-method", choices=methods, help="only this one")
     benchmark.add_argument("--model", **some_model)
+    benchmark.add_argument("--family", **families)
     benchmark.add_argument("--bits", type=int, default=2, help="weight bits (%(default)s)")
     benchmark.add_argument("--activation-bits", type=int, default=16, help="16 for none (%(default)s)")
     for flag, value, text in (

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from thermo_lib.files.text import write_json, write_text
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.notebooks import reproducible
+from thermo_lib.pipeline.about import about
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.flat import FLAT, PARTS, is_single
@@ -92,8 +94,9 @@ def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
         ValueError: there is no such device, or what loading the model raises.
     """
     device = _device(arguments.device)
-    dtype = stored_dtype(name) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
-    lm = load_any(name, dtype=dtype)
+    family = None if is_quantized(name) else arguments.family
+    dtype = stored_dtype(name, family) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
+    lm = load_any(name, family=family, dtype=dtype)
     lm.model.to(device)
     return lm
 
@@ -182,27 +185,37 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
     """Write the folder, in the way that was asked for."""
+    about = {"family": arguments.family, "device": device, "progress": True}
+    write = partial(quantize_checkpoint, arguments.model, arguments.output, config, **about)
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        calibration = _states(load_streamed(arguments.model, device=device), config, arguments)
+        lm = load_streamed(arguments.model, family=arguments.family, device=device)
+        calibration = _states(lm, config, arguments)
         if arguments.layerwise != "all":
             calibration = calibration.thinned(int(arguments.layerwise))
-        quantize_checkpoint(arguments.model, arguments.output, config, calibration, device=device, progress=True)
+        write(calibration)
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_model(arguments.model)
+        lm = load_model(arguments.model, family=arguments.family)
         lm.model.to(device)
         save_quantized(quantize(lm, config, _states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
         with cluster_client(arguments.scheduler) as client:
             print(f"dashboard: {client.dashboard_link}")
-            quantize_checkpoint(arguments.model, arguments.output, config, client=client, device=device, progress=True)
+            write(client=client)
     else:
-        quantize_checkpoint(arguments.model, arguments.output, config, device=device, progress=True)
+        write()
+
+
+def run_info(arguments: argparse.Namespace) -> None:
+    """Print what a model folder holds."""
+    lines = about(arguments.model, arguments.family)
+    width = max(map(len, lines))
+    print("\n".join(f"{title:{width}}  {text}" for title, text in lines.items()))
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -267,7 +280,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         resmoothed(config, method, arguments.smoothing_window)  # refuses a wrong window before the work
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
-        lm = load_model(arguments.model)
+        lm = load_model(arguments.model, family=arguments.family)
         calibration = calibrate(lm, timesteps=config.timesteps)
         bar.update()
         suite = build_suite(lm, timesteps=config.timesteps, progress=True)
@@ -335,6 +348,7 @@ def run(arguments: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     commands = {
         "quantize": run_quantize,
+        "info": run_info,
         "generate": run_generate,
         "evaluate": run_evaluate,
         "benchmark": run_benchmark,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layouts import OPEN_DCODER
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -276,3 +277,10 @@ def test_bounds_are_finite_for_a_model_in_bfloat16(folders: dict[str, Path]) -> 
     lm = HarnessLM(str(folders["quantized"]), dtype="bfloat16", mc_num=4)
     assert math.isfinite(one_bound(lm, [1, 2], [3, 4, 5]))
     assert load_model(str(folders["full"])).model.dtype == torch.float32
+
+
+def test_a_plain_configuration_needs_its_family(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = OPEN_DCODER.write(tmp_path / "source", load_model(str(folders["full"])).tokenizer)
+    with pytest.raises(ValueError, match="family: found None, allowed with 'qwen2' blocks"):
+        HarnessLM(str(source))
+    assert HarnessLM(str(source), family="open-dcoder").lm.model.config.model_type == "open-dcoder"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import BOTH, Layout
+from layouts import KINDS, Layout
 from streamed import _stop_at_second, configured, state, states_of, unfinished
 
 from thermo_lib import Calibration, load_model, quantize, save_quantized
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("several_shards")
 
 
 class TestResult:
-    @BOTH
+    @KINDS
     @pytest.mark.parametrize(
         "fields",
         [

@@ -68,6 +68,7 @@ class HarnessLM(TemplateLM):
             ``temperature``, ``top_p`` and ``top_k``.
         max_length: tokens of a text, by default those that the model was made for.
         seed: of masks and generation; equal seeds give equal scores.
+        family: see ``load_model``.
 
     Raises:
         ValueError: a value out of range, or what loading the model raises.
@@ -92,6 +93,7 @@ class HarnessLM(TemplateLM):
         block_length: int | None = None,
         max_length: int | None = None,
         seed: int = 0,
+        family: str | None = None,
     ):
         super().__init__()
         if dtype not in (*_DTYPES, "stored"):
@@ -102,7 +104,8 @@ class HarnessLM(TemplateLM):
         for name, value in counts.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: found {value!r}, allowed are whole numbers from 1")
-        self.lm = load_any(pretrained, dtype=_DTYPES[dtype] if dtype in _DTYPES else stored_dtype(pretrained))
+        precision = _DTYPES[dtype] if dtype in _DTYPES else stored_dtype(pretrained, family)
+        self.lm = load_any(pretrained, family=family, dtype=precision)
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("device: found no GPU for %r, lm_eval's default; using the CPU", device)
         elif device is not None:

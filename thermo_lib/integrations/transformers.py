@@ -6,7 +6,6 @@ full-precision one while it is read, one linear after another.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,13 +20,13 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from thermo_lib.files.tensors import check_finite, check_shapes, open_safetensors, read_headers
+from thermo_lib.files.tensors import check_finite
 from thermo_lib.models.architectures import MODELS, MaskPredictor, checkpoint_folder
-from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
 from thermo_lib.pipeline.quantizers import quantizer_of
-from thermo_lib.pipeline.storage import check_types, expected_tensors, install, model_tensors, stored_type
+from thermo_lib.pipeline.storage import check_stored, install, model_tensors, stored_type
 from thermo_lib.pipeline.weights import code_tables, quantize_layer
 
 
@@ -105,7 +104,7 @@ class ThermoQuantizer(HfQuantizer):
         self.folder, paths = checkpoint_folder(checkpoint_files, model.config)
         if not self.pre_quantized:
             return
-        expected = self._checked(model, paths)
+        expected = check_stored(model, self.quantization_config, paths, self.folder)
         self.coded = sorted(expected.keys() - model.state_dict().keys())
         owners: dict[str, dict[str, Tensor]] = {}
         for name in self.coded:
@@ -120,20 +119,6 @@ class ThermoQuantizer(HfQuantizer):
         if coded_tables(model, self.quantization_config):
             model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
             model.all_tied_weights_keys = {}
-
-    def _checked(self, model: MaskPredictor, paths: Sequence[Path]) -> dict[str, Tensor]:
-        """What is expected in the files, by the library's names, once names, shapes and types there are right."""
-        found, column_bits = read_headers(paths), {}
-        for path in paths:
-            with open_safetensors(path) as file:
-                keys = [key for key in file.keys() if key.endswith("packed_column_bits")]
-                column_bits |= {key: file.get_tensor(key) for key in keys}
-        expected = expected_tensors(model, self.quantization_config, column_bits, self.folder)
-        names = stored_names(found, model.config, expected)
-        shapes = {name: tensor.shape for name, tensor in found.items()}
-        check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, self.folder)
-        check_types({name: tensor.dtype for name, tensor in found.items()}, self.folder)
-        return expected
 
     def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
         dtype = model.model.norm.weight.dtype

@@ -1,6 +1,6 @@
 """The folder of a quantized model: what is stored, and how it is saved and loaded."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,10 +10,17 @@ from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.snapshots import named
-from thermo_lib.files.tensors import WEIGHTS_NAME, check_full_precision, read_tensors
+from thermo_lib.files.tensors import (
+    WEIGHTS_NAME,
+    check_full_precision,
+    check_shapes,
+    open_safetensors,
+    read_headers,
+    read_tensors,
+)
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import HEAD, config_json, read_config, tensor_name
+from thermo_lib.models.families import HEAD, config_json, read_config, stored_names, tensor_name
 from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -137,10 +144,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     """
     folder = model_folder(str(path))
     config = read_config(folder)
-    try:
-        thermo = ThermoConfig.from_dict(read_object(folder / "config.json").get("quantization_config"))
-    except ValueError as error:
-        raise ValueError(f"{folder}/config.json: {error}") from error
+    thermo = read_quantization(folder)
     found = read_tensors(folder)
     model = skeleton(config)
     lm = QuantizedLM(
@@ -157,6 +161,14 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     install(lm, tensors, folder, dtype)
     fill(model, tensors, dtype)
     return lm
+
+
+def read_quantization(folder: Path) -> ThermoConfig:
+    """How a quantized folder's model was quantized; raises ValueError for another method or a wrong setting."""
+    try:
+        return ThermoConfig.from_dict(read_object(folder / "config.json").get("quantization_config"))
+    except ValueError as error:
+        raise ValueError(f"{folder}/config.json: {error}") from error
 
 
 def is_quantized(name: str) -> bool:
@@ -201,6 +213,31 @@ def expected_tensors(
             shape = (thermo.num_time_groups, 1 + thermo.activations.by_token_state, channel_groups)
             per_group = torch.empty(shape, device="meta", dtype=torch.float32)
             expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
+    return expected
+
+
+def check_stored(model: MaskPredictor, thermo: ThermoConfig, paths: Sequence[Path], folder: Path) -> dict[str, Tensor]:
+    """What is stored of a quantized model, by the library's names, once names, shapes and types in files are right.
+
+    Args:
+        model: the model, not quantized.
+        thermo: how it was quantized.
+        paths: the files.
+        folder: for errors.
+
+    Raises:
+        ValueError: what ``read_headers``, ``check_shapes`` and ``check_types`` raise.
+    """
+    found, column_bits = read_headers(paths), {}
+    for path in paths:
+        with open_safetensors(path) as file:
+            keys = [key for key in file.keys() if key.endswith("packed_column_bits")]
+            column_bits |= {key: file.get_tensor(key) for key in keys}
+    expected = expected_tensors(model, thermo, column_bits, folder)
+    names = stored_names(found, model.config, expected)
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, folder)
+    check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
     return expected
 
 

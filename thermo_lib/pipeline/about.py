@@ -1,0 +1,99 @@
+"""What a model folder holds, from its settings and the headers of its files: no weight is read."""
+
+import json
+from typing import Any
+
+from torch import Tensor
+
+from thermo_lib.files.tensors import check_full_precision, read_headers, weight_files
+from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
+from thermo_lib.models.lm import model_folder
+from thermo_lib.models.streamed import Checkpoint
+from thermo_lib.models.tokenization import read_tokenizer
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.model import linear_names
+from thermo_lib.pipeline.presets import PRESETS
+from thermo_lib.pipeline.storage import check_stored, is_quantized, read_quantization
+
+
+def about(name: str, family: str | None = None) -> dict[str, str]:
+    """What a model is, full precision or quantized.
+
+    Args:
+        name: ``"reference"`` for the embedded model, a folder, or a hub id.
+        family: see ``load_model``.
+
+    Returns:
+        Title to text, in the order to show them.
+
+    Raises:
+        ValueError: what ``load_model`` and ``load_quantized`` raise but for the numbers in tensors, which aren't read.
+    """
+    folder = model_folder(name)
+    config = read_config(folder, family)
+    entry, model = ARCHITECTURES[config.model_type], skeleton(config)
+    tokens = read_tokenizer(folder, config.vocab_size).get_vocab_size()
+    paths = weight_files(folder)
+    thermo = read_quantization(folder) if is_quantized(name) else None
+    found = read_headers(paths)
+    if thermo is None:
+        Checkpoint(folder, model)  # which checks names and shapes
+        for key, tensor in found.items():
+            check_full_precision(tensor.dtype, key, folder)
+    else:
+        check_stored(model, thermo, paths, folder)
+    head_size = model.model.layers[0].self_attn.head_dim
+    heads = f"{config.num_attention_heads} heads of {head_size}, {config.num_key_value_heads} of keys and values"
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return {
+        "family": f"{config.model_type}, {len(model.model.layers)} {entry.blocks} blocks of {config.hidden_size}",
+        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
+        "vocabulary": f"{config.vocab_size:,}, {tokens:,} of the tokenizer",
+        "embeddings": "also the head's" if config.tie_word_embeddings else "apart from the head's",
+        "mask id": str(config.mask_token_id),
+        "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
+        "attention": f"full, {heads}",
+        "norms": str(found[tensor_name(config, "model.norm.weight")].dtype).removeprefix("torch."),
+        "quantized": "no" if thermo is None else words(thermo),
+        "bits per weight": f"{_bits(model, found):.3f} of the linears in blocks",
+        **{path.name: f"{path.stat().st_size:,} bytes" for path in files},
+    }
+
+
+def _bits(model: MaskPredictor, found: dict[str, Tensor]) -> float:
+    """Bits stored for the linears inside the blocks, with all parameters of codes, for each weight."""
+    names, bits, weights = linear_names(model), 0, 0
+    owners = {tensor_name(model.config, f"{name}.") for name in names}
+    for key, tensor in found.items():
+        owner, _, kind = key.rpartition(".")
+        if f"{owner}." in owners and kind != "bias":
+            bits += 8 * tensor.nbytes
+    for name in names:
+        weights += model.get_submodule(name).weight.numel()
+    return bits / weights
+
+
+def words(config: ThermoConfig) -> str:
+    """A configuration as the command ``quantize`` takes it: the nearest preset and what differs from it."""
+    found = _flat(config)
+
+    def differences(preset: str) -> dict[str, Any]:
+        other = _flat(ThermoConfig.preset(preset))
+        return {key: found.get(key) for key in [*found, *other] if found.get(key) != other.get(key)}
+
+    preset = min(PRESETS, key=lambda name: len(differences(name)))
+    return " ".join([f"preset={preset}", *(f"{key}={_word(value)}" for key, value in differences(preset).items())])
+
+
+def _flat(config: ThermoConfig) -> dict[str, Any]:
+    """Setting to value, those of a part as ``part.setting``."""
+    content = config.model_dump(mode="json")
+    parts = {phase["phase"]: phase for phase in content.pop("training")}
+    parts |= {key: content.pop(key) for key in ("weights", "activations", "time_groups")}
+    inside = {f"{part}.{key}": value for part, values in parts.items() for key, value in (values or {}).items()}
+    return inside | content
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
