@@ -1,12 +1,13 @@
 """A full-precision folder that is damaged or ambiguous: from_pretrained refuses it as load_model does, by name."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from layouts import BOTH, DREAM, Layout, stored
+from layouts import BOTH, DREAM, NAMED, Layout, stored
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -14,6 +15,7 @@ from transformers import AutoModel
 
 import thermo_lib  # noqa: F401 - registers the architectures
 from thermo_lib.models.lm import load_model
+from thermo_lib.models.streamed import load_streamed
 
 INDEX = "model.safetensors.index.json"
 LOADERS: dict[str, Callable[[Path], object]] = {
@@ -142,3 +144,17 @@ class TestAutoModelOnly:
         save_file(tensors, folder / "model.small.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=r"missing tensors model\.norm\.weight"):
             AutoModel.from_pretrained(folder, variant="small")
+
+
+@NAMED
+@pytest.mark.parametrize("load", [*LOADERS.values(), load_streamed], ids=[*LOADERS, "load_streamed"])
+def test_a_head_that_tying_would_drop_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, layout: Layout, load: Callable[[Path], object]
+) -> None:
+    folder = layout.write(tmp_path / "model", tokenizer, **{"mask_token_id": 3, layout.tying: True})
+    tensors, head, embeddings = stored(folder), f"{layout.name('head')}.weight", f"{layout.name('embedding')}.weight"
+    message = f"tensor {head}: found another than {embeddings}, allowed is the same with {layout.tying} true"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(folder)
+    one_file(folder, tensors | {head: tensors[embeddings].clone()})
+    load(folder)

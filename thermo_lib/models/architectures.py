@@ -8,7 +8,7 @@ positions. ``families.ARCHITECTURES`` says how they differ, in their blocks and 
 - LLaDA (arXiv 2502.09992) has Llama blocks and was trained from scratch: position ``i`` predicts token ``i``.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -23,11 +23,12 @@ from thermo_lib.files.tensors import (
     check_full_precision,
     check_inside,
     check_shapes,
+    open_safetensors,
     read_headers,
     weight_files,
     written_times,
 )
-from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, HEAD, stored_names, tensor_name
 from thermo_lib.models.settings import Architecture
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
@@ -249,7 +250,34 @@ def check_checkpoint(files: Sequence[str], config: PreTrainedConfig) -> tuple[Pa
     check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, folder)
     for name, tensor in found.items():
         check_full_precision(tensor.dtype, name, folder)
+
+    def read(name: str) -> Tensor:
+        for path in paths:
+            with open_safetensors(path) as file:
+                if name in file.keys():
+                    return file.get_tensor(name)
+        raise KeyError(name)
+
+    check_tied(found, config, read, folder)
     return folder, found
+
+
+def check_tied(found: Container[str], config: PreTrainedConfig, read: Callable[[str], Tensor], where: Path) -> None:
+    """Raise ValueError for a head that is stored and isn't the embeddings, which tying would drop without a word.
+
+    Args:
+        found: names of a full-precision checkpoint's tensors.
+        config: of the model.
+        read: gives such a tensor.
+        where: the checkpoint.
+    """
+    head, embeddings = (tensor_name(config, name) for name in (HEAD, "model.embed_tokens.weight"))
+    if config.tie_word_embeddings and head in found and not read(head).equal(read(embeddings)):
+        tying = next(k for k, v in ARCHITECTURES[config.model_type].settings.items() if v == "tie_word_embeddings")
+        raise ValueError(
+            f"{where}: tensor {head}: found another than {embeddings}, allowed is the same with {tying} true in "
+            f"config.json; set it to false to use this head, or remove this tensor"
+        )
 
 
 def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -26,8 +26,15 @@ from thermo_lib.files.tensors import (
     weight_files,
 )
 from thermo_lib.files.text import read_object
-from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, skeleton
-from thermo_lib.models.families import HEAD, DreamConfig, config_json, read_config, stored_names, tensor_name
+from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
+from thermo_lib.models.families import (
+    HEAD,
+    DreamConfig,
+    config_json,
+    read_config,
+    stored_names,
+    tensor_name,
+)
 from thermo_lib.models.tokenization import (
     ChatTemplate,
     read_carried,
@@ -275,6 +282,7 @@ def load_model(
     for key, tensor in found.items():
         check_full_precision(tensor.dtype, key, folder)
     tensors = take_expected(found, config, model.state_dict(), folder)
+    check_tied(found, config, found.__getitem__, folder)
     for key in tensors:
         tensors[key] = tensors[key].to(dtype)
         check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from thermo_lib.files.tensors import check_finite, check_full_precision, check_shapes, open_safetensors, weight_files
-from thermo_lib.models.architectures import MaskPredictor, skeleton
+from thermo_lib.models.architectures import MaskPredictor, check_tied, skeleton
 from thermo_lib.models.families import HEAD, read_config, stored_names
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
 from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
@@ -70,6 +70,7 @@ class Checkpoint:
         names = stored_names(found, model.config, expected)
         shapes = {key: stored.shape for key, stored in found.items()}
         check_shapes(shapes, {key: expected[name] for key, name in names.items()}, folder)
+        check_tied(found, model.config, lambda key: _read(found[key]), folder)
         is_tied = model.config.tie_word_embeddings
         self.folder = folder
         self.family = model.config.model_type
@@ -86,8 +87,7 @@ class Checkpoint:
             ValueError: not a complete file, a type that full precision doesn't have, NaN or infinity.
         """
         stored = self.tensors[name]
-        with open_safetensors(stored.path) as file:
-            tensor = file.get_tensor(stored.key).to(device)
+        tensor = _read(stored).to(device)
         if name not in self._seen:
             check_full_precision(tensor.dtype, stored.key, stored.path)
             check_finite(tensor, stored.key, stored.path)
@@ -112,6 +112,11 @@ class Checkpoint:
                 start = hashlib.sha256(file.read(min(8 + length, about.st_size))).hexdigest()
             found[path.name] = [about.st_size, about.st_mtime_ns, start]
         return found
+
+
+def _read(stored: StoredTensor) -> Tensor:
+    with open_safetensors(stored.path) as file:
+        return file.get_tensor(stored.key)
 
 
 def _itemsize(dtype: str) -> int:
