@@ -185,8 +185,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
     """Write the folder, in the way that was asked for."""
-    about = {"family": arguments.family, "device": device, "progress": True}
-    write = partial(quantize_checkpoint, arguments.model, arguments.output, config, **about)
+    how = {"family": arguments.family, "device": device, "progress": True}
+    write = partial(quantize_checkpoint, arguments.model, arguments.output, config, **how)
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
