@@ -49,7 +49,7 @@ from thermo_lib.studies import gpu
 from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
-from thermo_lib.studies.speed import SPEED_COLUMNS, kernel_speeds, write_speeds
+from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
 
 
@@ -338,7 +338,7 @@ def run_gpu_check(arguments: argparse.Namespace) -> None:
     found = gpu.gpu_check(device, extent, arguments.output, progress=True)
     for name in gpu.PARTS:
         if found[name]:
-            print(f"\n{name}\n{report.table(found[name], gpu.COLUMNS[name])}")
+            print(f"\n{name}\n{report.table(found[name], GPU_COLUMNS[name])}")
     for name, reason in found["failed"].items():
         print(f"{name}: {reason}")
 

@@ -129,9 +129,10 @@ def test_long_rows_of_few_tokens_are_split(kernels: ModuleType) -> None:
 def test_long_rows_of_many_tokens(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch, is_full: bool) -> None:
     """In blocks of more rows that are split, and where those fill the card, in blocks of more tokens."""
     monkeypatch.setattr(kernels, "_BLOCKS", 1 if is_full else 132)
-    layer = layer_of(50, 65, 2, 64, DynamicRanges(8))
-    assert kernels._tile(65, 50, 65) == (kernels._LONG_TILE if is_full else kernels._SPLIT_TILE)
-    check(layer, inputs(65, 65 * 64))
+    monkeypatch.setattr(kernels, "_LONG", 8)
+    layer = layer_of(50, 9, 2, 64, DynamicRanges(8))
+    assert kernels._tile(65, 50, 9) == (kernels._LONG_TILE if is_full else kernels._SPLIT_TILE)
+    check(layer, inputs(65, 9 * 64))
 
 
 def test_tokens_of_many_groups(kernels: ModuleType) -> None:

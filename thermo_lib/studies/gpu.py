@@ -33,7 +33,7 @@ from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 from thermo_lib.quant.trellis import trellis
 from thermo_lib.studies.full_size import PUBLISHED, random_model
-from thermo_lib.studies.speed import DREAM_7B, KERNELS, SPEED_COLUMNS
+from thermo_lib.studies.speed import DREAM_7B, KERNELS
 
 _TOKENS = (1, 33, 65, 257)
 _WRONG = 0.02  # error of a product, as a share of its size
@@ -266,28 +266,6 @@ PARTS: dict[str, Callable[[torch.device, Extent], Rows]] = {
     "quantizers": quantizer_rows,
     "decoders": decoder_rows,
     "layerwise": layerwise_rows,
-}
-
-
-_SIZE = {"linear": ("linear", "{}")}
-COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
-    "kernels": {name: (name, "{}") for name in ("kernel", "asked", "computed", "linear", "tokens", "right")}
-    | {"error": ("error", "{:.5f}")},
-    "rows": {"backend": ("backend", "{}")} | SPEED_COLUMNS,
-    "forward": {name: (name, "{}") for name in ("model", "graph", "layers", "tokens")}
-    | {"ms": ("ms", "{:.2f}"), "times dense": ("times_dense", "{:.2f}")},
-    "generation": {
-        "model": ("model", "{}"),
-        "graph": ("graph", "{}"),
-        "seconds": ("seconds", "{:.2f}"),
-        "beside": ("beside", "{:.2f}"),
-    },
-    "quantizers": {"quantizer": ("quantizer", "{}")}
-    | _SIZE
-    | {"seconds": ("seconds", "{:.2f}"), "weights a second": ("weights_a_second", "{:.3g}")},
-    "decoders": {"decoder": ("decoder", "{}")} | _SIZE | {"ms": ("ms", "{:.3f}")},
-    "layerwise": {"preset": ("preset", "{}"), "blocks": ("blocks", "{}"), "seconds": ("seconds", "{:.2f}")}
-    | {"peak, MiB": ("peak_mib", "{}")},
 }
 
 

@@ -35,6 +35,26 @@ PEERS_SPEED_COLUMNS = {
     "95 %": ("ci", "{0[0]:.2f}..{0[1]:.2f}"),
     "why not": ("why", "{}"),
 }
+_SIZE = {"linear": ("linear", "{}")}
+GPU_COLUMNS: dict[str, dict[str, tuple[str, str]]] = {
+    "kernels": {name: (name, "{}") for name in ("kernel", "asked", "computed", "linear", "tokens", "right")}
+    | {"error": ("error", "{:.5f}")},
+    "rows": {"backend": ("backend", "{}")} | SPEED_COLUMNS,
+    "forward": {name: (name, "{}") for name in ("model", "graph", "layers", "tokens")}
+    | {"ms": ("ms", "{:.2f}"), "times dense": ("times_dense", "{:.2f}")},
+    "generation": {
+        "model": ("model", "{}"),
+        "graph": ("graph", "{}"),
+        "seconds": ("seconds", "{:.2f}"),
+        "beside": ("beside", "{:.2f}"),
+    },
+    "quantizers": {"quantizer": ("quantizer", "{}")}
+    | _SIZE
+    | {"seconds": ("seconds", "{:.2f}"), "weights a second": ("weights_a_second", "{:.3g}")},
+    "decoders": {"decoder": ("decoder", "{}")} | _SIZE | {"ms": ("ms", "{:.3f}")},
+    "layerwise": {"preset": ("preset", "{}"), "blocks": ("blocks", "{}"), "seconds": ("seconds", "{:.2f}")}
+    | {"peak, MiB": ("peak_mib", "{}")},
+}
 _GROUP = 128
 _BITS = 2.17  # of a trellis code, mean
 
