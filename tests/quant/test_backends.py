@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matrices import random_trellis
 from torch import Tensor, nn
 
 from thermo_lib import backend, set_backend
@@ -17,7 +18,7 @@ from thermo_lib.quant import backends
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import BIT_WIDTHS, pack
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
-from thermo_lib.quant.trellis import MOST_BITS, pack_symbols
+from thermo_lib.quant.trellis import MOST_BITS
 
 pytestmark = pytest.mark.usefixtures("nothing_is_known")
 Interpreted = dict[str, ModuleType]
@@ -45,12 +46,7 @@ def trellis_layer(rows: int, columns: int, group_size: int, most: int = MOST_BIT
     generator = torch.Generator().manual_seed(seed)
     bits = torch.randint(0, most + 1, (columns,), generator=generator, dtype=torch.uint8)
     bits[0] = max(1, int(bits[0]))  # a row without any bits is no bytes
-    symbols = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
-    symbols &= ((1 << bits.int()) - 1).to(torch.uint8)
-    layer = TrellisLinear(columns, rows, bits=2, group_size=group_size, bias=False)
-    layer.packed, layer.packed_column_bits = pack_symbols(symbols, bits), pack(bits, 4)
-    layer.scale = (torch.rand(layer.scale.shape, generator=generator) + 0.1).half()
-    return layer
+    return random_trellis(bits, rows, group_size, generator)
 
 
 def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from matrices import random_trellis
 from torch import Tensor
 
 from thermo_lib import set_backend
 from thermo_lib.quant import cuda_kernels
-from thermo_lib.quant.codes import pack
 from thermo_lib.quant.cuda_kernels import Tuning, compiled, options, row_stride, rows_inside
 from thermo_lib.quant.layers import TrellisLinear
 from thermo_lib.quant.trellis import (
@@ -22,7 +22,6 @@ from thermo_lib.quant.trellis import (
     STATE_BITS,
     block_places,
     codebook,
-    pack_symbols,
     read_states,
     whole_words,
 )
@@ -114,13 +113,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory):
 
 def layer_of(rows: int, columns: int, group_size: int, bits: Tensor, seed: int = 0) -> TrellisLinear:
     """Random symbols and scales."""
-    generator = torch.Generator().manual_seed(seed)
-    symbols = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
-    layer = TrellisLinear(columns, rows, bits=2, group_size=group_size, bias=False)
-    layer.packed = pack_symbols(symbols & ((1 << bits.int()) - 1).to(torch.uint8), bits)
-    layer.packed_column_bits = pack(bits, 4)
-    layer.scale = (torch.rand(layer.scale.shape, generator=generator) + 0.1).half()
-    return layer
+    return random_trellis(bits, rows, group_size, torch.Generator().manual_seed(seed))
 
 
 def random_bits(columns: int, seed: int = 0) -> Tensor:

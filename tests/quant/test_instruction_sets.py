@@ -8,12 +8,13 @@ from ctypes import CDLL
 import pytest
 import torch
 import torch.nn.functional as F
+from matrices import random_trellis
 from torch import Tensor
 
 from thermo_lib.quant import kernels, planes, streams
 from thermo_lib.quant.codes import pack
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
-from thermo_lib.quant.trellis import MOST_BITS, pack_symbols
+from thermo_lib.quant.trellis import MOST_BITS
 
 pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"),
@@ -21,7 +22,7 @@ pytestmark = [
 ]
 # By the width of a register: a processor that has it, and what torch calls it.
 SETS = {128: ("x86-64", "DEFAULT"), 256: ("haswell", "AVX2"), 512: ("skylake-avx512", "AVX512")}  # no matrix unit
-# Which branch was compiled: inductor gives flags too, which come from the machine.
+# Which branch was compiled: inductor gives flags too, for the processor that it runs on.
 BRANCH = """
 extern "C" int64_t branch() {
 #if defined(__AVX512BW__)
@@ -81,12 +82,7 @@ def trellis_layer(rows: int, columns: int, group_size: int) -> TrellisLinear:
     generator = torch.Generator().manual_seed(columns)
     bits = torch.randint(0, MOST_BITS + 1, (columns,), generator=generator, dtype=torch.uint8)
     bits[-1] = 2  # a row without any bits is no bytes
-    symbols = torch.randint(0, 256, (rows, columns), generator=generator, dtype=torch.uint8)
-    layer = TrellisLinear(columns, rows, bits=2, group_size=group_size, bias=False)
-    layer.packed = pack_symbols(symbols & ((1 << bits.int()) - 1).to(torch.uint8), bits)
-    layer.packed_column_bits = pack(bits, 4)
-    layer.scale = (torch.rand(layer.scale.shape, generator=generator) + 0.1).half()
-    return layer
+    return random_trellis(bits, rows, group_size, generator)
 
 
 def check_products(layer: QuantizedLinear, expected: Tensor) -> None:
