@@ -1,8 +1,7 @@
-"""What a model's modules are given: the inputs of its linears on calibration states, and of its blocks."""
+"""What a model's linears are given on calibration states."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -30,28 +29,6 @@ def watch_inputs(modules: Mapping[str, nn.Module], receive: Callable[[str, Tenso
 
 class SeenEnough(Exception):
     """Ends a forward pass of which the rest isn't needed: what a hook looked for is known."""
-
-
-def block_arguments(lm: DiffusionLM, hidden: Tensor) -> dict[str, Any]:
-    """What the model hands to each of its blocks beside the hidden states.
-
-    Args:
-        lm: the model; its blocks needn't have weights.
-        hidden: states that enter the first block, ``(batch, length, hidden)``.
-    """
-    found: dict[str, Any] = {}
-
-    def receive(_: nn.Module, inputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
-        found.update(arguments)
-        raise SeenEnough
-
-    hook = lm.model.model.layers[0].register_forward_pre_hook(receive, with_kwargs=True)
-    try:
-        with torch.no_grad(), suppress(SeenEnough):
-            lm.model.model(inputs_embeds=hidden, use_cache=False)
-    finally:
-        hook.remove()
-    return found
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ class Training:
         self.mask_token_id = tokenizer.token_to_id(MASK)
         self.model = build_reference(tokenizer.get_vocab_size(), self.mask_token_id, dict(params), seed)
         self.model.set_attn_implementation("eager")  # 1.2 times as fast as the fused kernel's backward on CPU
-        matrices = [p for p in self.model.model.layers.parameters() if p.ndim == 2]
+        matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
         others = [p for p in self.model.parameters() if id(p) not in chosen]
         self.optimizers = {
@@ -134,7 +134,7 @@ class Training:
             ids, stratified_ratios(len(ids), generator), self.mask_token_id, generator, allowed
         )
         with torch.autocast("cpu", torch.bfloat16):
-            logits = self.model.lm_head(self.model.hidden(masked)[is_masked])
+            logits = self.model.predict(self.model.hidden(masked)[is_masked])
         return F.cross_entropy(logits.float(), ids[is_masked])
 
     def run_step(self) -> None:

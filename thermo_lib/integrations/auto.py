@@ -6,7 +6,7 @@ import, follow when the first configuration is made: ``transformers`` reads it b
 
 from transformers import AutoConfig
 
-from thermo_lib.models.families import ARCHITECTURES, Published
+from thermo_lib.models.families import PUBLISHED, Published
 
 
 def register_models() -> None:
@@ -19,5 +19,5 @@ def register_models() -> None:
 def register_configurations() -> None:
     """Register the configurations, and let the first that is made register the rest."""
     Published.on_use = staticmethod(register_models)
-    for model_type, architecture in ARCHITECTURES.items():
+    for model_type, architecture in PUBLISHED.items():
         AutoConfig.register(model_type, architecture.config, exist_ok=True)

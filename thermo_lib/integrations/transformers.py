@@ -22,7 +22,7 @@ from transformers.quantizers.auto import (
 
 from thermo_lib.files.tensors import check_finite
 from thermo_lib.models.architectures import MODELS, MaskPredictor, checkpoint_folder
-from thermo_lib.models.families import ARCHITECTURES, tensor_name
+from thermo_lib.models.families import PUBLISHED, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
 from thermo_lib.pipeline.quantizers import quantizer_of
@@ -121,7 +121,7 @@ class ThermoQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
-        dtype = model.model.norm.weight.dtype
+        dtype = model.norm.weight.dtype
         for name, tensor in model.state_dict().items():
             check_finite(tensor, tensor_name(model.config, name), self.folder)
         with torch.no_grad():
@@ -131,7 +131,7 @@ class ThermoQuantizer(HfQuantizer):
                 install_dynamic_ranges(self.lm)
                 code_tables(self.lm)
         # Layers were made on the CPU, wherever the tensors have been read to.
-        return model.requires_grad_(False).to(model.model.norm.weight.device)
+        return model.requires_grad_(False).to(model.device)
 
     def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
         tensors = dict(model.named_buffers())
@@ -171,7 +171,7 @@ def register() -> None:
         return
     register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
     register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
-    for model_type, architecture in ARCHITECTURES.items():
+    for model_type, architecture in PUBLISHED.items():
         for auto in (AutoModel, AutoModelForMaskedLM):
             auto.register(architecture.config, MODELS[model_type])
         renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]

@@ -5,17 +5,28 @@ positions. ``families.ARCHITECTURES`` says how they differ, in their blocks and 
 
 - Dream (arXiv 2508.15487) has Qwen2 blocks. Its logits are shifted by one: the state at position ``i - 1``
   predicts token ``i``, as in the autoregressive model it was initialized from.
-- LLaDA (arXiv 2502.09992) has Llama blocks and was trained from scratch: position ``i`` predicts token ``i``.
+- LLaDA (arXiv 2502.09992) has Llama blocks and was trained from scratch: position ``i`` predicts token ``i``, as it
+  does in BERT and its like.
 """
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedConfig, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    BertForMaskedLM,
+    EsmForMaskedLM,
+    LlamaForCausalLM,
+    ModernBertForMaskedLM,
+    PreTrainedConfig,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+    RobertaForMaskedLM,
+)
 
 from thermo_lib.files.tensors import (
     CONVERT,
@@ -28,8 +39,9 @@ from thermo_lib.files.tensors import (
     weight_files,
     written_times,
 )
-from thermo_lib.models.families import ARCHITECTURES, HEAD, stored_names, tensor_name
-from thermo_lib.models.settings import Architecture
+from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
+from thermo_lib.models.passes import PASSES, DecoderPass
+from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
 
@@ -37,13 +49,17 @@ _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which tra
 
 
 class MaskPredictor(nn.Module):
-    """What the architectures share; mixed into a ``...ForCausalLM`` of ``transformers``.
+    """What the architectures share; mixed into a ``...ForCausalLM`` or ``...ForMaskedLM`` of ``transformers``.
 
     Attributes:
         is_shifted: whether the state at position ``i - 1`` predicts token ``i``.
+        parts: what the model calls its parts.
+        passes: how a forward pass goes through it.
     """
 
     is_shifted: bool
+    parts: Parts
+    passes: DecoderPass
 
     folder: Path | None = None  # that from_pretrained has read
 
@@ -51,16 +67,31 @@ class MaskPredictor(nn.Module):
         # The embeddings would keep the padding token's row from training, and refuse an id that they don't have.
         pad, config.pad_token_id = config.pad_token_id, None
         super().__init__(config)
-        self.config.pad_token_id = self.generation_config.pad_token_id = pad
+        self.config.pad_token_id = pad
+        if self.can_generate():
+            self.generation_config.pad_token_id = pad
         self.step = CurrentStep()
-        # The configuration's is_causal reaches the blocks through the model, this one also those called alone.
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False
+        self.passes.prepare(self)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The blocks, in their order."""
+        return self.get_submodule(self.parts.blocks)
+
+    @property
+    def norm(self) -> nn.Module:
+        """A norm outside the blocks, which is of the type and on the device of what isn't quantized."""
+        return self.get_submodule(self.parts.norm)
+
+    @property
+    def rotary(self) -> nn.Module | None:
+        """What turns queries and keys by their position; None where positions are embedded."""
+        return None if self.parts.rotary is None else attrgetter(self.parts.rotary)(self)
 
     @property
     def device(self) -> torch.device:
         """Where the model computes, also if its embeddings are elsewhere."""
-        return self.model.norm.weight.device
+        return self.norm.weight.device
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The last hidden states, in such order that position ``i`` predicts token ``i``.
@@ -70,7 +101,7 @@ class MaskPredictor(nn.Module):
             attention_mask: bool ``(batch, length)``, False at padding; None when there is none.
 
         Returns:
-            ``(batch, length, hidden)``; ``lm_head`` turns it into logits.
+            ``(batch, length, hidden)``; ``predict`` turns it into logits.
 
         Raises:
             ValueError: ids on another device than the model.
@@ -80,35 +111,40 @@ class MaskPredictor(nn.Module):
         position_ids = None
         bias = None
         if attention_mask is not None:
-            dtype = self.model.norm.weight.dtype
+            dtype = self.norm.weight.dtype
             hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
             bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
             bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with denoising(self.step.value, input_ids == self.config.mask_token_id):
-            states = self._states(input_ids, bias, position_ids)
+            states = self._states(input_ids, attention_mask, bias, position_ids)
         return _shift(states, attention_mask) if self.is_shifted else states
 
-    def _states(self, input_ids: Tensor, bias: Tensor | None, position_ids: Tensor | None) -> Tensor:
+    def predict(self, states: Tensor) -> Tensor:
+        """Logits ``(..., vocabulary)`` from ``hidden``'s states ``(..., hidden)``."""
+        return self.passes.predict(self, states)
+
+    def enter(self, input_ids: Tensor) -> Tensor:
+        """What enters the first block, ``(batch, length, hidden)``, of ids ``(batch, length)`` without padding."""
+        return self.passes.enter(self, input_ids, _positions(input_ids), None)
+
+    def block_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
+        """What each block is given beside hidden states ``(batch, length, hidden)``, without padding."""
+        return self.passes.arguments(self, hidden, None, _positions(hidden))
+
+    def _states(
+        self, input_ids: Tensor, visible: Tensor | None, bias: Tensor | None, position_ids: Tensor | None
+    ) -> Tensor:
         """What ``transformers``' model computes, without a causal mask to skip.
 
         To find out that there is none it reads a tensor, and where a CUDA graph is captured it makes one instead,
         with which attention takes several times as long.
         """
-        model = self.model
-        hidden = model.embed_tokens(input_ids)
-        if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=hidden.device)[None]
-        positions = model.rotary_emb(hidden, position_ids)
-        for block in model.layers:
-            hidden = block(
-                hidden,
-                attention_mask=bias,
-                position_ids=position_ids,
-                position_embeddings=positions,
-                use_cache=False,
-            )
-        return model.norm(hidden)
+        positions = _positions(input_ids) if position_ids is None else position_ids
+        hidden = self.passes.enter(self, input_ids, positions, visible)
+        for block, given in zip(self.blocks, self.passes.arguments(self, hidden, bias, positions), strict=True):
+            hidden = block(hidden, **given)
+        return self.passes.leave(self, hidden)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Say which denoising step the model computes for from now on, in this thread; the first until it is said.
@@ -124,12 +160,12 @@ class MaskPredictor(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits ``(batch, length, vocabulary)`` of the token at each position."""
-        return self.lm_head(self.hidden(input_ids, attention_mask))
+        return self.predict(self.hidden(input_ids, attention_mask))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model; the frequencies of its positions stay as precise as in a model loaded so."""
-        positions = self.model.rotary_emb
-        before = dict(positions.named_buffers())
+        positions = self.rotary
+        before = {} if positions is None else dict(positions.named_buffers())
         super()._apply(fn, recurse)
         for name, tensor in before.items():
             changed = getattr(positions, name)
@@ -240,7 +276,7 @@ def check_checkpoint(files: Sequence[str], config: PreTrainedConfig) -> tuple[Pa
             precision, or codes without a ``quantization_config``.
     """
     folder, paths = checkpoint_folder(files, config)
-    found = read_headers(paths)
+    found = used(read_headers(paths), config)
     if codes := sorted(name for name in found if name.endswith(".packed")):
         required = f"required by tensors {', '.join(codes[:5])} ({len(codes)} in all)"
         raise ValueError(f"{folder / 'config.json'}: quantization_config: found none, {required}")
@@ -263,7 +299,7 @@ def check_checkpoint(files: Sequence[str], config: PreTrainedConfig) -> tuple[Pa
 
 
 def check_tied(found: Container[str], config: PreTrainedConfig, read: Callable[[str], Tensor], where: Path) -> None:
-    """Raise ValueError for a head that is stored and isn't the embeddings, which tying would drop without a word.
+    """Raise ValueError for a tensor that is stored and isn't what it is tied to, which would drop it without a word.
 
     Args:
         found: names of a full-precision checkpoint's tensors.
@@ -271,13 +307,17 @@ def check_tied(found: Container[str], config: PreTrainedConfig, read: Callable[[
         read: gives such a tensor.
         where: the checkpoint.
     """
-    head, embeddings = (tensor_name(config, name) for name in (HEAD, "model.embed_tokens.weight"))
-    if config.tie_word_embeddings and head in found and not read(head).equal(read(embeddings)):
-        tying = next(k for k, v in ARCHITECTURES[config.model_type].settings.items() if v == "tie_word_embeddings")
-        raise ValueError(
-            f"{where}: tensor {head}: found another than {embeddings}, allowed is the same with {tying} true in "
-            f"config.json; set it to false to use this head, or remove this tensor"
-        )
+    architecture = ARCHITECTURES[config.model_type]
+    if not config.tie_word_embeddings:
+        return
+    for tied, shared in architecture.parts.tied.items():
+        head, embeddings = (tensor_name(config, name) for name in (tied, shared))
+        if head in found and not read(head).equal(read(embeddings)):
+            tying = next(key for key, value in architecture.settings.items() if value == "tie_word_embeddings")
+            raise ValueError(
+                f"{where}: tensor {head}: found another than {embeddings}, allowed is the same with {tying} true in "
+                f"config.json; set it to false to use this head, or remove this tensor"
+            )
 
 
 def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -289,7 +329,20 @@ def _shift(states: Tensor, attention_mask: Tensor | None) -> Tensor:
     return torch.where(after_padding[..., None], states, shifted)
 
 
-_BLOCKS = {"qwen2": Qwen2ForCausalLM, "qwen3": Qwen3ForCausalLM, "llama": LlamaForCausalLM}
+def _positions(tokens: Tensor) -> Tensor:
+    """Positions from 0, ``(1, length)``, of tokens ``(batch, length, ...)``."""
+    return torch.arange(tokens.shape[1], device=tokens.device)[None]
+
+
+_BLOCKS = {
+    "qwen2": Qwen2ForCausalLM,
+    "qwen3": Qwen3ForCausalLM,
+    "llama": LlamaForCausalLM,
+    "bert": BertForMaskedLM,
+    "roberta": RobertaForMaskedLM,
+    "esm": EsmForMaskedLM,
+    "modernbert": ModernBertForMaskedLM,
+}
 
 
 def _model_class(family: Architecture) -> type[MaskPredictor]:
@@ -299,6 +352,8 @@ def _model_class(family: Architecture) -> type[MaskPredictor]:
         "__doc__": f"The model of ``{family.config.__name__}``, see ``MaskPredictor``.",
         "config_class": family.config,
         "is_shifted": family.is_shifted,
+        "parts": family.parts,
+        "passes": PASSES[family.blocks],
     }
     name = family.config.__name__.removesuffix("Config") + "Model"
     return type(name, (MaskPredictor, _BLOCKS[family.blocks]), about)

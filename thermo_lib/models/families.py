@@ -7,16 +7,17 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 """
 
 import json
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from thermo_lib.files.text import read_object
-from thermo_lib.models.settings import TOKEN_IDS, Architecture, flat_rope, parse, same
+from thermo_lib.models.encoders import ENCODERS
+from thermo_lib.models.settings import TOKEN_IDS, Architecture, parse, same
 
-HEAD = "lm_head.weight"
+T = TypeVar("T")
 
 
 class Published:
@@ -237,8 +238,10 @@ _OPEN_DCODER = Architecture(
     fixed=_FIXED,
     mask_token="<M>",
 )
-_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER)
+_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER, *ENCODERS)
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in _ALL}
+# The others are families of transformers' own, whose Auto classes stay as they are.
+PUBLISHED = {name: entry for name, entry in ARCHITECTURES.items() if issubclass(entry.config, Published)}
 
 _EXPERTS, _BLOCK_CAUSAL = "a mixture of experts", "a model with block-causal attention"
 _UNSUPPORTED = {
@@ -259,12 +262,24 @@ def tensor_name(config: PreTrainedConfig, name: str) -> str:
 
 
 def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iterable[str]) -> dict[str, str]:
-    """What a checkpoint calls the tensors that a model needs, to the library's names; without a tied head."""
-    names = {tensor_name(config, name): name for name in expected}
-    head = tensor_name(config, HEAD)
-    if config.tie_word_embeddings and head not in found:
-        names.pop(head, None)
+    """What a checkpoint calls the tensors that a model needs, to the library's names; without those that are tied."""
+    architecture, names = ARCHITECTURES[config.model_type], {}
+    for name in expected:
+        stored = tensor_name(config, name)
+        if stored not in found:
+            older = stored
+            for now, then in architecture.older.items():
+                older = older.replace(now, then)
+            stored = older if older in found else stored
+        if stored in found or not (config.tie_word_embeddings and name in architecture.parts.tied):
+            names[stored] = name
     return names
+
+
+def used(found: Mapping[str, T], config: PreTrainedConfig) -> dict[str, T]:
+    """What is found in a checkpoint, name to anything, without the tensors that a model of its family doesn't use."""
+    unused = ARCHITECTURES[config.model_type].unused
+    return {name: thing for name, thing in found.items() if not any(part in name for part in unused)}
 
 
 def _check_supported(model_type: Any, content: dict[str, Any]) -> None:
@@ -292,7 +307,7 @@ def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> 
         if not folder or not Path(folder).is_dir():
             raise ValueError(f"mask_token_id: found none, and no tokenizer in {folder!r}, allowed is a folder with one")
         content = content | {"mask_token_id": read_mask_token_id(Path(folder), architecture.mask_token)}
-    return parse(architecture, flat_rope(content))
+    return parse(architecture, architecture.flat(content))
 
 
 def _family(content: dict[str, Any], asked: str | None) -> str:

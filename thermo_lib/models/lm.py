@@ -28,12 +28,13 @@ from thermo_lib.files.tensors import (
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
 from thermo_lib.models.families import (
-    HEAD,
+    ARCHITECTURES,
     DreamConfig,
     config_json,
     read_config,
     stored_names,
     tensor_name,
+    used,
 )
 from thermo_lib.models.tokenization import (
     ChatTemplate,
@@ -125,14 +126,14 @@ class DiffusionLM:
         Raises:
             ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
-        logits = self.model.lm_head(self._states(ids, at, attention_mask))
+        logits = self.model.predict(self._states(ids, at, attention_mask))
         return token_logits(logits, self.mask_token_id).to(ids.device)
 
     @torch.no_grad()
     def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large."""
         for states in self._states(ids, at, attention_mask).split(self.rows_at_a_time):
-            yield token_logits(self.model.lm_head(states), self.mask_token_id).to(ids.device)
+            yield token_logits(self.model.predict(states), self.mask_token_id).to(ids.device)
 
     @property
     def rows_at_a_time(self) -> int:
@@ -207,7 +208,7 @@ def take_expected(
     """The tensors of a checkpoint by the library's names: all that the model needs and no other.
 
     Args:
-        found: the tensors by the names of ``config``'s architecture.
+        found: the tensors by the names of ``config``'s architecture; what its models don't use is left out.
         config: the model's configuration.
         expected: the library's name to a tensor of the right shape; the head may be missing where it is tied.
         where: the checkpoint.
@@ -215,6 +216,7 @@ def take_expected(
     Raises:
         ValueError: what ``check_tensors`` raises, in the names of the checkpoint.
     """
+    found = used(found, config)
     names = stored_names(found, config, expected)
     check_tensors(found, {stored: expected[name] for stored, name in names.items()}, where)
     return {name: found[stored] for stored, name in names.items()}
@@ -230,9 +232,13 @@ def fill(model: MaskPredictor, tensors: dict[str, Tensor], dtype: torch.dtype) -
     """
     for name in list(tensors):
         model.load_state_dict({name: tensors.pop(name).to(dtype)}, strict=False, assign=True)
-    if isinstance(model.lm_head, nn.Linear):
+    if isinstance(model.get_submodule(model.parts.head), nn.Linear):
         model.tie_weights()
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)  # its numbers are in no checkpoint
+    if model.rotary is not None:  # its numbers are in no checkpoint
+        with torch.device("cpu"):
+            positions = type(model.rotary)(config=model.config)
+        for key, buffer in positions.named_buffers():
+            model.rotary.register_buffer(key, buffer, persistent=False)
     model.eval().requires_grad_(False)
 
 
@@ -293,8 +299,9 @@ def load_model(
 def stored_dtype(name: str, family: str | None = None) -> torch.dtype:
     """The type in which a model's files hold what isn't quantized; raises what ``load_model`` raises of files."""
     folder = model_folder(name)
-    key = tensor_name(read_config(folder, family), "model.norm.weight")
+    config = read_config(folder, family)
     found = read_headers(weight_files(folder))
+    (key,) = stored_names(found, config, [f"{ARCHITECTURES[config.model_type].parts.norm}.weight"])
     if key not in found:
         raise ValueError(f"{folder}: missing tensors {key} (1 in all)")
     check_full_precision(found[key].dtype, key, folder)
@@ -334,7 +341,8 @@ def save_model(
         config = lm.model.config
         state = {name: tensor.to(dtype).contiguous() for name, tensor in lm.model.state_dict().items()}
         if config.tie_word_embeddings:
-            del state[HEAD]
+            for name in lm.model.parts.tied:
+                del state[name]
         state = {tensor_name(config, name): tensor for name, tensor in state.items()}
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)

@@ -1,11 +1,40 @@
 """The settings in a published ``config.json``: what an architecture needs of them, and whether they can be computed."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedConfig
+
+
+def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
+    rope = content.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
+    return rope | content
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model of ``transformers`` calls its parts; by default as Qwen2, Qwen3 and Llama do.
+
+    Attributes:
+        blocks: the list of blocks, a block is ``{blocks}.{number}``.
+        embeddings: the table of the tokens' embeddings.
+        norm: a norm outside the blocks, of which every model has one.
+        head: the linear that makes logits.
+        rotary: what turns queries and keys by their position, whose numbers are in no checkpoint; None without.
+        tied: parameters that are others' where ``tie_word_embeddings`` is true, and may be missing in a checkpoint.
+    """
+
+    blocks: str = "model.layers"
+    embeddings: str = "model.embed_tokens"
+    norm: str = "model.norm"
+    head: str = "lm_head"
+    rotary: str | None = "model.rotary_emb"
+    tied: Mapping[str, str] = field(default_factory=lambda: {"lm_head.weight": "model.embed_tokens.weight"})
 
 
 @dataclass(frozen=True)
@@ -14,7 +43,8 @@ class Architecture:
 
     Attributes:
         config: the class of the configuration.
-        blocks: ``qwen2``, ``qwen3`` (as Qwen2 with a norm of each head's queries and keys) or ``llama``.
+        blocks: ``qwen2``, ``qwen3`` (as Qwen2 with a norm of each head's queries and keys), ``llama``, ``bert``,
+            ``roberta``, ``modernbert`` or ``esm``.
         is_shifted: whether the state at position ``i - 1`` predicts token ``i``; otherwise that at ``i`` does.
         published_as: the class in ``architectures`` of ``config.json``.
         sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
@@ -26,6 +56,10 @@ class Architecture:
         tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
         mask_token: text of the mask token, whose id the tokenizer knows where ``config.json`` doesn't say it, unless
             ``tokenizer_config.json`` names another; None where ``config.json`` must say it.
+        parts: what the model calls its parts.
+        older: part of a tensor's name to what old checkpoints have in its place.
+        unused: parts of the names of tensors that checkpoints may hold and the model doesn't use.
+        flat: the settings by their published keys, from those that ``transformers`` may have written instead.
     """
 
     config: type[PreTrainedConfig]
@@ -38,6 +72,10 @@ class Architecture:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     mask_token: str | None = None
+    parts: Parts = field(default_factory=Parts)
+    older: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    flat: Callable[[dict[str, Any]], dict[str, Any]] = flat_rope
 
 
 def same(*keys: str) -> dict[str, str]:
@@ -46,19 +84,23 @@ def same(*keys: str) -> dict[str, str]:
 
 
 TOKEN_IDS = same("bos_token_id", "eos_token_id", "pad_token_id")
-FLAGS = same("tie_word_embeddings", "attention_bias", "mlp_bias")
+FLAGS = same(
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "norm_bias",
+    "decoder_bias",
+    "classifier_bias",
+    "emb_layer_norm_before",
+    "token_dropout",
+)
+_POSITIVE = ("rope_theta", "global_rope_theta", "local_rope_theta", "rms_norm_eps", "layer_norm_eps", "norm_eps")
+_ACTIVATIONS = ("hidden_act", "hidden_activation", "classifier_activation")
+_POSITIONS = ("absolute", "rotary")
 # Of what would take all memory or all time before a tensor of the wrong shape is found.
 _MOST = 2**24
 
-_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST)}
-
-
-def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
-    """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
-    rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
-    return rope | content
+_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST), "pad_token_id": (0, _MOST)}
 
 
 def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
@@ -85,7 +127,8 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
             _check_setting(key, attribute, content[key])
             values[attribute] = content[key]
     keys = architecture.sizes | architecture.settings
-    _check_sizes({attribute: key for key, attribute in reversed(keys.items())}, values)
+    turns = architecture.parts.rotary is not None and values.get("position_embedding_type") != "absolute"
+    _check_sizes({attribute: key for key, attribute in reversed(keys.items())}, values, turns)
     return values
 
 
@@ -95,12 +138,12 @@ def _check_whole(key: str, found: Any, least: int, most: int) -> None:
 
 
 def _check_setting(key: str, attribute: str, found: Any) -> None:
-    if attribute in ("rope_theta", "rms_norm_eps"):
+    if attribute in _POSITIVE:
         if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
             raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
     elif attribute == "max_position_embeddings":
         _check_whole(key, found, 1, 2**31)
-    elif attribute in TOKEN_IDS:
+    elif attribute in TOKEN_IDS or attribute in ("cls_token_id", "sep_token_id"):
         is_list = attribute == "eos_token_id" and isinstance(found, list)
         for number in found if is_list else () if found is None else (found,):
             _check_whole(key, number, 0, 2**31)
@@ -110,15 +153,18 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
     elif attribute in FLAGS:
         if not isinstance(found, bool):
             raise ValueError(f"{key}: found {found!r:.80}, allowed are false and true")
-    elif attribute == "hidden_act":
+    elif attribute == "position_embedding_type":
+        if found not in _POSITIONS:
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(_POSITIONS)}")
+    elif attribute in _ACTIVATIONS:
         from transformers.activations import ACT2FN  # takes as long to import as the models themselves
 
         if not (isinstance(found, str) and found in ACT2FN):
             raise ValueError(f"{key}: found {found!r:.80}, allowed are {', '.join(sorted(ACT2FN))}")
 
 
-def _check_sizes(keys: Mapping[str, str], values: Mapping[str, Any]) -> None:
-    divided = {"num_key_value_heads": "num_attention_heads"}
+def _check_sizes(keys: Mapping[str, str], values: Mapping[str, Any], turns: bool) -> None:
+    divided = {"num_key_value_heads": "num_attention_heads"} if "num_key_value_heads" in values else {}
     if values.get("head_dim") is None:
         divided = {"num_attention_heads": "hidden_size"} | divided
     for part, whole in divided.items():
@@ -126,7 +172,7 @@ def _check_sizes(keys: Mapping[str, str], values: Mapping[str, Any]) -> None:
             allowed = f"allowed are divisors of {keys[whole]} = {values[whole]}"
             raise ValueError(f"{keys[part]}: found {values[part]}, {allowed}")
     head_size = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
-    if head_size % 2:  # rotary embeddings turn pairs of features
+    if turns and head_size % 2:  # rotary embeddings turn pairs of features
         if values.get("head_dim") is not None:
             raise ValueError(f"{keys['head_dim']}: found {head_size}, allowed are even numbers")
         found = f"found {values['num_attention_heads']}, which makes heads of {head_size}"

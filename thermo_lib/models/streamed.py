@@ -19,13 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from thermo_lib.files.tensors import check_finite, check_full_precision, check_shapes, open_safetensors, weight_files
 from thermo_lib.models.architectures import MaskPredictor, check_tied, skeleton
-from thermo_lib.models.families import HEAD, read_config, stored_names
+from thermo_lib.models.families import read_config, stored_names, used
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
 from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
 from thermo_lib.quant.calls import CALL, denoising
 
 _ROOM = 24 * 2**30  # bytes of free memory; a GPU that has no more in all needs them for the states
-_EMBEDDINGS = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,15 @@ class Checkpoint:
                 for key in sorted(file.keys()):
                     part = file.get_slice(key)
                     found[key] = StoredTensor(key, path, tuple(part.get_shape()), _itemsize(part.get_dtype()))
+        found = used(found, model.config)
         names = stored_names(found, model.config, expected)
         shapes = {key: stored.shape for key, stored in found.items()}
         check_shapes(shapes, {key: expected[name] for key, name in names.items()}, folder)
         check_tied(found, model.config, lambda key: _read(found[key]), folder)
-        is_tied = model.config.tie_word_embeddings
+        tied = model.parts.tied if model.config.tie_word_embeddings else {}
         self.folder = folder
         self.family = model.config.model_type
-        self.tensors = {names[key]: stored for key, stored in found.items() if not (is_tied and names[key] == HEAD)}
+        self.tensors = {names[key]: stored for key, stored in found.items() if names[key] not in tied}
         self._seen: set[str] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -272,14 +272,17 @@ def load_streamed(
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     model = skeleton(config)
     source = Checkpoint(folder, model)
-    resident = [name for name in source.tensors if ".layers." not in name]
-    on_host = () if config.tie_word_embeddings else (_EMBEDDINGS,)
+    parts = model.parts
+    resident = [name for name in source.tensors if not name.startswith(f"{parts.blocks}.")]
+    on_host = () if config.tie_word_embeddings else (f"{parts.embeddings}.weight",)
     fill(model, {n: source.read(n, "cpu" if n in on_host else device) for n in resident}, dtype)
     if on_host and device.type != "cpu":
-        model.model.embed_tokens = HostEmbedding(model.model.embed_tokens.weight, device)
-    model.model.rotary_emb.to(device)
-    for number, block in enumerate(model.model.layers):
-        block.forward = StreamedForward(block, f"model.layers.{number}", source, device, dtype)
+        embeddings = model.get_submodule(parts.embeddings)
+        model.set_submodule(parts.embeddings, HostEmbedding(embeddings.weight, device))
+    if model.rotary is not None:
+        model.rotary.to(device)
+    for number, block in enumerate(model.blocks):
+        block.forward = StreamedForward(block, f"{parts.blocks}.{number}", source, device, dtype)
     carried = read_carried(folder)
     about = tokenizer, config.mask_token_id, name
     return StreamedLM(model, *about, source, chat_template=chat_template, carried=carried)

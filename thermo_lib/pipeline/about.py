@@ -7,7 +7,7 @@ from torch import Tensor
 
 from thermo_lib.files.tensors import check_full_precision, read_headers, weight_files
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, read_config, stored_names, tensor_name
 from thermo_lib.models.lm import model_folder
 from thermo_lib.models.streamed import Checkpoint
 from thermo_lib.models.tokenization import read_tokenizer
@@ -43,18 +43,20 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
             check_full_precision(tensor.dtype, key, folder)
     else:
         check_stored(model, thermo, paths, folder)
-    head_size = model.model.layers[0].self_attn.head_dim
-    heads = f"{config.num_attention_heads} heads of {head_size}, {config.num_key_value_heads} of keys and values"
+    (norm,) = stored_names(found, config, [f"{model.parts.norm}.weight"])
+    number = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // number
+    heads = f"{number} heads of {head_size}, {getattr(config, 'num_key_value_heads', number)} of keys and values"
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return {
-        "family": f"{config.model_type}, {len(model.model.layers)} {entry.blocks} blocks of {config.hidden_size}",
+        "family": f"{config.model_type}, {len(model.blocks)} {entry.blocks} blocks of {config.hidden_size}",
         "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
         "vocabulary": f"{config.vocab_size:,}, {tokens:,} of the tokenizer",
         "embeddings": "also the head's" if config.tie_word_embeddings else "apart from the head's",
         "mask id": str(config.mask_token_id),
         "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
         "attention": f"full, {heads}",
-        "norms": str(found[tensor_name(config, "model.norm.weight")].dtype).removeprefix("torch."),
+        "norms": str(found[norm].dtype).removeprefix("torch."),
         "quantized": "no" if thermo is None else words(thermo),
         "bits per weight": f"{_bits(model, found):.3f} of the linears in blocks",
         **{path.name: f"{path.stat().st_size:,} bytes" for path in files},

@@ -1,6 +1,7 @@
 """A quantized diffusion language model, and how quantized layers get into it."""
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.settings import Parts
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import Dynamic
 from thermo_lib.pipeline.quantizers import quantizer_of
@@ -17,7 +19,7 @@ from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.smoothing import WINDOWS, BoundarySmoother
 
-TABLES = ("model.embed_tokens", "lm_head")
+_NUMBER = re.compile(r"\.\d+(?=\.)")  # the first in the name of what is in a block is the block's
 
 
 @dataclass
@@ -59,7 +61,7 @@ class QuantizedLM(DiffusionLM):
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """The quantized linears inside the blocks by name."""
         layers = {name: m for name, m in self.model.named_modules() if isinstance(m, QuantizedLinear)}
-        return {name: layer for name, layer in layers.items() if name not in TABLES}
+        return {name: layer for name, layer in layers.items() if name not in tables(self.model)}
 
     @property
     def bits_per_weight(self) -> float:
@@ -73,16 +75,23 @@ class QuantizedLM(DiffusionLM):
         return bits / weights
 
 
+def tables(model: MaskPredictor) -> tuple[str, str]:
+    """Names of embeddings and head."""
+    return model.parts.embeddings, model.parts.head
+
+
 def linear_names(model: MaskPredictor) -> list[str]:
     """Names of the linears that are quantized: all inside the blocks, in order."""
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layers." in name]
+    inside = f"{model.parts.blocks}."
+    return [n for n, module in model.named_modules() if isinstance(module, nn.Linear) and n.startswith(inside)]
 
 
 def names_by_block(names: list[str]) -> dict[str, list[str]]:
     """Block name, e.g. ``model.layers.0``, to the names of its layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        blocks.setdefault(".".join(name.split(".")[:3]), []).append(name)
+        block = name[: _NUMBER.search(name).end()]
+        blocks.setdefault(block, []).append(name)
     return blocks
 
 
@@ -193,8 +202,8 @@ def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtyp
     """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
     rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
     how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size or columns}
-    for table in TABLES if lm.model.config.tie_word_embeddings else (name,):
-        if table == "lm_head":
+    for table in tables(lm.model) if lm.model.config.tie_word_embeddings else (name,):
+        if table == lm.model.parts.head:
             module = QuantizedLinear(columns, rows, bias=False, **how)
         else:
             module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
@@ -245,7 +254,7 @@ def dequantized(lm: QuantizedLM) -> DiffusionLM:
     if any(len(layer.scale) > 1 for layer in lm.quantized_layers().values()):
         raise ValueError("dense: found weights that depend on the timestep, allowed are those of one time group")
     model = copy.deepcopy(lm.model)
-    dtype = model.model.norm.weight.dtype
+    dtype = model.norm.weight.dtype
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             dense = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
@@ -267,4 +276,7 @@ def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
     """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
     if config.embedding_bits == 16:
         return ()
-    return TABLES[:1] if model.config.tie_word_embeddings else TABLES
+    if model.parts.head != Parts.head:
+        because = f"with {model.config.model_type!r} models, whose head has a layer or a bias of its own"
+        raise ValueError(f"embedding_bits: found {config.embedding_bits}, allowed is 16 {because}")
+    return tables(model)[:1] if model.config.tie_word_embeddings else tables(model)

@@ -20,12 +20,11 @@ from thermo_lib.files.tensors import (
 )
 from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import HEAD, config_json, read_config, stored_names, tensor_name
+from thermo_lib.models.families import config_json, read_config, stored_names, tensor_name, used
 from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
-    TABLES,
     QuantizedLM,
     coded_tables,
     install_activations,
@@ -33,6 +32,7 @@ from thermo_lib.pipeline.model import (
     install_table,
     linear_names,
     range_table,
+    tables,
     weight_table,
 )
 from thermo_lib.pipeline.quantizers import expected_codes, expected_parameters, quantizer_of
@@ -86,11 +86,12 @@ def _check_held(lm: QuantizedLM, name: str) -> None:
 def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
     """All that is stored of a quantized model, by the library's names."""
     layers = lm.quantized_layers()
-    coded = TABLES if lm.config.embedding_bits < 16 else ()
+    coded = tables(lm.model) if lm.config.embedding_bits < 16 else ()
     inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
     tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
     if lm.model.config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
+        for name in lm.model.parts.tied:
+            tensors.pop(name, None)
     for name, layer in layers.items():
         tensors |= stored_tensors(lm, name)
         if layer.bias is not None:
@@ -125,7 +126,7 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
         stored = {tensor_name(lm.model.config, name): tensor.cpu().clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / WEIGHTS_NAME).chmod(0o644)
-        text = quantized_config_json(lm.model.config, lm.config, lm.model.model.norm.weight.dtype)
+        text = quantized_config_json(lm.model.config, lm.config, lm.model.norm.weight.dtype)
         (target / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
 
@@ -196,10 +197,10 @@ def expected_tensors(
     Returns:
         The library's name to a tensor of the right shape, on the meta device.
     """
-    names, tables = linear_names(model), coded_tables(model, thermo)
-    coded = {*names, *(TABLES if tables else ())}
+    names, with_codes = linear_names(model), coded_tables(model, thermo)
+    coded = {*names, *(tables(model) if with_codes else ())}
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
-    for name in tables:
+    for name in with_codes:
         rows, columns = model.config.vocab_size, model.config.hidden_size
         parameters = expected_parameters(1, rows, columns, thermo.group_size, ("scale", "zero_point"))
         expected |= named(name, expected_codes(rows, columns, thermo.embedding_bits) | parameters)
@@ -234,6 +235,7 @@ def check_stored(model: MaskPredictor, thermo: ThermoConfig, paths: Sequence[Pat
             keys = [key for key in file.keys() if key.endswith("packed_column_bits")]
             column_bits |= {key: file.get_tensor(key) for key in keys}
     expected = expected_tensors(model, thermo, column_bits, folder)
+    found = used(found, model.config)
     names = stored_names(found, model.config, expected)
     shapes = {name: tensor.shape for name, tensor in found.items()}
     check_shapes(shapes, {stored: expected[name] for stored, name in names.items()}, folder)

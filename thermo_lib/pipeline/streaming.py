@@ -29,12 +29,12 @@ from thermo_lib.files.snapshots import digest
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
 from thermo_lib.files.text import read_object, write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import read_config, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
 from thermo_lib.models.lm import check_unquantized, model_folder
 from thermo_lib.models.streamed import Checkpoint, load_streamed
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import TABLES, QuantizedLM, linear_names
+from thermo_lib.pipeline.model import QuantizedLM, linear_names, tables
 from thermo_lib.pipeline.phases import first_starts
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import model_tensors, quantized_config_json
@@ -191,8 +191,8 @@ def _quantize(
 
 
 def _stored_norm(folder: Path, weight_map: Mapping[str, str], config: PreTrainedConfig) -> Tensor:
-    """The last norm's weight, which training may have changed."""
-    name = tensor_name(config, "model.norm.weight")
+    """A norm's weight, which training may have changed."""
+    name = tensor_name(config, f"{ARCHITECTURES[config.model_type].parts.norm}.weight")
     with open_safetensors(folder / weight_map[name]) as file:
         return file.get_tensor(name)
 
@@ -246,13 +246,13 @@ def _finish(output: Path, partial: Path) -> None:
 def _tasks(checkpoint: Checkpoint, model: MaskPredictor, config: ThermoConfig) -> list[_Task]:
     """The tensors of a checkpoint, file by file; the model needs no weights."""
     linears = {f"{name}.weight" for name in linear_names(model)}
-    tables = {f"{name}.weight" for name in TABLES} if config.embedding_bits < 16 else set()
+    coded = {f"{name}.weight" for name in tables(model)} if config.embedding_bits < 16 else set()
     tasks = []
     for name, stored in checkpoint.tensors.items():
         count = math.prod(stored.shape)
-        bits = config.bit_width if name in linears else config.embedding_bits if name in tables else None
-        coded = 0 if bits is None else count * bits // 8 + 4 * count // (config.group_size or stored.shape[-1])
-        size = count * stored.itemsize if bits is None else coded
+        bits = config.bit_width if name in linears else config.embedding_bits if name in coded else None
+        packed = 0 if bits is None else count * bits // 8 + 4 * count // (config.group_size or stored.shape[-1])
+        size = count * stored.itemsize if bits is None else packed
         tasks.append(_Task(stored.key, name, stored.path, stored.shape, bits, size))
     return tasks
 

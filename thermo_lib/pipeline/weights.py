@@ -57,7 +57,7 @@ def code_tables(lm: QuantizedLM) -> None:
     for name in coded_tables(lm.model, lm.config):
         weight = lm.model.get_submodule(name).weight.detach()
         stored = coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits)
-        install_table(lm, name, stored, lm.model.model.norm.weight.dtype)
+        install_table(lm, name, stored, lm.model.norm.weight.dtype)
 
 
 def input_hessians(

@@ -25,7 +25,7 @@ from thermo_lib.files.tensors import INDEX_NAME
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import DreamConfig, LLaDAConfig, config_json, tensor_name
-from thermo_lib.models.lm import HEAD, REFERENCE_DIR
+from thermo_lib.models.lm import REFERENCE_DIR
 from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
@@ -73,7 +73,7 @@ def weight_counts(config: PreTrainedConfig) -> dict[str, int]:
     """How many weights are in the ``linears`` of the blocks, in ``embeddings`` and ``head``, and in the ``rest``."""
     model = skeleton(config)
     linears = {f"{name}.weight" for name in linear_names(model)}
-    parts = {"model.embed_tokens.weight": "embeddings", HEAD: "head"}
+    parts = {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}
     counts = dict.fromkeys(["linears", "embeddings", "head", "rest"], 0)
     for name, parameter in model.named_parameters():
         counts["linears" if name in linears else parts.get(name, "rest")] += parameter.numel()
@@ -124,7 +124,7 @@ def random_model(
         owner, _, key = name.rpartition(".")
         filled = tensor.fill_(1) if tensor.ndim == 1 and key == "weight" else tensor.normal_(std=0.02)
         setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
+    model.model.rotary_emb = type(model.rotary)(config=model.config).to(device)
     return model.eval()
 
 
@@ -141,7 +141,7 @@ def random_checkpoint(folder: str | Path, config: PreTrainedConfig, *, seed: int
     """
     expected = skeleton(config).state_dict()
     if config.tie_word_embeddings:
-        expected.pop(HEAD)
+        expected.pop("lm_head.weight")
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str, shape: torch.Size) -> Tensor:

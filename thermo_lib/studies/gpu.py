@@ -198,7 +198,7 @@ def generation_rows(device: torch.device, extent: Extent) -> Rows:
 @torch.no_grad()
 def _pass(lm: DiffusionLM, ids: Tensor) -> Tensor:
     """A forward pass, with the head at as many positions as are open in the mean of a generation's steps."""
-    return lm.model.lm_head(lm.model.hidden(ids)[0, : _TEXT * (_STEPS + 1) // (2 * _STEPS)])
+    return lm.model.predict(lm.model.hidden(ids)[0, : _TEXT * (_STEPS + 1) // (2 * _STEPS)])
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from thermo_lib.diffusion.inputs import SeenEnough, block_arguments, group_by_input, watch_inputs
+from thermo_lib.diffusion.inputs import SeenEnough, group_by_input, watch_inputs
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.models.streamed import hold, release
@@ -53,30 +53,30 @@ class BlockStream:
     def __init__(self, lm: DiffusionLM, calibration: Calibration):
         calibration = calibration.to(lm.device)
         self.lm, self.calibration, self.number = lm, calibration, 0
-        embed, config = lm.model.model.embed_tokens, lm.model.config
-        numbers = sum(part.ids.numel() for part in calibration.parts) * config.hidden_size
+        enter = lm.model.enter
+        numbers = sum(part.ids.numel() for part in calibration.parts) * lm.model.config.hidden_size
         where = _home(lm.device, numbers * lm.model.dtype.itemsize)
         with torch.no_grad():
             self.hidden = [
-                torch.cat([embed(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
+                torch.cat([enter(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
             ]
-        self._arguments = [block_arguments(lm, x[:1].to(lm.device)) for x in self.hidden]
+            self._arguments = [lm.model.block_arguments(x[:1].to(lm.device)) for x in self.hidden]
         self._batch = states_at_a_time(lm, calibration)
 
     @property
     def block(self) -> nn.Module:
         """The block at which the stream stands, as it is now."""
-        return self.lm.model.model.layers[self.number]
+        return self.lm.model.blocks[self.number]
 
     @property
     def is_last(self) -> bool:
         """Whether no block follows."""
-        return self.number + 1 == len(self.lm.model.model.layers)
+        return self.number + 1 == len(self.lm.model.blocks)
 
     def run(self, part: int, x: Tensor) -> Tensor:
         """The block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
         hold(self.block)
-        return self.block(x, **self._arguments[part])
+        return self.block(x, **self._arguments[part][self.number])
 
     def _output(self, part: int, timestep: int, rows: Tensor) -> Tensor:
         """The block on some states of one timestep."""

@@ -55,7 +55,7 @@ class TransitionLoss(TrainableLayers):
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         """The quantized model's from states at masked positions, ``(n, hidden)`` to ``(n, vocabulary)``."""
         lm = self.quantized
-        return token_logits(lm.model.lm_head(hidden), lm.mask_token_id).log_softmax(-1)
+        return token_logits(lm.model.predict(hidden), lm.mask_token_id).log_softmax(-1)
 
     def _hidden(self, states: States) -> Tensor:
         """The states from which the quantized model's head predicts at the masked positions, ``(masked, hidden)``."""
@@ -114,7 +114,8 @@ def token_importance(
     def watch(name: str, output: Tensor) -> None:
         output.register_hook(lambda gradient: keep(name, gradient))
 
-    handles = [model.model.embed_tokens.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
+    embeddings = model.get_submodule(model.parts.embeddings)
+    handles = [embeddings.register_forward_hook(lambda _, inputs, output: output.requires_grad_())]
     handles += [
         model.get_submodule(name).register_forward_hook(lambda _, inputs, output, name=name: watch(name, output))
         for name in names
@@ -132,7 +133,7 @@ def token_importance(
                 weight = (calibration.timesteps * rho[timestep]) ** 0.5
                 size = reference.rows_at_a_time
                 for some, numbers in zip(states.split(size), uniform.split(size), strict=True):
-                    log_p = token_logits(model.lm_head(some), reference.mask_token_id).log_softmax(-1)
+                    log_p = token_logits(model.predict(some), reference.mask_token_id).log_softmax(-1)
                     drawn = sample_tokens(log_p.detach(), 1.0, numbers)[0][:, None]
                     (weight * log_p.gather(-1, drawn).sum()).backward()
                 hidden.backward(states.grad)

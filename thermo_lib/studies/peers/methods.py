@@ -26,7 +26,7 @@ from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline import parts
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import linear_names
+from thermo_lib.pipeline.model import linear_names, names_by_block
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.weights import input_hessians
 from thermo_lib.quant.gptq import gptq
@@ -146,13 +146,12 @@ def torchao(lm: DiffusionLM, calibration: Calibration, *, group_size: int | None
 @contextmanager
 def _first_blocks(lm: DiffusionLM, count: int):
     """Let the model end after its first blocks, when what comes later isn't needed."""
-    backbone = lm.model.model
-    every = backbone.layers
-    backbone.layers = every[:count]
+    name, every = lm.model.parts.blocks, lm.model.blocks
+    lm.model.set_submodule(name, every[:count])
     try:
         yield
     finally:
-        backbone.layers = every
+        lm.model.set_submodule(name, every)
 
 
 def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Layers:
@@ -175,7 +174,8 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
             for task in tasks:
                 task.add_batch(x[None], None)
 
-        with _first_blocks(lm, int(names[0].split(".")[2]) + 1):
+        block = next(iter(names_by_block(names)))
+        with _first_blocks(lm, int(block.rpartition(".")[2]) + 1):
             run_states(lm, calibration, names[:1], accumulate)
         for name, config, task in zip(names, configs, tasks, strict=True):
             linear = lm.model.get_submodule(name)

@@ -1,0 +1,182 @@
+"""How a forward pass goes through a model of ``transformers``: into its blocks, what they are given, and out again.
+
+Written out, because a block is also run alone, with gradients or with weights that are read when they are needed; what
+is computed is what the model's own forward computes.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class DecoderPass:
+    """Qwen2, Qwen3 and Llama: rotary positions, a norm after the last block, a linear as the head."""
+
+    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """What enters the first block, ``(batch, length, hidden)``.
+
+        Args:
+            model: of ``transformers``.
+            ids: int64 ``(batch, length)``.
+            positions: of the tokens from 0, ``(batch or 1, length)``.
+            visible: bool ``(batch, length)``, False at padding; None without.
+        """
+        return model.model.embed_tokens(ids)
+
+    def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """What each block is given beside the hidden states.
+
+        Args:
+            model: of ``transformers``.
+            hidden: of any length-``length`` batch, for type and device.
+            bias: added to attention's scores, ``(batch, 1, length, length)``; None without padding.
+            positions: see ``enter``.
+        """
+        shared = {
+            "attention_mask": bias,
+            "position_ids": positions,
+            "position_embeddings": model.model.rotary_emb(hidden, positions),
+            "use_cache": False,
+        }
+        return [shared] * len(model.model.layers)
+
+    def leave(self, model: Any, hidden: Tensor) -> Tensor:
+        """From what the last block returns to what the head's linear is given, the same shape."""
+        return model.model.norm(hidden)
+
+    def predict(self, model: Any, states: Tensor) -> Tensor:
+        """Logits ``(..., vocabulary)`` from what ``leave`` returns, ``(..., hidden)``."""
+        return model.lm_head(states)
+
+    def prepare(self, model: Any) -> None:
+        """Change a new model so that nothing of it is made for causal attention or for an own count of positions."""
+        for module in model.modules():
+            if hasattr(module, "is_causal"):
+                module.is_causal = False
+
+
+class BertPass(DecoderPass):
+    """BERT: embedded positions, a norm before the first block, a head with a layer of its own before the linear."""
+
+    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """See ``DecoderPass``."""
+        embeddings = model.base_model.embeddings
+        return embeddings(ids, token_type_ids=torch.zeros_like(ids), position_ids=positions + self._first(model))
+
+    def _first(self, model: Any) -> int:
+        return 0
+
+    def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """See ``DecoderPass``."""
+        return [{"attention_mask": bias}] * len(model.base_model.encoder.layer)
+
+    def leave(self, model: Any, hidden: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.cls.predictions.transform(hidden)
+
+    def predict(self, model: Any, states: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.cls.predictions.decoder(states)
+
+    def prepare(self, model: Any) -> None:
+        """See ``DecoderPass``; tables that count positions are given to the modules instead."""
+        super().prepare(model)
+        embeddings = model.base_model.embeddings
+        embeddings.position_ids = None
+        if hasattr(embeddings, "token_type_ids"):
+            embeddings.token_type_ids = None
+
+
+class RobertaPass(BertPass):
+    """RoBERTa: as BERT; positions begin after that of the padding token."""
+
+    def _first(self, model: Any) -> int:
+        return model.config.pad_token_id + 1
+
+    def leave(self, model: Any, hidden: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        head = model.lm_head
+        return head.layer_norm(nn.functional.gelu(head.dense(hidden)))
+
+    def predict(self, model: Any, states: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.lm_head.decoder(states)
+
+
+class EsmPass(RobertaPass):
+    """ESM-1b (positions embedded as in RoBERTa) and ESM-2 (rotary): norms before each layer and after the last block.
+
+    With ``token_dropout`` a mask's embedding is zero and the others' are scaled by how many are masked.
+    """
+
+    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.esm.embeddings(ids, attention_mask=visible, position_ids=positions + self._first(model))
+
+    def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """See ``DecoderPass``."""
+        rotary = model.esm.rotary_embeddings
+        turned = None if rotary is None else rotary(hidden, positions)
+        return [{"attention_mask": bias, "position_embeddings": turned}] * len(model.esm.encoder.layer)
+
+    def leave(self, model: Any, hidden: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return super().leave(model, model.esm.encoder.emb_layer_norm_after(hidden))
+
+    def predict(self, model: Any, states: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.lm_head.decoder(states) + model.lm_head.bias
+
+    def prepare(self, model: Any) -> None:
+        """See ``DecoderPass``; what predicts contacts isn't needed, and frequencies are computed."""
+        super().prepare(model)
+        del model.esm.contact_head
+        if (rotary := model.esm.rotary_embeddings) is not None:
+            rotary.register_buffer("inv_freq", rotary.inv_freq, persistent=False)
+
+
+class ModernBertPass(DecoderPass):
+    """ModernBERT: rotary positions, most layers see a window only, a head with a layer of its own."""
+
+    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.model.embeddings(ids)
+
+    def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """See ``DecoderPass``."""
+        reach = model.config.sliding_window
+        places = torch.arange(hidden.shape[1], device=hidden.device)
+        biases = {"full_attention": bias, "sliding_attention": bias}
+        if len(places) > reach + 1:
+            lowest = torch.finfo(hidden.dtype).min
+            far = (places[:, None] - places).abs() > reach
+            near = torch.zeros(far.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(far, lowest)
+            biases["sliding_attention"] = near[None, None] if bias is None else torch.minimum(bias, near)
+        given = {
+            kind: {
+                "attention_mask": biases[kind],
+                "position_embeddings": model.model.rotary_emb(hidden, positions, kind),
+            }
+            for kind in sorted(set(model.config.layer_types))
+        }
+        return [given[kind] for kind in model.config.layer_types]
+
+    def leave(self, model: Any, hidden: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.head(model.model.final_norm(hidden))
+
+    def predict(self, model: Any, states: Tensor) -> Tensor:
+        """See ``DecoderPass``."""
+        return model.decoder(states)
+
+
+PASSES = {
+    "qwen2": DecoderPass(),
+    "qwen3": DecoderPass(),
+    "llama": DecoderPass(),
+    "bert": BertPass(),
+    "roberta": RobertaPass(),
+    "esm": EsmPass(),
+    "modernbert": ModernBertPass(),
+}
