@@ -12,6 +12,7 @@ from torch import Tensor
 from thermo_lib import backend, compile, generate
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.compiled import GraphedPass
+from thermo_lib.quant.calls import denoising
 
 
 class Recorder:
@@ -69,6 +70,18 @@ def test_a_graph_for_each_timestep_where_weights_depend_on_it(
                     model.set_timestep(timestep, TIMESTEPS)
                 assert torch.equal(lm.model(ids), plain.model(ids))
         assert len(recorder.shapes) == count
+
+
+@torch.no_grad()
+def test_rows_at_several_timesteps_are_in_no_graph(quantized: Quantize, random_ids: Callable[..., Tensor]) -> None:
+    lm, recorder = graphed(quantized(num_time_groups=3))
+    ids, steps = random_ids(2, 6), torch.tensor([0, TIMESTEPS - 1])
+    with denoising((0, 1), rows=(steps, TIMESTEPS)):
+        found = lm.model(ids)
+    assert recorder.shapes == []
+    for row, step in enumerate(steps.tolist()):
+        lm.set_timestep(step, TIMESTEPS)
+        torch.testing.assert_close(found[row], lm.model(ids)[row])
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.quant.buffers import TimestepTable
+from thermo_lib.quant.calls import CALL
 from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.planes import compile_linears
 
@@ -23,9 +24,10 @@ def compile(lm: DiffusionLM, graphs: int = 8) -> None:
     """Let a model compute without Python's launches between its kernels; the model stays the same object.
 
     On CUDA a pass is captured as a graph at the first use of a shape of ids, and of a timestep where weights or ranges
-    depend on it, and replayed from then on. Passes with an attention mask or for gradients run as before. Parameters
-    may be changed where they are; one that is replaced by another tensor isn't seen by a graph. On a CPU there are no
-    launches to save, and the linears of a quantized model are compiled, see ``compile_linears``.
+    depend on it, and replayed from then on. Passes with an attention mask, for gradients, or with rows at several
+    timesteps run as before. Parameters may be changed where they are; one that is replaced by another tensor isn't seen
+    by a graph. On a CPU there are no launches to save, and the linears of a quantized model are compiled, see
+    ``compile_linears``.
 
     Args:
         lm: the model.
@@ -63,7 +65,8 @@ class GraphedPass:
     def __call__(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """See ``MaskPredictor.hidden``."""
         plain = type(self.model).hidden
-        if attention_mask is not None or torch.is_grad_enabled():
+        steps_differ = CALL.rows is not None and self._depends_on_timestep
+        if attention_mask is not None or torch.is_grad_enabled() or steps_differ:
             return plain(self.model, input_ids, attention_mask)
         key = tuple(input_ids.shape), self.model.step.value if self._depends_on_timestep else None
         if key not in self.graphs:

@@ -44,14 +44,30 @@ class TimestepTable(PreciseBuffers):
         self._read: tuple[Tensor, list[int]] | None = None
 
     def row(self) -> int:
-        """The row of the call's timestep; a run with another number of timesteps takes the same mask ratio's.
+        """The table's row of the call's timestep; a run with another number of timesteps takes the same mask ratio's.
 
         A table is read once: an index that is a tensor on a GPU is waited for, at every call of every layer.
         """
+        return self._row_at(*CALL.step)
+
+    def rows_of(self, x: Tensor) -> list[int] | None:
+        """The table's row for each row of an input ``(batch, length, channels)``; None where one is for all: ``row``.
+
+        Raises:
+            ValueError: the call has timesteps of another number of rows.
+        """
+        if CALL.rows is None or len(self.scale) == 1:
+            return None
+        steps, timesteps = CALL.rows
+        if x.ndim != 3 or len(x) != len(steps):
+            allowed = f"allowed is ({len(steps)}, length, channels), a row for each timestep"
+            raise ValueError(f"rows: found an input of shape {tuple(x.shape)}, {allowed}")
+        return [self._row_at(timestep, timesteps) for timestep in steps.tolist()]
+
+    def _row_at(self, timestep: int, timesteps: int) -> int:
         if self._read is None or self._read[0] is not self.row_of_step:
             self._read = self.row_of_step, self.row_of_step.tolist()
         rows = self._read[1]
-        timestep, timesteps = CALL.step
         return rows[timestep * len(rows) // timesteps]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:

@@ -7,13 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
+Rows = tuple[Tensor, int]
+
 
 class _Call(threading.local):
     """What this thread's forward pass is about; one that nobody has set is the first of all timesteps."""
 
     step: tuple[int, int] = (0, 1)
     is_masked: Tensor | None = None
-    rows: tuple[Tensor, int] | None = None
+    rows: Rows | None = None
 
 
 CALL = _Call()
@@ -21,7 +23,7 @@ CALL = _Call()
 
 @contextmanager
 def denoising(
-    step: tuple[int, int], is_masked: Tensor | None = None, rows: tuple[Tensor, int] | None = None
+    step: tuple[int, int], is_masked: Tensor | None = None, rows: Rows | tuple[()] | None = None
 ) -> Iterator[None]:
     """While it is entered (``with``), this thread's quantized layers compute for a timestep and for token states.
 
@@ -31,11 +33,12 @@ def denoising(
         step: timestep ``i`` and number of timesteps ``T`` of the run; a layer made for another ``T`` takes the step at
             the same mask ratio.
         is_masked: which tokens of the input are masked, bool ``(batch, length)``; None where no layer asks.
-        rows: timestep of each row of the input, ``(batch,)``, and number of timesteps, where layers are trained on rows
-            of several; None leaves what is set.
+        rows: timestep of each row of the input, int64 ``(batch,)``, and number of timesteps, where the rows are at
+            several: in training, and where texts are generated in blocks. Parameters that depend on the timestep
+            follow it instead of ``step``. None leaves what is set, ``()`` takes it away.
     """
     before = CALL.step, CALL.is_masked, CALL.rows
-    CALL.step, CALL.is_masked, CALL.rows = step, is_masked, CALL.rows if rows is None else rows
+    CALL.step, CALL.is_masked, CALL.rows = step, is_masked, CALL.rows if rows is None else rows or None
     try:
         yield
     finally:

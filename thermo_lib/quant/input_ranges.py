@@ -1,5 +1,6 @@
 """How a layer quantizes its input: in static ranges that are stored, or in the range of each token."""
 
+import torch
 from torch import Tensor, nn
 
 from thermo_lib.quant.buffers import TimestepTable
@@ -54,18 +55,17 @@ class StaticRanges(TimestepTable):
     def forward(self, x: Tensor) -> Tensor:
         """Quantize and dequantize ``x (batch, length, channels)`` at the call's timestep, of the input's type.
 
+        Where the call has a timestep for each row, each row is quantized at its own.
+
         Raises:
-            ValueError: ranges by token state in a call that doesn't say which tokens are masked.
+            ValueError: ranges by token state in a call that doesn't say which tokens are masked, or timesteps of
+                another number of rows.
         """
-        row = self.row()
-        scale, zero_point = (self._per_value(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
-        return fake_quantize(x, scale, zero_point, self.bits)
+        return fake_quantize(x, *self._per_value(x), self.bits)
 
     def of_tokens(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Scale and zero point of each token of ``x (..., channels)``, ``(tokens,)``; the channels share a range."""
-        row = self.row()
-        parts = (self._per_value(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
-        scale, zero_point = (part.expand(*x.shape[:-1], 1).reshape(-1) for part in parts)
+        scale, zero_point = (part.expand(*x.shape[:-1], 1).reshape(-1) for part in self._per_value(x))
         return scale, zero_point
 
     @property
@@ -73,15 +73,29 @@ class StaticRanges(TimestepTable):
         """Whether all channels of a token share a range."""
         return self.scale.shape[2] == 1
 
-    def _per_value(self, parameter: Tensor, channels: int) -> Tensor:
-        """One row's parameters ``(token states, channel groups)``, broadcast to the input."""
-        if parameter.shape[1] > 1:
-            parameter = parameter.repeat_interleave(self.group_size, 1)[:, :channels]
-        if len(parameter) == 1:
-            return parameter[0]
+    def _per_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point, broadcast to an input ``(..., channels)``."""
+        rows = self.rows_of(x)
+        if rows is None or len(set(rows)) == 1:
+            row = self.row() if rows is None else rows[0]
+            scale, zero_point = (self._of_tokens(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
+        else:
+            index = torch.tensor(rows, device=self.scale.device)
+            scale, zero_point = (self._of_tokens(p[index], x.shape[-1]) for p in (self.scale, self.zero_point))
+        return scale, zero_point
+
+    def _of_tokens(self, parameter: Tensor, channels: int) -> Tensor:
+        """Parameters ``([batch,] token states, channel groups)``, those of each token ``(..., channels or 1)``."""
+        if parameter.shape[-1] > 1:
+            parameter = parameter.repeat_interleave(self.group_size, -1)[..., :channels]
+        if parameter.shape[-2] == 1:
+            return parameter[0] if parameter.ndim == 2 else parameter
         if CALL.is_masked is None:
             raise ValueError("token states: found none, expected a call that says which tokens are masked")
-        return parameter[CALL.is_masked.long()]
+        state = CALL.is_masked.long()
+        if parameter.ndim == 2:
+            return parameter[state]
+        return parameter.gather(1, state[..., None].expand(-1, -1, parameter.shape[-1]))
 
     def extra_repr(self) -> str:
         """The settings, for ``print(model)``."""

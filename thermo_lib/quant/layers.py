@@ -9,6 +9,7 @@ from torch import Tensor
 
 from thermo_lib.quant import backends, planes
 from thermo_lib.quant.buffers import PreciseBuffers, TimestepTable
+from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.quant.codes import check_bits, dequantize, unpack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.streams import Layout, stream_linear, stream_weight
@@ -94,7 +95,27 @@ class QuantizedLinear(TimestepTable):
         return x if self.input_quantizer is None else self.input_quantizer(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in_features)`` to ``(..., out_features)``."""
+        """``x (..., in_features)`` to ``(..., out_features)``.
+
+        Where the call has a timestep for each row and the weight depends on it, rows of one weight are computed
+        together.
+        """
+        rows = self.rows_of(x)
+        if rows is None:
+            return self.multiply(x)
+        (steps, timesteps), is_masked = CALL.rows, CALL.is_masked
+        groups = [[i for i, other in enumerate(rows) if other == row] for row in dict.fromkeys(rows)]
+        parts = []
+        for group in groups:
+            some = torch.tensor(group, device=x.device)
+            states = None if is_masked is None else is_masked[some]
+            with denoising((int(steps[group[0]]), timesteps), states, rows=(steps[group], timesteps)):
+                parts.append(self.multiply(x[some]))
+        order = torch.tensor([i for group in groups for i in group], device=x.device)
+        return torch.cat(parts)[order.argsort()]
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``forward`` at one timestep, that of the call, as far as the weight depends on it."""
         if self._multiplies_codes(x):
             self.chosen = "compiled"
             return self._code_linear(x)
@@ -281,10 +302,10 @@ class TrellisLinear(QuantizedLinear):
         """The same for those of a GPU."""
         return self._once("places", lambda: block_places(unpack(self.packed_column_bits, 4, self.in_features)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``x (..., in_features)`` to ``(..., out_features)``."""
+    def multiply(self, x: Tensor) -> Tensor:
+        """See ``QuantizedLinear``."""
         if not (self.compiled and x.dtype == torch.bfloat16 and x.device.type == "cpu"):
-            return super().forward(x)
+            return super().multiply(x)
         self.chosen = "compiled"
         scale = self.scale[self.row()].float()
         product = stream_linear(self.quantized_input(x), self.packed, self._layout(), scale, self.group_size)
