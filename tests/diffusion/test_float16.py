@@ -16,7 +16,7 @@ from thermo_lib.diffusion.sampling import generate, sample_tokens, unmask_probab
 from thermo_lib.diffusion.states import Calibration, trajectory_states
 from thermo_lib.evaluation.scores import masked_token_scores
 from thermo_lib.integrations.lm_eval import HarnessLM
-from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM, check_logits, token_logits
+from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM, check_logits
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 
 HALVES = [torch.float16, torch.bfloat16]
@@ -39,12 +39,12 @@ class TestPrecision:
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
 
-    def test_float32_logits_are_not_copied(self) -> None:
-        logits = torch.randn(3, 5)
-        assert token_logits(logits, 2).data_ptr() == logits.data_ptr()
+    def test_float32_logits_are_not_copied(self, tiny: DiffusionLM) -> None:
+        logits = torch.randn(3, tiny.vocab_size)
+        assert tiny.token_logits(logits).data_ptr() == logits.data_ptr()
 
-    def test_float64_logits_stay_float64(self) -> None:
-        assert token_logits(torch.randn(3, 5, dtype=torch.float64), 2).dtype == torch.float64
+    def test_float64_logits_stay_float64(self, tiny: DiffusionLM) -> None:
+        assert tiny.token_logits(torch.randn(3, tiny.vocab_size, dtype=torch.float64)).dtype == torch.float64
 
     @pytest.mark.parametrize("dtype", HALVES)
     def test_path_kl_of_a_model_to_itself_is_zero(

@@ -53,6 +53,11 @@ class FixedLM:
     device = torch.device("cpu")
     rows_at_a_time = 7
 
+    @property
+    def writable(self) -> Tensor:
+        """As ``DiffusionLM.writable``."""
+        return torch.arange(1, self.table.shape[-1])
+
     def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
         """As ``DiffusionLM.logit_parts``."""
         yield from self.logits(ids, at).split(self.rows_at_a_time)

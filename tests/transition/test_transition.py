@@ -42,6 +42,7 @@ class ToyLM:
     mask_token_id: int = MASK
     device = torch.device("cpu")
     rows_at_a_time = 3
+    writable = torch.arange(1, VOCABULARY)
 
     @classmethod
     def random(cls, seed: int) -> "ToyLM":

@@ -98,6 +98,7 @@ def path_kl(
             f"expected every sequence at each of {timesteps} timesteps"
         )
     states = states.to(quantized.device)
+    writable = quantized.writable.to(states.ids.device)
     rho = unmask_probabilities(timesteps).tolist()
     kl = torch.zeros((sequences, timesteps), dtype=torch.float64, device=states.ids.device)
     cosine = torch.full_like(kl, torch.nan)
@@ -115,7 +116,7 @@ def path_kl(
         for p_logits, q_logits in zip(p_parts, quantized.logit_parts(states.ids[rows], is_masked), strict=True):
             log_p, log_q = p_logits.double().log_softmax(-1), q_logits.double().log_softmax(-1)
             divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
-            similarities.append(_cosine(p_logits, q_logits, quantized.mask_token_id))
+            similarities.append(_cosine(p_logits, q_logits, writable))
         divergence, similarity = torch.cat(divergences), torch.cat(similarities)
         index = slice(seen[timestep], seen[timestep] + len(rows))
         seen[timestep] += len(rows)
@@ -129,6 +130,7 @@ def _row_sums(values: Tensor, is_masked: Tensor) -> Tensor:
     return torch.zeros_like(is_masked, dtype=torch.float64).masked_scatter(is_masked, values.double()).sum(1)
 
 
-def _cosine(a: Tensor, b: Tensor, mask_token_id: int) -> Tensor:
-    a, b = (torch.cat([x[:, :mask_token_id], x[:, mask_token_id + 1 :]], -1) for x in (a, b))
+def _cosine(a: Tensor, b: Tensor, writable: Tensor) -> Tensor:
+    """Cosine similarity of centred logits ``(n, vocabulary)`` of the ids that may be written."""
+    a, b = (x.index_select(1, writable) for x in (a, b))
     return torch.cosine_similarity(a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True), dim=-1)

@@ -68,6 +68,7 @@ class DiffusionLM:
     name: str
     chat_template: ChatTemplate | None = field(default=None, kw_only=True)
     carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    _known: "_Vocabulary | None" = field(default=None, init=False, repr=False, compare=False)
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
         """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
@@ -95,9 +96,32 @@ class DiffusionLM:
 
     @property
     def end_token_id(self) -> int | None:
-        """The id that ends a text, by the model's configuration; None where it has none."""
+        """The first id that ends a text, by the model's configuration; None where it has none."""
+        return next(iter(self.end_token_ids), None)
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """All ids that end a text, by the model's configuration."""
         found = self.model.config.eos_token_id
-        return found[0] if isinstance(found, list) else found
+        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of the model's ids; its tokenizer may have fewer."""
+        return self.model.config.vocab_size
+
+    @property
+    def writable(self) -> Tensor:
+        """The ids that may be written, int64 ``(n,)``, on the CPU: those of the tokenizer but the mask token."""
+        return self._vocabulary().writable
+
+    def _vocabulary(self) -> "_Vocabulary":
+        """Which of the model's ids the tokenizer has; found out again where that is another or has grown."""
+        size = self.tokenizer.get_vocab_size()
+        known = self._known
+        if known is None or known.tokenizer is not self.tokenizer or known.size != size:
+            known = self._known = _Vocabulary(self.tokenizer, size, self.vocab_size, self.mask_token_id)
+        return known
 
     def decode(self, ids: Tensor) -> str:
         """Text of token ids ``(length,)``, up to the first special token."""
@@ -110,9 +134,7 @@ class DiffusionLM:
 
     @torch.no_grad()
     def logits(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits at chosen positions only, which saves work in the head; the mask token gets no probability.
-
-        A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524).
+        """Logits at chosen positions only, which saves work in the head; see ``token_logits``.
 
         Args:
             ids: int64 ``(batch, length)``.
@@ -126,23 +148,43 @@ class DiffusionLM:
         Raises:
             ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
-        logits = self.model.predict(self._states(ids, at, attention_mask))
-        return token_logits(logits, self.mask_token_id).to(ids.device)
+        return self.token_logits(self.model.predict(self._states(ids, at, attention_mask))).to(ids.device)
 
     @torch.no_grad()
     def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
         """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large."""
         for states in self._states(ids, at, attention_mask).split(self.rows_at_a_time):
-            yield token_logits(self.model.predict(states), self.mask_token_id).to(ids.device)
+            yield self.token_logits(self.model.predict(states)).to(ids.device)
+
+    def token_logits(self, logits: Tensor) -> Tensor:
+        """A head's output as logits of the tokens that may be written: other ids get no probability.
+
+        A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524), and never
+        an id that the tokenizer doesn't have, such as those that fill up a model's vocabulary to a round number.
+
+        Args:
+            logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
+
+        Returns:
+            ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
+            probabilities are lost in float16 and bfloat16.
+
+        Raises:
+            ValueError: logits that are NaN or infinite, as after an overflow of float16.
+        """
+        check_logits(logits)
+        precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        precise[:, self.mask_token_id] = NO_PROBABILITY
+        return self._vocabulary().rule_out_unknown(precise)
 
     @property
     def rows_at_a_time(self) -> int:
         """Number of positions of a part of ``logit_parts``."""
-        return max(1, _LOGITS // self.model.config.vocab_size)
+        return max(1, _LOGITS // self.vocab_size)
 
     def _states(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The states from which the head predicts at chosen positions, ``(n, hidden)``."""
-        device, vocab_size = self.model.device, self.model.config.vocab_size
+        device, vocab_size = self.model.device, self.vocab_size
         is_unknown = (ids < 0) | (ids >= vocab_size)
         if is_unknown.any():
             raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
@@ -150,24 +192,37 @@ class DiffusionLM:
         return self.model.hidden(ids.to(device), visible)[at.to(device)]
 
 
-def token_logits(logits: Tensor, mask_token_id: int) -> Tensor:
-    """A head's output as logits of the tokens that may be written: the mask token gets no probability.
+class _Vocabulary:
+    """Which of a model's ids its tokenizer has.
 
     Args:
-        logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
+        tokenizer: the tokenizer.
+        size: number of its tokens.
+        vocab_size: number of the model's ids.
         mask_token_id: the id that stands for a masked position.
 
-    Returns:
-        ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
-        probabilities are lost in float16 and bfloat16.
-
-    Raises:
-        ValueError: logits that are NaN or infinite, as after an overflow of float16.
+    Attributes:
+        writable: see ``DiffusionLM``.
     """
-    check_logits(logits)
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    precise[:, mask_token_id] = NO_PROBABILITY
-    return precise
+
+    def __init__(self, tokenizer: Tokenizer, size: int, vocab_size: int, mask_token_id: int):
+        self.tokenizer, self.size = tokenizer, size
+        is_known = torch.zeros(vocab_size, dtype=torch.bool)
+        is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
+        is_known[mask_token_id] = True
+        known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()
+        self.writable = known[known != mask_token_id]
+        self._end = int(known[-1]) + 1  # unknown ids are at the end as a rule, where none has to be looked up
+        self._between = unknown[unknown < self._end]
+
+    def rule_out_unknown(self, logits: Tensor) -> Tensor:
+        """Give unknown ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
+        if self._end < logits.shape[1]:
+            logits[:, self._end :] = NO_PROBABILITY
+        if len(self._between):
+            self._between = self._between.to(logits.device)
+            logits[:, self._between] = NO_PROBABILITY
+        return logits
 
 
 def check_logits(logits: Tensor) -> None:

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
-from thermo_lib.models.lm import DiffusionLM, token_logits
+from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.transition.blocks import states_at_a_time
 from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
@@ -54,8 +54,7 @@ class TransitionLoss(TrainableLayers):
 
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         """The quantized model's from states at masked positions, ``(n, hidden)`` to ``(n, vocabulary)``."""
-        lm = self.quantized
-        return token_logits(lm.model.predict(hidden), lm.mask_token_id).log_softmax(-1)
+        return self.quantized.token_logits(self.quantized.model.predict(hidden)).log_softmax(-1)
 
     def _hidden(self, states: States) -> Tensor:
         """The states from which the quantized model's head predicts at the masked positions, ``(masked, hidden)``."""
@@ -133,7 +132,7 @@ def token_importance(
                 weight = (calibration.timesteps * rho[timestep]) ** 0.5
                 size = reference.rows_at_a_time
                 for some, numbers in zip(states.split(size), uniform.split(size), strict=True):
-                    log_p = token_logits(model.predict(some), reference.mask_token_id).log_softmax(-1)
+                    log_p = reference.token_logits(model.predict(some)).log_softmax(-1)
                     drawn = sample_tokens(log_p.detach(), 1.0, numbers)[0][:, None]
                     (weight * log_p.gather(-1, drawn).sum()).backward()
                 hidden.backward(states.grad)
