@@ -20,10 +20,11 @@ if TYPE_CHECKING:
     from thermo_lib.notebooks import reproducible
     from thermo_lib.pipeline.compiled import compile
     from thermo_lib.pipeline.config import ThermoConfig
+    from thermo_lib.pipeline.parts import TimeNorms
     from thermo_lib.pipeline.quantize import quantize
     from thermo_lib.pipeline.storage import load_quantized, save_quantized
     from thermo_lib.pipeline.streaming import quantize_checkpoint
-    from thermo_lib.pipeline.training import optimize_transitions
+    from thermo_lib.pipeline.training import optimize_transitions, train_time_norms
     from thermo_lib.quant.backends import backend, set_backend
     from thermo_lib.quant.planes import compile_linears
     from thermo_lib.time_aware.groups import TimeGroupParams, TimeGroups
@@ -36,6 +37,7 @@ _MODULES = {
     "ThermoConfig": "pipeline.config",
     "TimeGroupParams": "time_aware.groups",
     "TimeGroups": "time_aware.groups",
+    "TimeNorms": "pipeline.parts",
     "backend": "quant.backends",
     "build_suite": "evaluation.scores",
     "calibrate": "diffusion.states",
@@ -55,6 +57,7 @@ _MODULES = {
     "reproducible": "notebooks",
     "save_quantized": "pipeline.storage",
     "set_backend": "quant.backends",
+    "train_time_norms": "pipeline.training",
     "validate": "evaluation.summary",
 }
 
@@ -64,6 +67,7 @@ __all__ = [
     "ThermoConfig",
     "TimeGroupParams",
     "TimeGroups",
+    "TimeNorms",
     "backend",
     "build_suite",
     "calibrate",
@@ -83,6 +87,7 @@ __all__ = [
     "reproducible",
     "save_quantized",
     "set_backend",
+    "train_time_norms",
     "validate",
 ]
 

@@ -24,10 +24,17 @@ from thermo_lib.files.tensors import check_finite
 from thermo_lib.models.architectures import MODELS, MaskPredictor, checkpoint_folder
 from thermo_lib.models.families import PUBLISHED, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM, coded_tables, install_dynamic_ranges, linear_names
+from thermo_lib.pipeline.model import (
+    QuantizedLM,
+    coded_tables,
+    install_dynamic_ranges,
+    install_time_norms,
+    linear_names,
+)
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import check_stored, install, model_tensors, stored_type
 from thermo_lib.pipeline.weights import code_tables, quantize_layer
+from thermo_lib.quant.time_norms import refresh_time_norms
 
 
 class _Stored(nn.Module):
@@ -105,6 +112,7 @@ class ThermoQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         expected = check_stored(model, self.quantization_config, paths, self.folder)
+        install_time_norms(model, self.quantization_config)
         self.coded = sorted(expected.keys() - model.state_dict().keys())
         owners: dict[str, dict[str, Tensor]] = {}
         for name in self.coded:
@@ -121,6 +129,7 @@ class ThermoQuantizer(HfQuantizer):
             model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
+        refresh_time_norms(model)
         dtype = model.norm.weight.dtype
         for name, tensor in model.state_dict().items():
             check_finite(tensor, tensor_name(model.config, name), self.folder)

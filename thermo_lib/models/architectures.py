@@ -44,6 +44,7 @@ from thermo_lib.models.passes import PASSES, DecoderPass
 from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
+from thermo_lib.quant.time_norms import check_plain_norms
 
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
 
@@ -219,12 +220,14 @@ class MaskPredictor(nn.Module):
 
         Raises:
             ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it, or
-                with a ``state_dict``.
+                with a ``state_dict``; or one with time-aware norms that isn't quantized.
         """
         is_quantized = any(hasattr(module, "packed") for module in self.modules())
         if getattr(self, "hf_quantizer", None) is None and is_quantized:
             expected = "expected a full-precision model, or one that from_pretrained has loaded; use save_quantized"
             raise ValueError(f"save_pretrained: found a quantized model, {expected}")
+        if not is_quantized:
+            check_plain_norms(self)
         if is_quantized and state_dict is not None:
             allowed = "allowed is None, since codes are saved with their layers' parameters"
             instead = "call save_pretrained of the model that has that state"

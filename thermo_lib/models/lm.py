@@ -4,7 +4,7 @@ Read are the layouts of ``families.ARCHITECTURES``, from safetensors only.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ from thermo_lib.models.tokenization import (
     read_tokenizer,
     save_tokenizer,
 )
+from thermo_lib.quant.time_norms import check_plain_norms
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
 _LOGITS = 2**25  # of a part of ``logit_parts``
@@ -356,11 +357,18 @@ def stored_dtype(name: str, family: str | None = None) -> torch.dtype:
     folder = model_folder(name)
     config = read_config(folder, family)
     found = read_headers(weight_files(folder))
-    (key,) = stored_names(found, config, [f"{ARCHITECTURES[config.model_type].parts.norm}.weight"])
+    key = last_norm(config, found)
     if key not in found:
         raise ValueError(f"{folder}: missing tensors {key} (1 in all)")
     check_full_precision(found[key].dtype, key, folder)
     return found[key].dtype
+
+
+def last_norm(config: PreTrainedConfig, found: Container[str]) -> str:
+    """What a checkpoint calls the weight of ``MaskPredictor.norm``, or that of its time groups, whichever it holds."""
+    norm = ARCHITECTURES[config.model_type].parts.norm
+    names = list(stored_names(found, config, [f"{norm}.weight", f"{norm}.time_weight"]))
+    return next((name for name in names if name in found), names[0])
 
 
 def check_unquantized(folder: Path) -> None:
@@ -390,7 +398,11 @@ def save_model(
         folder: where to write it.
         dtype: of the stored weights.
         extra: more text files, name to content.
+
+    Raises:
+        ValueError: time-aware norms.
     """
+    check_plain_norms(lm.model)
 
     def write(target: Path) -> None:
         config = lm.model.config

@@ -7,12 +7,12 @@ from torch import Tensor
 
 from thermo_lib.files.tensors import check_full_precision, read_headers, weight_files
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import ARCHITECTURES, read_config, stored_names, tensor_name
-from thermo_lib.models.lm import model_folder
+from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
+from thermo_lib.models.lm import last_norm, model_folder
 from thermo_lib.models.streamed import Checkpoint
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import linear_names
+from thermo_lib.pipeline.model import linear_names, norm_names
 from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.storage import check_stored, is_quantized, read_quantization
 
@@ -43,7 +43,6 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
             check_full_precision(tensor.dtype, key, folder)
     else:
         check_stored(model, thermo, paths, folder)
-    (norm,) = stored_names(found, config, [f"{model.parts.norm}.weight"])
     number = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // number
     heads = f"{number} heads of {head_size}, {getattr(config, 'num_key_value_heads', number)} of keys and values"
@@ -56,7 +55,8 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
         "mask id": str(config.mask_token_id),
         "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
         "attention": f"full, {heads}",
-        "norms": str(found[norm].dtype).removeprefix("torch."),
+        "norms": str(found[last_norm(config, found)].dtype).removeprefix("torch."),
+        **({} if thermo is None or thermo.time_norms is None else {"time norms": _time_norms(model, thermo)}),
         "quantized": "no" if thermo is None else words(thermo),
         "bits per weight": f"{_bits(model, found):.3f} of the linears in blocks",
         **{path.name: f"{path.stat().st_size:,} bytes" for path in files},
@@ -71,9 +71,19 @@ def _bits(model: MaskPredictor, found: dict[str, Tensor]) -> float:
         owner, _, kind = key.rpartition(".")
         if f"{owner}." in owners and kind != "bias":
             bits += 8 * tensor.nbytes
+        elif kind in ("time_weight", "time_bias"):  # one set is that of a plain norm
+            bits += 8 * tensor.nbytes * (len(tensor) - 1) // len(tensor)
     for name in names:
         weights += model.get_submodule(name).weight.numel()
     return bits / weights
+
+
+def _time_norms(model: MaskPredictor, config: ThermoConfig) -> str:
+    """How many sets of weights the norms have, and how these are smoothed."""
+    phase = config.time_norms
+    smoothed = "not smoothed" if phase.smoothing is None else f"smoothing {phase.smoothing}"
+    window = "" if phase.window is None else f", window {phase.window}"
+    return f"{phase.count} sets for each of {len(norm_names(model))}, {smoothed}{window}"
 
 
 def words(config: ThermoConfig) -> str:

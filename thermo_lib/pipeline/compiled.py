@@ -16,6 +16,7 @@ from thermo_lib.quant.buffers import TimestepTable
 from thermo_lib.quant.calls import CALL
 from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.planes import compile_linears
+from thermo_lib.quant.time_norms import TimeNorm
 
 Pass = Callable[[Tensor], Tensor]
 
@@ -23,11 +24,11 @@ Pass = Callable[[Tensor], Tensor]
 def compile(lm: DiffusionLM, graphs: int = 8) -> None:
     """Let a model compute without Python's launches between its kernels; the model stays the same object.
 
-    On CUDA a pass is captured as a graph at the first use of a shape of ids, and of a timestep where weights or ranges
-    depend on it, and replayed from then on. Passes with an attention mask, for gradients, or with rows at several
-    timesteps run as before. Parameters may be changed where they are; one that is replaced by another tensor isn't seen
-    by a graph. On a CPU there are no launches to save, and the linears of a quantized model are compiled, see
-    ``compile_linears``.
+    On CUDA a pass is captured as a graph at the first use of a shape of ids, and of a timestep where weights, ranges
+    or norms depend on it, and replayed from then on. Passes with an attention mask, for gradients, or with rows at
+    several timesteps run as before. Parameters may be changed where they are; one that is replaced by another tensor
+    isn't seen by a graph. On a CPU there are no launches to save, and the linears of a quantized model are compiled,
+    see ``compile_linears``.
 
     Args:
         lm: the model.
@@ -78,6 +79,8 @@ class GraphedPass:
 
     @cached_property
     def _depends_on_timestep(self) -> bool:
-        """Whether weights or ranges do."""
-        tables = (module for module in self.model.modules() if isinstance(module, TimestepTable))
-        return any(len(table.scale) > 1 for table in tables)
+        """Whether weights, ranges or norms do."""
+        modules = list(self.model.modules())
+        tables = (module for module in modules if isinstance(module, TimestepTable))
+        norms = (module for module in modules if isinstance(module, TimeNorm))
+        return any(len(table.scale) > 1 for table in tables) or any(norm.depends_on_timestep for norm in norms)

@@ -25,6 +25,7 @@ from thermo_lib.pipeline.parts import (
     SmoothingMethod,
     Static,
     TimeGrouping,
+    TimeNorms,
     Trellis,
     Weights,
     Whole,
@@ -46,7 +47,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         weights: ``RoundToNearest``, ``LeastSquares``, ``GPTQ`` or ``Trellis``.
         activations: ``Static``, ``Dynamic``, or None to leave the inputs of the quantized linears as they are.
         time_groups: a ``TimeGrouping``, or None for parameters that don't depend on the timestep.
-        training: phases in order: ``Sequential`` or ``Blocks``, then ``PathKL``.
+        training: phases in order: ``Sequential`` or ``Blocks``, then ``PathKL`` and, once, ``TimeNorms``.
         embedding_bits: 16 leaves embeddings and head as they are; 8 stores codes in groups of the weights' size, by
             ``rtn`` where that is the method and else by ``least_squares``, once everything else is done.
         timesteps: number of denoising steps ``T`` that the time groups divide, at most 65536.
@@ -77,13 +78,15 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
         phases = [phase.phase for phase in self.training]
-        if any(phase != "path_kl" for phase in phases[1:]):
-            allowed = "allowed are sequential or blocks, then path_kl"
+        if any(phase not in ("path_kl", "time_norms") for phase in phases[1:]) or phases.count("time_norms") > 1:
+            allowed = "allowed are sequential or blocks, then path_kl and, once, time_norms"
             raise ValueError(f"training: found {', '.join(phases)}, {allowed}")
         if isinstance(self.weights, Trellis):
             self._check_trellis()
         if self.time_groups is not None:
             self._check_time_groups()
+        if self.time_norms is not None:
+            self._check_time_norms()
         heaviest = max((phase.markov_weight for phase in self.training if isinstance(phase, PathKL)), default=0)
         if heaviest > 0 and not (self.has_static_ranges and self.time_groups):
             found = f"found {heaviest}"
@@ -113,16 +116,15 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
                 + ", ".join(phase.phase for phase in self.training)
                 + ", allowed is none with weights that depend on the timestep (time_groups without activations)"
             )
-        acting = grouping.acting_window(self.timesteps)  # refuses starts that don't fit
-        if grouping.window is not None and grouping.window != acting:
-            used = f"used is {acting}: a window takes at most half of a group"
-            warnings.warn(f"time_groups.window: found {grouping.window}, {used}", stacklevel=5)
-        if acting == 0:  # every group is a single timestep: nothing is left to smooth
-            self.__dict__["time_groups"] = TimeGrouping(count=grouping.count, starts=grouping.starts, smoothing=None)
-        elif grouping.window != acting:
-            stored = grouping.model_copy()
-            stored.__dict__["window"] = acting
-            self.__dict__["time_groups"] = stored
+        self.__dict__["time_groups"] = grouping.acting(self.timesteps, "time_groups")  # refuses starts that don't fit
+
+    def _check_time_norms(self) -> None:
+        try:
+            acting = self.time_norms.acting(self.timesteps, "time_norms")
+        except ValueError as error:
+            message = str(error).replace("num_time_groups", "count", 1).replace("time_group_starts", "starts", 1)
+            raise ValueError(f"time_norms.{message}") from error
+        self.__dict__["training"] = tuple(acting if isinstance(phase, TimeNorms) else phase for phase in self.training)
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> Self:
@@ -203,9 +205,14 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         text = json.dumps([self.format_version, self.model_dump(mode="json")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def phase(self, name: str) -> Sequential | Blocks | PathKL | None:
+    def phase(self, name: str) -> Sequential | Blocks | PathKL | TimeNorms | None:
         """The phase of training of that name, None where there is none."""
         return next((phase for phase in self.training if phase.phase == name), None)
+
+    @property
+    def time_norms(self) -> TimeNorms | None:
+        """The phase that gives norms a set of weights for each time group, None where there is none."""
+        return self.phase("time_norms")
 
     @property
     def groups(self) -> TimeGroups:

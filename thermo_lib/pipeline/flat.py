@@ -61,7 +61,7 @@ _NOTHING: dict[str, tuple[Any, ...]] = {
     "training_states": ("calibration",),
     "own_share": (0, 0.0),
 }
-PHASE_NAMES = ("sequential", "blocks", "path_kl")
+PHASE_NAMES = ("sequential", "blocks", "path_kl", "time_norms")
 PARTS = ("weights", "activations", "time_groups", *PHASE_NAMES)
 _SEED_GROUPS = 3  # of the first version, wherever smoothing was asked for
 _warned: set[str] = set()
@@ -110,9 +110,12 @@ def _set(fields: dict[str, Any], part: str, key: str, value: Any) -> None:
     if part not in PHASE_NAMES:
         fields[part] = {**(fields.get(part) or {}), key: value}
         return
-    phases = {phase["phase"]: phase for phase in fields["training"]}
-    phases[part] = {**phases.get(part, {"phase": part}), key: value}
-    fields["training"] = tuple(phases[name] for name in PHASE_NAMES if name in phases)
+    phases = list(fields["training"])
+    if all(phase["phase"] != part for phase in phases):
+        later = PHASE_NAMES[PHASE_NAMES.index(part) + 1 :]
+        place = next((number for number, phase in enumerate(phases) if phase["phase"] in later), len(phases))
+        phases.insert(place, {"phase": part})
+    fields["training"] = tuple(phase | {key: value} if phase["phase"] == part else phase for phase in phases)
 
 
 class _Use:
@@ -228,10 +231,12 @@ def _time_groups(use: _Use, base: dict[str, Any] | None) -> dict[str, Any] | Non
 
 
 def _training(use: _Use, base: tuple[dict[str, Any], ...]) -> tuple[dict[str, Any], ...]:
+    if not use.flat:
+        return base  # a phase may be there twice
     phases = {phase["phase"]: dict(phase) for phase in base}
     reconstruction = use.flat.pop("reconstruction", None)
     if reconstruction is not None:
-        phases = {name: phase for name, phase in phases.items() if name == "path_kl"}
+        phases = {name: phase for name, phase in phases.items() if name in ("path_kl", "time_norms")}
         if reconstruction != "none":
             phases = {reconstruction: {"phase": reconstruction}, **phases}
     transitions = use.flat.pop("transitions", None)

@@ -16,6 +16,7 @@ from thermo_lib.pipeline.parts import Dynamic
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
+from thermo_lib.quant.time_norms import TimeNorm, is_norm, time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.smoothing import WINDOWS, BoundarySmoother
 
@@ -65,19 +66,55 @@ class QuantizedLM(DiffusionLM):
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits stored for the quantized linears, codes and all their parameters, for each weight."""
+        """Bits stored for the quantized linears, codes and all their parameters, for each weight.
+
+        With time-aware norms all sets but one are counted too, in the type in which the model has them.
+        """
         bits, weights = 0, 0
         for name, layer in self.quantized_layers().items():
             weights += layer.in_features * layer.out_features
             bits += self.stored_bits(name)
             for params in self.activation_params.get(name, []):
                 bits += (params.scale.numel() + params.zero_point.numel()) * 32
+        for norm in time_norms(self.model).values():
+            sets = [norm.time_weight] if norm.time_bias is None else [norm.time_weight, norm.time_bias]
+            bits += sum(8 * values[1:].numel() * values.itemsize for values in sets)
         return bits / weights
 
 
 def tables(model: MaskPredictor) -> tuple[str, str]:
     """Names of embeddings and head."""
     return model.parts.embeddings, model.parts.head
+
+
+def norm_names(model: MaskPredictor) -> list[str]:
+    """Names of the norms that can be time-aware, all of them, in order.
+
+    Raises:
+        ValueError: a norm of a kind that isn't known.
+    """
+    return [name for name, module in model.named_modules() if is_norm(module)]
+
+
+def install_time_norms(model: MaskPredictor, config: ThermoConfig) -> None:
+    """Put a time-aware norm in the place of every norm, if the configuration has a phase ``TimeNorms``.
+
+    Every time group starts with the norm's own weight and bias, so that the model computes what it did.
+
+    Raises:
+        ValueError: a norm of a kind that isn't known, or no norm.
+    """
+    phase = config.time_norms
+    if phase is None:
+        return
+    names = norm_names(model)
+    if not names:
+        raise ValueError("training: found time_norms, allowed is a model with norms that aren't time-aware yet")
+    intervals = phase.over(config.timesteps).intervals
+    with torch.device("cpu"):  # transformers loads a model under the meta device
+        matrix = BoundarySmoother(phase.smoothing, phase.window or WINDOWS[0]).weights(intervals)
+    for name in names:
+        model.set_submodule(name, TimeNorm(model.get_submodule(name), matrix))
 
 
 def linear_names(model: MaskPredictor) -> list[str]:

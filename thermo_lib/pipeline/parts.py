@@ -4,6 +4,7 @@ Each part holds the settings of its own method only, so that a setting without m
 """
 
 import difflib
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -170,26 +171,20 @@ class Dynamic(_Part):
     clip: float = Field(1.0, gt=0, le=1)
 
 
-class TimeGrouping(_Part):
-    """Groups of neighbouring timesteps with parameters of their own, perhaps smoothed across their boundaries.
+class _Grouping(_Part):
+    """Groups of neighbouring timesteps, see ``TimeGrouping``."""
 
-    The groups hold static activation ranges, or where activations aren't quantized the weights' scales and zero points.
-
-    Attributes:
-        count: number of groups, at least 2.
-        starts: the first timestep of every group but the first; None for groups of equal width.
-        smoothing: ``linear``, ``cubic``, ``sigmoid``, ``spline`` (over all timesteps, without a window) or None.
-        window: number of timesteps smoothed on each side of a boundary, 1-20, at most half of the longest group. It is
-            stored as the one that acts: a longer one is cut, with a warning, and where none is given it is 5.
-    """
-
-    count: Whole = Field(3, ge=2)
+    count: Count = 3
     starts: tuple[Whole, ...] | None = None
     smoothing: SmoothingMethod | None = "linear"
     window: Annotated[Whole, Field(ge=1, le=20)] | None = None
 
     @model_validator(mode="after")
     def _window_has_meaning(self) -> Self:
+        if self.count == 1:
+            if "smoothing" not in self.model_fields_set:
+                self.__dict__["smoothing"] = None
+            self._refuse("count=1, which has no boundary", smoothing=None, window=None)
         if self.smoothing not in WINDOWED:
             self._refuse(f"smoothing={self.smoothing!r}", window=None)
         return self
@@ -204,6 +199,44 @@ class TimeGrouping(_Part):
             return None
         longest = max(stop - start for start, stop in self.over(timesteps).intervals)
         return min(5 if self.window is None else self.window, longest // 2)
+
+    def acting(self, timesteps: int, name: str) -> Self:
+        """The same with the window that acts, and no smoothing where every group is a single timestep.
+
+        Args:
+            timesteps: ``T``.
+            name: of the part, for the warning about a window that is cut.
+
+        Raises:
+            ValueError: groups that don't fit.
+        """
+        acting = self.acting_window(timesteps)
+        if self.window is not None and self.window != acting:
+            used = f"used is {acting}: a window takes at most half of a group"
+            warnings.warn(f"{name}.window: found {self.window}, {used}", stacklevel=6)
+        if acting == 0:  # nothing is left to smooth
+            return self.model_copy(update={"smoothing": None, "window": None})
+        if self.window == acting:
+            return self
+        stored = self.model_copy()
+        stored.__dict__["window"] = acting
+        return stored
+
+
+class TimeGrouping(_Grouping):
+    """Groups of neighbouring timesteps with parameters of their own, perhaps smoothed across their boundaries.
+
+    The groups hold static activation ranges, or where activations aren't quantized the weights' scales and zero points.
+
+    Attributes:
+        count: number of groups, at least 2.
+        starts: the first timestep of every group but the first; None for groups of equal width.
+        smoothing: ``linear``, ``cubic``, ``sigmoid``, ``spline`` (over all timesteps, without a window) or None.
+        window: number of timesteps smoothed on each side of a boundary, 1-20, at most half of the longest group. It is
+            stored as the one that acts: a longer one is cut, with a warning, and where none is given it is 5.
+    """
+
+    count: Whole = Field(3, ge=2)
 
 
 class _Phase(_Part):
@@ -226,6 +259,37 @@ class _Phase(_Part):
             self._fill(num_texts=num_texts, num_prompts=num_prompts)
         else:
             self._refuse("states='calibration'", num_texts=None, num_prompts=None)
+
+
+class _OnPathKL(_Phase):
+    """A phase that trains the whole model at once for least path KL.
+
+    Attributes:
+        states, num_texts, num_prompts: see ``_Phase``; fresh states are those of as many chains, a step of each at a
+            time.
+        steps: Adam steps: 300 on calibration states, 900 on fresh ones.
+        batch: calibration states a step, 8; None for fresh ones.
+        own_share: share of the fresh texts that follow the quantized model, as it is then, instead of the
+            full-precision one.
+        scale_lr, zero_point_lr, range_lr, network_lr: learning rates at the start, which fall to zero.
+    """
+
+    steps: Count | None = None
+    batch: Count | None = None
+    own_share: Share = 0.0
+    range_lr: Rate = 0.03
+    network_lr: Rate = 0.0003
+
+    @model_validator(mode="after")
+    def _defaults(self) -> Self:
+        self._fill_states(num_texts=8, num_prompts=4)
+        if self.states == "fresh":
+            self._refuse("states='fresh'", batch=None)
+            self._fill(steps=900)
+        else:
+            self._refuse("states='calibration'", own_share=0.0)
+            self._fill(steps=300, batch=8)
+        return self
 
 
 class Sequential(_Phase):
@@ -268,50 +332,50 @@ class Blocks(_Phase):
         return self
 
 
-class PathKL(_Phase):
+class PathKL(_OnPathKL):
     """Train all layers together for least path KL, once everything is quantized.
 
     Attributes:
         what: the ``parameters`` (weights' scales and zero points, static activation ranges), the weights' ``codes``
             too, or with the parameters the rest of the ``network`` that isn't quantized (norms, biases, embeddings,
             head).
-        states, num_texts, num_prompts: see ``_Phase``; fresh states are those of as many chains, a step of each at a
-            time.
-        steps: Adam steps: 300 on calibration states, 900 on fresh ones.
-        batch: calibration states a step, 8; None for fresh ones.
-        own_share: share of the fresh texts that follow the quantized model, as it is then, instead of the
-            full-precision one.
+        states, num_texts, num_prompts, steps, batch, own_share: see ``_OnPathKL``.
         markov_weight: weight of the Markov term, the squared steps of static ranges from group to group, in nats.
         scale_lr, zero_point_lr, code_lr, range_lr, network_lr: learning rates at the start, which fall to zero.
     """
 
     phase: Literal["path_kl"] = "path_kl"
     what: Literal["parameters", "codes", "network"] = "parameters"
-    steps: Count | None = None
-    batch: Count | None = None
-    own_share: Share = 0.0
     markov_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
     code_lr: Rate = 0.01
-    range_lr: Rate = 0.03
-    network_lr: Rate = 0.0003
 
-    @model_validator(mode="after")
-    def _defaults(self) -> Self:
-        self._fill_states(num_texts=8, num_prompts=4)
-        if self.states == "fresh":
-            self._refuse("states='fresh'", batch=None)
-            self._fill(steps=900)
-        else:
-            self._refuse("states='calibration'", own_share=0.0)
-            self._fill(steps=300, batch=8)
-        return self
+
+class TimeNorms(_OnPathKL, _Grouping):
+    """Give every norm a set of weights (and biases) for each time group, and train them for least path KL.
+
+    The sets are smoothed across the boundaries between groups, and stored before smoothing. The linears' codes stay.
+    ``TimeNorms(count=1)`` is one set, trained in the same way: what the others are compared with.
+
+    Attributes:
+        count: number of time groups, from 1 to the number of timesteps.
+        starts, smoothing, window: see ``TimeGrouping``; none of them with one group.
+        what: train the ``norms`` alone, or with them the rest of the ``network``: what
+            ``PathKL(what="network")`` trains.
+        states, num_texts, num_prompts, steps, batch, own_share: see ``_OnPathKL``.
+        norm_lr: learning rate of the norms at the start.
+        scale_lr, zero_point_lr, range_lr, network_lr: those of the rest with ``what="network"``; all fall to zero.
+    """
+
+    phase: Literal["time_norms"] = "time_norms"
+    what: Literal["norms", "network"] = "norms"
+    norm_lr: Rate = 0.003
 
 
 Weights = Annotated[RoundToNearest | LeastSquares | GPTQ | Trellis, Field(discriminator="method")]
 Activations = Annotated[Static | Dynamic, Field(discriminator="ranges")]
-Phase = Annotated[Sequential | Blocks | PathKL, Field(discriminator="phase")]
+Phase = Annotated[Sequential | Blocks | PathKL | TimeNorms, Field(discriminator="phase")]
 WEIGHTS = {part.model_fields["method"].default: part for part in (RoundToNearest, LeastSquares, GPTQ, Trellis)}
-PHASES = {part.model_fields["phase"].default: part for part in (Sequential, Blocks, PathKL)}
+PHASES = {part.model_fields["phase"].default: part for part in (Sequential, Blocks, PathKL, TimeNorms)}
 _TAGS = frozenset({*WEIGHTS, *PHASES, "static", "dynamic"})
 
 

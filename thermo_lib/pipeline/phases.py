@@ -12,7 +12,7 @@ from thermo_lib.diffusion.states import Calibration, calibrate
 from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.parts import PathKL, Phase
+from thermo_lib.pipeline.parts import PathKL, Phase, TimeNorms
 from thermo_lib.transition.chains import Batch, Chains
 from thermo_lib.transition.loss import TransitionLoss
 
@@ -133,7 +133,7 @@ class FreshChains:
         seed: seeds the steps.
     """
 
-    def __init__(self, loss: TransitionLoss, source: Sequence[Prompts], phase: PathKL, seed: int):
+    def __init__(self, loss: TransitionLoss, source: Sequence[Prompts], phase: PathKL | TimeNorms, seed: int):
         self.chains = []
         for starts, count in _counted(source, phase):
             own = round(phase.own_share * count) if starts.is_empty else 0

@@ -12,10 +12,15 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.model import QuantizedLM, norm_names
 from thermo_lib.pipeline.phases import PhaseRun, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
-from thermo_lib.pipeline.training import optimize_transitions, quantize_sequentially, reconstruct_blocks
+from thermo_lib.pipeline.training import (
+    optimize_transitions,
+    quantize_sequentially,
+    reconstruct_blocks,
+    train_time_norms,
+)
 from thermo_lib.pipeline.weights import code_tables, quantize_weights
 
 
@@ -69,7 +74,7 @@ def quantize(
             quantize_activations(quantized, lm, calibration, progress)
         elif config.time_groups is not None:
             quantized = resmooth(quantized, config.smoothing_method, config.smoothing_window)
-    train = {"blocks": reconstruct_blocks, "path_kl": optimize_transitions}
+    train = {"blocks": reconstruct_blocks, "path_kl": optimize_transitions, "time_norms": train_time_norms}
     for phase in config.training:
         if phase.phase in train:
             settings = phase.model_dump(exclude={"phase"})
@@ -90,6 +95,8 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
     }
     if len(devices - {"meta"}) > 1:  # blocks that are read when they run are on meta
         raise ValueError(f"lm: found a model split over {', '.join(sorted(devices))}, allowed is one device")
+    if config.time_norms is not None:
+        norm_names(lm.model)  # refuses kinds that aren't known
     if config.needs_calibration and calibration is None:
         raise ValueError(
             f"calibration: found None, required by {config.needs_calibration}; calibrate(lm) makes it, and the "

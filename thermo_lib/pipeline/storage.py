@@ -30,12 +30,15 @@ from thermo_lib.pipeline.model import (
     install_activations,
     install_layer,
     install_table,
+    install_time_norms,
     linear_names,
+    norm_names,
     range_table,
     tables,
     weight_table,
 )
 from thermo_lib.pipeline.quantizers import expected_codes, expected_parameters, quantizer_of
+from thermo_lib.quant.time_norms import time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 
 
@@ -84,8 +87,15 @@ def _check_held(lm: QuantizedLM, name: str) -> None:
 
 
 def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
-    """All that is stored of a quantized model, by the library's names."""
+    """All that is stored of a quantized model, by the library's names.
+
+    Raises:
+        ValueError: a layer or norm that computes with other parameters than those that would be stored of it.
+    """
     layers = lm.quantized_layers()
+    for name, norm in time_norms(lm.model).items():
+        if not norm.is_current:
+            raise ValueError(f"{name}: found rows of other parameters than time_weight and time_bias; call its refresh")
     coded = tables(lm.model) if lm.config.embedding_bits < 16 else ()
     inside = {f"{n}.{key}" for n in [*layers, *coded] for key in lm.model.get_submodule(n).state_dict()}
     tensors = {k: v.contiguous() for k, v in lm.model.state_dict().items() if k not in inside}
@@ -159,6 +169,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     )
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
     check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
+    install_time_norms(model, thermo)
     install(lm, tensors, folder, dtype)
     fill(model, tensors, dtype)
     return lm
@@ -200,6 +211,11 @@ def expected_tensors(
     names, with_codes = linear_names(model), coded_tables(model, thermo)
     coded = {*names, *(tables(model) if with_codes else ())}
     expected = {k: v for k, v in model.state_dict().items() if k.removesuffix(".weight") not in coded}
+    if thermo.time_norms is not None:
+        for name in norm_names(model):
+            for key in ("weight", "bias"):
+                if (one := expected.pop(f"{name}.{key}", None)) is not None:
+                    expected[f"{name}.time_{key}"] = one.expand(thermo.time_norms.count, -1)
     for name in with_codes:
         rows, columns = model.config.vocab_size, model.config.hidden_size
         parameters = expected_parameters(1, rows, columns, thermo.group_size, ("scale", "zero_point"))

@@ -29,8 +29,8 @@ from thermo_lib.files.snapshots import digest
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
 from thermo_lib.files.text import read_object, write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
-from thermo_lib.models.lm import check_unquantized, model_folder
+from thermo_lib.models.families import read_config, tensor_name
+from thermo_lib.models.lm import check_unquantized, last_norm, model_folder
 from thermo_lib.models.streamed import Checkpoint, load_streamed
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -192,7 +192,7 @@ def _quantize(
 
 def _stored_norm(folder: Path, weight_map: Mapping[str, str], config: PreTrainedConfig) -> Tensor:
     """A norm's weight, which training may have changed."""
-    name = tensor_name(config, f"{ARCHITECTURES[config.model_type].parts.norm}.weight")
+    name = last_norm(config, weight_map)
     with open_safetensors(folder / weight_map[name]) as file:
         return file.get_tensor(name)
 

@@ -1,4 +1,4 @@
-"""The phases that train a quantized model: sequential quantization, block reconstruction, transitions."""
+"""The phases that train a quantized model: sequential quantization, block reconstruction, path KL, time-aware norms."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,23 +20,26 @@ from thermo_lib.pipeline.model import (
     copied,
     install_activations,
     install_dynamic_ranges,
+    install_time_norms,
     install_weights,
     linear_names,
     names_by_block,
+    norm_names,
 )
-from thermo_lib.pipeline.parts import Blocks, PathKL, Phase, Sequential
+from thermo_lib.pipeline.parts import Blocks, PathKL, Phase, Sequential, TimeNorms
 from thermo_lib.pipeline.phases import FreshChains, PhaseRun
 from thermo_lib.pipeline.progress import BlockSnapshots
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.weights import counts_tokens, prepare_quantizer, quantize_layer
 from thermo_lib.quant.input_ranges import StaticRanges
 from thermo_lib.quant.layers import QuantizedLinear
+from thermo_lib.quant.time_norms import refresh_time_norms, time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.transition.blocks import BlockStream
 from thermo_lib.transition.chains import CalibrationDraws
 from thermo_lib.transition.fit import fit_block, fit_to_path_kl
 from thermo_lib.transition.loss import TransitionLoss, token_importance
-from thermo_lib.transition.parameters import TrainableLayers, TrainableWeight
+from thermo_lib.transition.parameters import FixedWeight, TrainableLayers, TrainableWeight
 
 
 def quantize_sequentially(lm: QuantizedLM, run: PhaseRun) -> None:
@@ -267,33 +270,117 @@ def optimize_transitions(
     how = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name=f"transitions{earlier or ''}", start=lm, **how)
     changed = copied(lm, config, lm.activation_params, in_place=in_place)
-    layers, ranges = changed.quantized_layers(), present_ranges(changed)
+    network = dict.fromkeys(_network(changed), phase.network_lr) if phase.what == "network" else {}
     targets = reference.model if phase.what == "codes" else None
-    weights = _trainable_weights(layers, targets, holds_codes=not isinstance(reference, StreamedLM))
-    rates = {p: rate for r in ranges.values() for p, rate in r.rates(phase.range_lr).items()}
-    rates |= _weight_rates(weights.values(), phase)
-    network = [tensor.requires_grad_() for tensor in _network(changed)] if phase.what == "network" else []
-    rates |= dict.fromkeys(network, phase.network_lr)
-    is_fresh = phase.states == "fresh"
-    loss = TransitionLoss(reference, changed, config.timesteps if is_fresh else run.source.timesteps, ranges, weights)
+    changed.losses["transitions"] = fit_quantized(changed, run, network, "transitions", targets=targets)
+    return changed
+
+
+def fit_quantized(
+    lm: QuantizedLM,
+    run: PhaseRun,
+    network: Mapping[Tensor, float],
+    name: str,
+    *,
+    targets: MaskPredictor | None = None,
+    parameters: bool = True,
+) -> list[float]:
+    """Train what isn't quantized, and perhaps the quantization parameters, for least path KL, in place.
+
+    Args:
+        lm: the model, with the configuration after the phase.
+        run: of a phase that trains on path KL.
+        network: what is trained of what isn't quantized, to its learning rate at the start.
+        name: of the phase, for the bar.
+        targets: the full-precision model, to train the codes of its linears too; None keeps them.
+        parameters: train the scales and zero points of weights and the static ranges.
+
+    Returns:
+        The loss of each step, see ``fit_to_path_kl``.
+    """
+    phase, config, layers, ranges = run.phase, lm.config, lm.quantized_layers(), present_ranges(lm)
+    is_streamed, is_fresh = isinstance(run.reference, StreamedLM), phase.states == "fresh"
+    weights: dict[str, TrainableWeight] = {}
+    rates: dict[Tensor, float] = {}
+    if parameters:
+        weights = _trainable_weights(layers, targets, holds_codes=not is_streamed)
+        rates |= {p: rate for r in ranges.values() for p, rate in r.rates(phase.range_lr).items()}
+        rates |= _weight_rates(weights.values(), phase)
+    else:
+        for held in ranges.values():
+            held.requires_grad_(False)
+    fixed = {} if parameters or is_streamed else {key: FixedWeight(layer) for key, layer in layers.items()}
+    for tensor in network:
+        tensor.requires_grad_()
+    rates |= network
+    timesteps = config.timesteps if is_fresh else run.source.timesteps
+    loss = TransitionLoss(run.reference, lm, timesteps, ranges, weights or fixed)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
-    changed.losses["transitions"] = fit_to_path_kl(
+    markov_weight = phase.markov_weight if isinstance(phase, PathKL) else 0.0
+    losses = fit_to_path_kl(
         loss,
         rates,
         FreshChains(loss, run.source, phase, config.seed)
         if is_fresh
         else CalibrationDraws(loss, run.source, phase.batch, config.seed),
         steps=phase.steps,
-        penalty=lambda: phase.markov_weight * sum(r.roughness() for r in inputs),
+        penalty=lambda: markov_weight * sum(r.roughness() for r in inputs),
         snapshot=run.snapshot,
-        progress=run.label(f"transitions {config.precision}"),
+        progress=run.label(f"{name} {config.precision}"),
     )
     for tensor in network:
         tensor.requires_grad_(False)
-    _store_weights(changed, weights)
-    for name, fitted in ranges.items():
-        changed.activation_params[name] = fitted.params(config.groups)
-        install_activations(layers[name], changed.activation_params[name], config)
+    refresh_time_norms(lm.model)
+    if parameters:
+        _store_weights(lm, weights)
+        for key, fitted in ranges.items():
+            lm.activation_params[key] = fitted.params(config.groups)
+            install_activations(layers[key], lm.activation_params[key], config)
+    return losses
+
+
+def train_time_norms(
+    lm: QuantizedLM,
+    reference: DiffusionLM,
+    calibration: Calibration | None = None,
+    *,
+    prompts: Sequence[Prompts] | None = None,
+    resume: str | Path | None = None,
+    in_place: bool = False,
+    progress: bool = False,
+    **settings: object,
+) -> QuantizedLM:
+    """Give every norm a set of weights (and biases) for each time group, and train them for least path KL.
+
+    Every set starts with the norm's own weights, so that the model computes at first what it did. The given model
+    stays as it is, unless ``in_place``.
+
+    Args:
+        lm: a quantized model whose weights don't depend on the timestep, without time-aware norms.
+        reference: the full-precision model.
+        calibration: states to train on; not needed for fresh states with prompts.
+        prompts: what fresh states start from; by default what the calibration states do.
+        resume: see ``quantize``.
+        in_place: train the given model's layers instead of those of a copy, which takes the memory of another model.
+        progress: show a bar.
+        settings: fields of ``config.TimeNorms``, e.g. ``count=4``.
+
+    Raises:
+        ValueError: time-aware norms already, time-dependent weights, a wrong setting, a norm of a kind that isn't
+            known, missing calibration, or a snapshot of another run in ``resume``.
+    """
+    config = _trained_config(lm, TimeNorms(**settings))
+    phase = config.time_norms
+    norm_names(lm.model)  # refuses kinds that aren't known
+    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    run = PhaseRun.of(phase, config, reference, calibration, name="time_norms", start=lm, **how)
+    changed = copied(lm, config, lm.activation_params, in_place=in_place)
+    install_time_norms(changed.model, config)
+    norms = [p for norm in time_norms(changed.model).values() for p in norm.parameters()]
+    is_network = phase.what == "network"
+    network = dict.fromkeys(_network(changed), phase.network_lr) if is_network else {}
+    network |= dict.fromkeys(norms, phase.norm_lr)
+    changed.losses["time_norms"] = fit_quantized(changed, run, network, "time norms", parameters=is_network)
     return changed
 
 

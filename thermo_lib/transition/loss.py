@@ -13,7 +13,7 @@ from thermo_lib.diffusion.states import Calibration, States
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.transition.blocks import states_at_a_time
-from thermo_lib.transition.parameters import TrainableLayers, TrainableRanges, TrainableWeight
+from thermo_lib.transition.parameters import FixedWeight, TrainableLayers, TrainableRanges, TrainableWeight
 
 _AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
@@ -34,7 +34,7 @@ class TransitionLoss(TrainableLayers):
         quantized: DiffusionLM,
         timesteps: int,
         ranges: Mapping[str, TrainableRanges],
-        weights: Mapping[str, TrainableWeight] = MappingProxyType({}),
+        weights: Mapping[str, TrainableWeight | FixedWeight] = MappingProxyType({}),
     ):
         super().__init__(quantized, ranges, weights)
         self.reference, self.timesteps = reference, timesteps
