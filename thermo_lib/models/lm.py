@@ -4,6 +4,7 @@ Read are the layouts of ``families.ARCHITECTURES``, from safetensors only.
 """
 
 import itertools
+import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,15 +114,29 @@ class DiffusionLM:
 
     @property
     def writable(self) -> Tensor:
-        """The ids that may be written, int64 ``(n,)``, on the CPU: those of the tokenizer but the mask token."""
+        """The ids that may be written, int64 ``(n,)``, on the CPU: the tokenizer's but the mask and ``suppressed``."""
         return self._vocabulary().writable
+
+    @property
+    def suppressed(self) -> tuple[int, ...]:
+        """Ids that are never written: ``suppress_tokens`` of ``generation_config.json``.
+
+        Raises:
+            ValueError: not a list of ids of the model.
+        """
+        found = json.loads(self.carried.get("generation_config.json", "{}")).get("suppress_tokens") or ()
+        if not (isinstance(found, list | tuple) and all(type(i) is int and 0 <= i < self.vocab_size for i in found)):
+            allowed = f"allowed is a list of ids in 0..{self.vocab_size - 1}"
+            raise ValueError(f"generation_config.json: suppress_tokens: found {found!r:.80}, {allowed}")
+        return tuple(found)
 
     def _vocabulary(self) -> "_Vocabulary":
         """Which of the model's ids the tokenizer has; found out again where that is another or has grown."""
         size = self.tokenizer.get_vocab_size()
         known = self._known
         if known is None or known.tokenizer is not self.tokenizer or known.size != size:
-            known = self._known = _Vocabulary(self.tokenizer, size, self.vocab_size, self.mask_token_id)
+            never = (self.mask_token_id, *self.suppressed)
+            known = self._known = _Vocabulary(self.tokenizer, size, self.vocab_size, never)
         return known
 
     def decode(self, ids: Tensor) -> str:
@@ -161,7 +176,8 @@ class DiffusionLM:
         """A head's output as logits of the tokens that may be written: other ids get no probability.
 
         A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524), and never
-        an id that the tokenizer doesn't have, such as those that fill up a model's vocabulary to a round number.
+        an id that the tokenizer doesn't have, such as those that fill up a model's vocabulary to a round number, or one
+        that the model's files suppress.
 
         Args:
             logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
@@ -176,7 +192,7 @@ class DiffusionLM:
         check_logits(logits)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         precise[:, self.mask_token_id] = NO_PROBABILITY
-        return self._vocabulary().rule_out_unknown(precise)
+        return self._vocabulary().rule_out(precise)
 
     @property
     def rows_at_a_time(self) -> int:
@@ -194,30 +210,31 @@ class DiffusionLM:
 
 
 class _Vocabulary:
-    """Which of a model's ids its tokenizer has.
+    """Which of a model's ids may be written.
 
     Args:
         tokenizer: the tokenizer.
         size: number of its tokens.
         vocab_size: number of the model's ids.
-        mask_token_id: the id that stands for a masked position.
+        never: ids that are never written, the first of them the mask token.
 
     Attributes:
         writable: see ``DiffusionLM``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, vocab_size: int, mask_token_id: int):
+    def __init__(self, tokenizer: Tokenizer, size: int, vocab_size: int, never: Sequence[int]):
         self.tokenizer, self.size = tokenizer, size
         is_known = torch.zeros(vocab_size, dtype=torch.bool)
         is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
-        is_known[mask_token_id] = True
+        is_known[list(never)] = False
+        is_known[never[0]] = True  # which ``token_logits`` rules out
         known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()
-        self.writable = known[known != mask_token_id]
+        self.writable = known[known != never[0]]
         self._end = int(known[-1]) + 1  # unknown ids are at the end as a rule, where none has to be looked up
         self._between = unknown[unknown < self._end]
 
-    def rule_out_unknown(self, logits: Tensor) -> Tensor:
-        """Give unknown ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """Give other ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
         if self._end < logits.shape[1]:
             logits[:, self._end :] = NO_PROBABILITY
         if len(self._between):

@@ -15,7 +15,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.text import read_object
@@ -90,6 +90,23 @@ def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any], path: Path) -
         if tokenizer.token_to_id(token.content) != number:
             found = f"found id {number} for {token.content!r}, expected {tokenizer.token_to_id(token.content)}"
             raise ValueError(f"{path}: added_tokens_decoder: {found}, the next after the vocabulary")
+
+
+def letter_tokenizer(tokens: Sequence[str], *, begin: str, end: str, unknown: str) -> Tokenizer:
+    """A tokenizer of sequences of letters, e.g. of a protein: a letter is a token.
+
+    Args:
+        tokens: text of each id in order; those of more than a letter are special.
+        begin, end: what stands before and after a sequence where special tokens are asked for.
+        unknown: stands for a letter that isn't there.
+    """
+    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(tokens)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([text for text in tokens if len(text) > 1])
+    around = [(text, tokens.index(text)) for text in (begin, end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", special_tokens=around)
+    return tokenizer
 
 
 def read_mask_token_id(folder: Path, text: str) -> int:

@@ -25,9 +25,9 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
-from thermo_lib.pipeline.parts import PathKL, TimeGrouping
+from thermo_lib.pipeline.parts import PathKL, TimeGrouping, TimeNorms
 from thermo_lib.pipeline.quantize import quantize
-from thermo_lib.pipeline.training import optimize_transitions
+from thermo_lib.pipeline.training import optimize_transitions, train_time_norms
 from thermo_lib.time_aware.ranges import best_starts
 
 Recipe = Literal["best starts", "best per layer", "best per layer by path KL"]
@@ -162,6 +162,18 @@ class Inputs:
     code_sequences: int = 32
     puzzles: int = 16
 
+    def suite(self, reference: DiffusionLM, timesteps: int) -> Suite:
+        """What points are evaluated on."""
+        size = {"sequences": self.sequences, "trajectories": self.trajectories, "sudoku": 0}
+        return build_suite(reference, timesteps=timesteps, **size)
+
+    def calibration(self, reference: DiffusionLM, timesteps: int, seed: int) -> Calibration:
+        """What points of a seed are calibrated on."""
+        size = {"sequences": self.code_sequences, "puzzles": self.puzzles}
+        batches = calibration_batches(reference, seed, **size)
+        how = {"timesteps": timesteps, "source": self.source, "seed": seed, "progress": False}
+        return calibrate(reference, batches, **how)
+
 
 class Grid:
     """Measured points, kept in a JSON file that is rewritten whole after every point.
@@ -169,15 +181,16 @@ class Grid:
     Args:
         path: the file; points that it holds are not measured again.
         reference: the full-precision model.
-        inputs: what the points are calibrated and evaluated on.
+        inputs: what the points are calibrated and evaluated on: an ``Inputs``, or another dataclass with its methods.
 
     Attributes:
         rows: the points by key.
         current: whether they were measured on this model with these inputs.
     """
 
-    def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Inputs = Inputs()):
+    def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Any = Inputs()):
         self.path, self.reference, self.inputs = Path(path), reference, inputs
+        self._models = _Models(self.reference, self.inputs)
         self.made_of = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
         self.rows: dict[str, PointRow] = {}
         self.current = True
@@ -207,7 +220,7 @@ class Grid:
             raise ValueError(f"{self.path}: found points of other weights or inputs, delete it to start anew")
         missing = list({p.key: p for p in points if p.key not in self.rows}.values())
         missing.sort(key=_shared)
-        models = _Models(self.reference, self.inputs)
+        models = self._models
         for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
             suite = models.suite(p.config.timesteps)
             self.rows[p.key] = score(models.build(p), p, suite)
@@ -235,29 +248,25 @@ class _Models:
         return self.made[kind][1]
 
     def suite(self, timesteps: int) -> Suite:
-        size = {"sequences": self.inputs.sequences, "trajectories": self.inputs.trajectories, "sudoku": 0}
-        return self._once("suite", timesteps, lambda: build_suite(self.reference, timesteps=timesteps, **size))
+        """See ``Inputs``."""
+        return self._once("suite", timesteps, lambda: self.inputs.suite(self.reference, timesteps))
 
     def calibration(self, p: Point) -> Calibration:
-        seed, inputs, timesteps = p.calibration_seed, self.inputs, p.config.timesteps
-
-        def make() -> Calibration:
-            size = {"sequences": inputs.code_sequences, "puzzles": inputs.puzzles}
-            batches = calibration_batches(self.reference, seed, **size)
-            how = {"timesteps": timesteps, "source": inputs.source, "seed": seed, "progress": False}
-            return calibrate(self.reference, batches, **how)
-
-        return self._once("calibration", (timesteps, seed), make)
+        """See ``Inputs``."""
+        about = p.config.timesteps, p.calibration_seed
+        return self._once("calibration", about, lambda: self.inputs.calibration(self.reference, *about))
 
     def build(self, p: Point) -> QuantizedLM:
-        if p.config.training and isinstance(p.config.training[-1], PathKL):
+        """The model of a point."""
+        last = p.config.training[-1] if p.config.training else None
+        if isinstance(last, PathKL | TimeNorms):
             *before, phase = p.config.training
             config = p.config.replace(
                 training=tuple(before), time_groups=p.config.time_groups and p.config.time_groups.model_copy()
             )
             start = self.build(Point(config, p.calibration_seed, p.recipe))
-            settings = phase.model_dump(exclude={"phase"})
-            return optimize_transitions(start, self.reference, self.calibration(p), **settings)
+            train = optimize_transitions if isinstance(phase, PathKL) else train_time_norms
+            return train(start, self.reference, self.calibration(p), **phase.model_dump(exclude={"phase"}))
         calibration, groups = self.calibration(p), p.config.time_groups
         unsmoothed = p.config.replace(enable_boundary_smoothing=False) if groups else p.config
         seed = p.calibration_seed
