@@ -112,7 +112,7 @@ def test_folders(tiny: DiffusionLM, calibration: Calibration, tmp_path: Path, na
         loaded = load_quantized(tmp_path / "quantized", dtype=dtype)
         assert loaded.model.model.norm.weight.dtype == dtype
         written = (tmp_path / "quantized" / "model.safetensors").read_bytes()
-        return [written, loaded, loaded.model(calibration.parts[0].ids[:2])]
+        return [written, loaded, loaded.model(calibration.parts[0].ids[:2]).logits]
 
     check_same(work)
 
@@ -123,7 +123,7 @@ def test_full_precision_models(tiny: DiffusionLM, calibration: Calibration, tmp_
         save_model(tiny, tmp_path / "model")
         loaded = load_model(str(tmp_path / "model"), dtype=dtype)
         assert {p.dtype for p in loaded.model.parameters()} == {dtype}
-        return [loaded, dict(loaded.model.named_buffers()), loaded.model(calibration.parts[0].ids[:2])]
+        return [loaded, dict(loaded.model.named_buffers()), loaded.model(calibration.parts[0].ids[:2]).logits]
 
     check_same(work)
 
@@ -192,7 +192,7 @@ def test_compiled_layers(tiny: DiffusionLM, calibration: Calibration, tmp_path: 
     def work() -> Tensor:
         lm = load_quantized(tmp_path / "quantized", dtype=dtype)
         compile_linears(lm.model)
-        return lm.model(calibration.parts[0].ids[:2])
+        return lm.model(calibration.parts[0].ids[:2]).logits
 
     check_same(work)
 

@@ -34,7 +34,7 @@ class TestPrecision:
     def test_logits_are_those_of_the_model_in_float32(self, tiny: DiffusionLM, random_ids, dtype: torch.dtype) -> None:
         lm, ids = cast(tiny, dtype), random_ids(2, 8)
         found = lm.logits(ids, torch.ones_like(ids, dtype=torch.bool))
-        expected = lm.model(ids).flatten(0, 1).float()
+        expected = lm.model(ids).logits.flatten(0, 1).float()
         expected[:, lm.mask_token_id] = NO_PROBABILITY
         assert found.dtype == torch.float32
         assert torch.equal(found, expected)
@@ -62,7 +62,7 @@ class TestPrecision:
         p, q, states = cast(tiny, dtype), cast(build_tiny(1), dtype), calibration.parts[0]
         keep = torch.arange(tiny.model.config.vocab_size) != tiny.mask_token_id
         with torch.no_grad():
-            log_p, log_q = (m.model(states.ids)[..., keep].double().log_softmax(-1) for m in (p, q))
+            log_p, log_q = (m.model(states.ids).logits[..., keep].double().log_softmax(-1) for m in (p, q))
         steps = (log_p.exp() * (log_p - log_q)).sum(-1).mul(states.is_masked).sum(1)
         expected = (steps * unmask_probabilities(TIMESTEPS)[states.timestep]).sum() / (len(steps) / TIMESTEPS)
         # The model's products are in batches of another shape, and so rounded otherwise.

@@ -137,7 +137,7 @@ def published_loop(
     x = on_tokens(None, x.clone(), None)
     schedule = [1 + (1e-3 - 1) * i / steps for i in range(steps + 1)]
     for step, (t, s) in enumerate(itertools.pairwise(schedule)):
-        logits = lm.model(x)
+        logits = lm.model(x).logits
         logits[..., lm.mask_token_id] = -torch.inf  # which the published loop doesn't
         logits = on_logits(step, x, logits)
         surest = []

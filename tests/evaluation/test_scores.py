@@ -102,7 +102,7 @@ class TestScores:
         expected = torch.zeros(3, 6, TIMESTEPS, dtype=torch.float64)
         for row in range(len(states.ids)):
             timestep, sequence = divmod(row, 6)
-            logits = tiny.model(states.ids[row : row + 1])[0].double()
+            logits = tiny.model(states.ids[row : row + 1]).logits[0].double()
             logits[:, tiny.mask_token_id] = -torch.inf
             for position in range(16):
                 if states.ids[row, position] != tiny.mask_token_id:

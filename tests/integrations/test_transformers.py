@@ -51,7 +51,7 @@ def outputs(model: MaskPredictor) -> Tensor:
     for timestep in range(8):
         model.set_timestep(timestep, 8)
         with torch.no_grad():
-            logits.append(model(ids))
+            logits.append(model(ids).logits)
     return torch.stack(logits)
 
 

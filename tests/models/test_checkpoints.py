@@ -70,7 +70,7 @@ class TestForward:
         expected = torch.stack([layout.logits(stored(folder), ids) for ids in random_text])
         model = layout.load(folder).model
         model.set_attn_implementation(attention)
-        logits = model(random_text)
+        logits = model(random_text).logits
         assert logits.dtype == torch.float32
         assert expected.std() > 1  # so that 1e-4 says something
         torch.testing.assert_close(logits.double(), expected, rtol=0, atol=1e-4)
@@ -85,7 +85,7 @@ class TestForward:
         model, tensors = layout.load(folder).model, stored(folder)
         model.set_attn_implementation(attention)
         for start, stop in ((4, 11), (0, 7)):
-            logits = model(random_text, torch.tensor([[True] * 11, [start <= n < stop for n in range(11)]]))
+            logits = model(random_text, torch.tensor([[True] * 11, [start <= n < stop for n in range(11)]])).logits
             for row, part in enumerate((slice(0, 11), slice(start, stop))):
                 expected = layout.logits(tensors, random_text[row, part])
                 torch.testing.assert_close(logits[row, part].double(), expected, rtol=0, atol=1e-4)
@@ -198,7 +198,7 @@ class TestTensors:
         folder = layout.write(tmp_path / "tied", tokenizer, tied=True)
         lm, tensors = layout.load(folder), stored(folder)
         expected = torch.stack([layout.logits(tensors, ids) for ids in random_text])
-        torch.testing.assert_close(lm.model(random_text).double(), expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(lm.model(random_text).logits.double(), expected, rtol=0, atol=1e-4)
         save_model(lm, tmp_path / "again")
         assert stored(tmp_path / "again").keys() == tensors.keys()
 
@@ -322,7 +322,7 @@ class TestSave:
         for timestep in (0, 5):
             for model in (lm, loaded):
                 model.set_timestep(timestep, 6)
-                outputs.append(model.model(random_text))
+                outputs.append(model.model(random_text).logits)
         assert torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[2], outputs[3])
         assert not torch.equal(outputs[0], outputs[2])

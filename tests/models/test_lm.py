@@ -20,7 +20,7 @@ class TestForward:
         ids = random_ids(1, 8)
         changed = ids.clone()
         changed[0, -1] = 5 if ids[0, -1] != 5 else 6
-        difference = (tiny.model(ids) - tiny.model(changed)).abs().amax(-1)[0]
+        difference = (tiny.model(ids).logits - tiny.model(changed).logits).abs().amax(-1)[0]
         assert (difference > 1e-3).all()
 
     def test_logits_are_those_of_qwen2_without_causality_shifted_by_one(
@@ -45,7 +45,7 @@ class TestForward:
         with torch.no_grad():
             expected = plain(ids, attention_mask=everything_visible).logits
             causal = plain(ids).logits
-        logits = tiny.model(ids)
+        logits = tiny.model(ids).logits
         torch.testing.assert_close(logits[:, 1:], expected[:, :-1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(logits[:, 0], expected[:, 0], rtol=1e-4, atol=1e-4)
         assert (causal - expected).abs().max() > 1
@@ -60,12 +60,12 @@ class TestForward:
         ids = random_ids(2, 7)
         padded = torch.cat([random_ids(2, pad, seed=1), ids], dim=1)
         is_text = torch.arange(pad + 7).expand(2, -1) >= pad
-        torch.testing.assert_close(model(padded, is_text)[:, pad:], model(ids), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(model(padded, is_text).logits[:, pad:], model(ids).logits, rtol=1e-3, atol=1e-3)
 
     def test_a_mask_without_padding_changes_nothing(self, tiny: DiffusionLM, random_ids: RandomIds) -> None:
         ids = random_ids(2, 7)
         torch.testing.assert_close(
-            tiny.model(ids, torch.ones_like(ids, dtype=torch.bool)), tiny.model(ids), rtol=1e-4, atol=1e-4
+            tiny.model(ids, torch.ones_like(ids, dtype=torch.bool)).logits, tiny.model(ids).logits, rtol=1e-4, atol=1e-4
         )
 
     def test_chosen_positions_come_in_row_order_and_a_mask_token_is_never_predicted(
@@ -73,7 +73,7 @@ class TestForward:
     ) -> None:
         ids = random_ids(3, 5)
         at = torch.rand(3, 5, generator=torch.Generator().manual_seed(0)) < 0.5
-        chosen, everywhere = tiny.logits(ids, at), tiny.model(ids)
+        chosen, everywhere = tiny.logits(ids, at), tiny.model(ids).logits
         other = [i for i in range(everywhere.shape[-1]) if i != tiny.mask_token_id]
         torch.testing.assert_close(chosen[:, other], everywhere[at][:, other], rtol=1e-4, atol=1e-4)
         assert (chosen.softmax(-1)[:, tiny.mask_token_id] == 0).all()
@@ -118,8 +118,8 @@ def test_attention_is_given_no_mask_without_padding(
         masks.append(attn_mask)
         return attention(*given, attn_mask=attn_mask, **more)
 
-    expected = tiny.model(random_ids(2, 9))
+    expected = tiny.model(random_ids(2, 9)).logits
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
     monkeypatch.setattr("transformers.masking_utils.is_tracing", lambda *_: is_captured)
-    assert torch.equal(tiny.model(random_ids(2, 9)), expected)
+    assert torch.equal(tiny.model(random_ids(2, 9)).logits, expected)
     assert masks == [None] * tiny.model.config.num_hidden_layers

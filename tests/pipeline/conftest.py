@@ -42,7 +42,7 @@ def outputs(random_ids: RandomIds) -> Callable[[DiffusionLM], Tensor]:
         for timestep in range(TIMESTEPS):
             lm.set_timestep(timestep, TIMESTEPS)
             with torch.no_grad():
-                found.append(lm.model(ids))
+                found.append(lm.model(ids).logits)
         return torch.stack(found)
 
     return run

@@ -43,9 +43,9 @@ def graphed(lm: DiffusionLM, most: int = 8) -> tuple[DiffusionLM, Recorder]:
 def test_passes_are_those_of_the_model(tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> None:
     lm, recorder = graphed(tiny)
     batches = [random_ids(*shape, seed=seed) for seed in range(2) for shape in ((2, 7), (1, 5))]
-    found = [lm.model(ids) for ids in batches]
+    found = [lm.model(ids).logits for ids in batches]
     for ids, logits in zip(batches, found, strict=True):
-        assert torch.equal(logits, tiny.model(ids)), "a later pass overwrites nothing"
+        assert torch.equal(logits, tiny.model(ids).logits), "a later pass overwrites nothing"
     assert recorder.shapes == [(2, 7), (1, 5)]
 
 
@@ -68,7 +68,7 @@ def test_a_graph_for_each_timestep_where_weights_depend_on_it(
             for timestep in range(TIMESTEPS):
                 for model in (lm, plain):
                     model.set_timestep(timestep, TIMESTEPS)
-                assert torch.equal(lm.model(ids), plain.model(ids))
+                assert torch.equal(lm.model(ids).logits, plain.model(ids).logits)
         assert len(recorder.shapes) == count
 
 
@@ -97,9 +97,9 @@ def test_padding_and_gradients_run_as_before(tiny: DiffusionLM, random_ids: Call
     lm, recorder = graphed(tiny)
     ids, visible = random_ids(2, 6), torch.arange(6) >= torch.tensor([[0], [2]])
     with torch.no_grad():
-        assert torch.equal(lm.model(ids, visible), tiny.model(ids, visible))
+        assert torch.equal(lm.model(ids, visible).logits, tiny.model(ids, visible).logits)
     with torch.enable_grad():
-        assert torch.equal(lm.model(ids), tiny.model(ids))
+        assert torch.equal(lm.model(ids).logits, tiny.model(ids).logits)
     assert recorder.shapes == []
 
 
@@ -107,12 +107,12 @@ def test_padding_and_gradients_run_as_before(tiny: DiffusionLM, random_ids: Call
 def test_a_copy_has_graphs_of_its_own(tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> None:
     lm, _ = graphed(tiny)
     ids = random_ids(1, 4)
-    before = lm.model(ids)
+    before = lm.model(ids).logits
     other = copy.deepcopy(lm)
     other.model.model.embed_tokens.weight.mul_(2)
     assert other.model.hidden.model is other.model
-    assert not torch.equal(other.model(ids), before)
-    assert torch.equal(lm.model(ids), before)
+    assert not torch.equal(other.model(ids).logits, before)
+    assert torch.equal(lm.model(ids).logits, before)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -133,8 +133,8 @@ def test_on_a_gpu_graphs_compute_the_same(quantized: Quantize, random_ids: Calla
         lm = copy.deepcopy(quantized(**changes))
         lm.model.to("cuda", torch.bfloat16)
         batches = [random_ids(2, 16, seed=seed).cuda() for seed in range(3)]
-        expected = [lm.model(ids) for ids in batches]
+        expected = [lm.model(ids).logits for ids in batches]
         compile(lm)
         for ids, logits in zip(batches, expected, strict=True):
-            torch.testing.assert_close(lm.model(ids), logits, rtol=0.02, atol=0.25)
+            torch.testing.assert_close(lm.model(ids).logits, logits, rtol=0.02, atol=0.25)
         assert len(lm.model.hidden.graphs) == 1

@@ -27,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaForMaskedLM,
 )
+from transformers.modeling_outputs import MaskedLMOutput
 
 from thermo_lib.files.tensors import (
     CONVERT,
@@ -159,9 +160,41 @@ class MaskPredictor(nn.Module):
         """
         self.step.set(timestep, timesteps)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits ``(batch, length, vocabulary)`` of the token at each position."""
-        return self.predict(self.hidden(input_ids, attention_mask))
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
+        """Logits of the token at each position, as ``transformers``' masked language models give them.
+
+        Args:
+            input_ids: int64 ``(batch, length)``.
+            attention_mask: bool or 0 and 1, ``(batch, length)``, False at padding; None when there is none.
+            labels: int64 ``(batch, length)``, the right tokens, -100 where the loss counts nothing; None for no loss.
+            return_dict: False for a tuple; None for what the configuration says.
+            others: other arguments of ``transformers``' models, which may be None or False.
+
+        Returns:
+            ``logits`` ``(batch, length, vocabulary)`` in the model's type, and with labels ``loss``, the mean cross
+            entropy in nats, float32; of a tuple the loss comes first.
+
+        Raises:
+            ValueError: another argument that is set, or what ``hidden`` raises.
+        """
+        for name, value in others.items():
+            if value is not None and value is not False:
+                allowed = "allowed are input_ids, attention_mask, labels and return_dict"
+                raise ValueError(f"{name}: found {value!r:.80}, {allowed}")
+        logits = self.predict(self.hidden(input_ids, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten().to(logits.device))
+        found = MaskedLMOutput(loss=loss, logits=logits)
+        wants_dict = self.config.return_dict if return_dict is None else return_dict
+        return found if wants_dict else found.to_tuple()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move or cast the model; the frequencies of its positions stay as precise as in a model loaded so."""
