@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from thermo_lib.diffusion.states import Calibration, calibrate
     from thermo_lib.evaluation.scores import build_suite, evaluate, evaluate_jsonl
     from thermo_lib.evaluation.summary import validate
-    from thermo_lib.models.lm import load_model
+    from thermo_lib.models.lm import as_lm, load_model
     from thermo_lib.notebooks import reproducible
     from thermo_lib.pipeline.compiled import compile
     from thermo_lib.pipeline.config import ThermoConfig
@@ -38,6 +38,7 @@ _MODULES = {
     "TimeGroupParams": "time_aware.groups",
     "TimeGroups": "time_aware.groups",
     "TimeNorms": "pipeline.parts",
+    "as_lm": "models.lm",
     "backend": "quant.backends",
     "build_suite": "evaluation.scores",
     "calibrate": "diffusion.states",
@@ -68,6 +69,7 @@ __all__ = [
     "TimeGroupParams",
     "TimeGroups",
     "TimeNorms",
+    "as_lm",
     "backend",
     "build_suite",
     "calibrate",

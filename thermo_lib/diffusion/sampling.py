@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.architectures import MaskPredictor
+from thermo_lib.models.lm import DiffusionLM, as_lm
 
 SAMPLERS = ("origin", "maskgit_plus", "topk_margin", "entropy", "low_confidence")
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
@@ -214,7 +215,7 @@ def block_numbers(is_masked: Tensor, block_length: int | None, timesteps: int) -
 
 
 def generate(
-    lm: DiffusionLM,
+    lm: DiffusionLM | MaskPredictor,
     ids: Tensor,
     *,
     timesteps: int,
@@ -239,7 +240,7 @@ def generate(
     token itself is never predicted, where the loops of Dream and LLaDA may write it as if it were text.
 
     Args:
-        lm: the model; its time-aware layers are told each timestep.
+        lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep.
         ids: integers ``(batch, length)`` with mask tokens where text is wanted, on any device. All work is done on the
             model's device, where also the hooks' tensors are; logits never leave it.
         timesteps: number of denoising steps ``T``.
@@ -273,6 +274,7 @@ def generate(
         ValueError: unknown sampler, a value out of range, ids or a mask of another kind, a hook's result of another
             shape or NaN, or what ``DiffusionLM.logits`` raises.
     """
+    lm = as_lm(lm, with_tokenizer=False)
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
     _check_count("batch_size", batch_size)

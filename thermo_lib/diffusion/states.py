@@ -21,7 +21,8 @@ from thermo_lib.data.corpus import held_out_sequences
 from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.architectures import MaskPredictor
+from thermo_lib.models.lm import DiffusionLM, as_lm
 
 Source = Literal["forward", "trajectory"]
 SOURCES: tuple[Source, ...] = ("forward", "trajectory")
@@ -284,7 +285,7 @@ def text_batches(
 
 
 def calibrate(
-    lm: DiffusionLM,
+    lm: DiffusionLM | MaskPredictor,
     batches: list[tuple[Tensor, Tensor | None]] | None = None,
     *,
     timesteps: int = 16,
@@ -295,7 +296,7 @@ def calibrate(
     """Draw calibration states.
 
     Args:
-        lm: the full-precision model.
+        lm: the full-precision model, also one of ``transformers``' Auto classes.
         batches: pairs ``(ids, allowed)``: int64 ``(sequences, length)`` and the positions to denoise (bool, or None
             for all); by default what ``calibration_batches`` makes of the project's training code and puzzles.
         timesteps: number of denoising steps ``T``.
@@ -308,6 +309,7 @@ def calibrate(
     """
     if source not in SOURCES:
         raise ValueError(f"calibration.source: found {source!r}, allowed are {', '.join(SOURCES)}")
+    lm = as_lm(lm, with_tokenizer=batches is None)
     if batches is None:
         batches = calibration_batches(lm, seed)
     if not batches or any(not len(ids) for ids, _ in batches):

@@ -35,7 +35,8 @@ from thermo_lib.diffusion.path_kl import PathKLEstimate, path_kl, reference_logi
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
 from thermo_lib.evaluation.statistics import RESAMPLES, interval
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.architectures import MaskPredictor
+from thermo_lib.models.lm import DiffusionLM, as_lm
 
 _KEPT_LOGITS = 2**28  # a GiB in float32
 
@@ -123,7 +124,7 @@ class Evaluation:
 
 
 def build_suite(
-    reference: DiffusionLM,
+    reference: DiffusionLM | MaskPredictor,
     *,
     timesteps: int = 16,
     sequences: int = 40,
@@ -140,7 +141,7 @@ def build_suite(
     """The project's evaluation inputs for a reference model.
 
     Args:
-        reference: the full-precision model.
+        reference: the full-precision model, also one of ``transformers``' Auto classes.
         timesteps: number of denoising steps ``T``.
         sequences: number of held-out sequences.
         trajectories: number of the reference's own trajectories.
@@ -152,6 +153,7 @@ def build_suite(
         seed: seeds all of it.
         progress: show bars.
     """
+    reference = as_lm(reference)
     if texts is None:
         code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, sequences, length, seed)
     else:
@@ -215,11 +217,13 @@ def solve_puzzles(
     return PuzzleResult(answers, [is_solution(p, a) for p, a in zip(puzzles, answers, strict=True)])
 
 
-def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bool = False) -> PuzzleResult:
+def evaluate_jsonl(
+    lm: DiffusionLM | MaskPredictor, path: str | Path, task: str, *, progress: bool = False
+) -> PuzzleResult:
     """Solve the puzzles of a JSONL file (one ``{"input": ..., "output": ...}`` a line).
 
     Args:
-        lm: the model.
+        lm: the model, also one of ``transformers``' Auto classes.
         path: the file.
         task: ``sudoku`` or ``countdown``.
         progress: show a bar.
@@ -227,7 +231,7 @@ def evaluate_jsonl(lm: DiffusionLM, path: str | Path, task: str, *, progress: bo
     Raises:
         ValueError: unknown task, malformed line, or a puzzle that doesn't fit the model's task length.
     """
-    return solve_puzzles(lm, read_jsonl(path, task), progress=progress)
+    return solve_puzzles(as_lm(lm), read_jsonl(path, task), progress=progress)
 
 
 @dataclass(frozen=True)
@@ -339,8 +343,9 @@ def accuracy_per_sequence(correct: Tensor, masked: Tensor) -> Tensor:
     return (correct / masked.mean(0)).mean(1)
 
 
-def evaluate(lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
-    """Evaluate a model, full precision or quantized, on a suite."""
+def evaluate(lm: DiffusionLM | MaskPredictor, suite: Suite, *, progress: bool = False) -> Evaluation:
+    """Evaluate a model, full precision or quantized, also one of ``transformers``' Auto classes, on a suite."""
+    lm = as_lm(lm)
 
     def label(text: str) -> str | None:
         return f"{lm.name}: {text}" if progress else None

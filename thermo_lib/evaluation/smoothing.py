@@ -186,7 +186,7 @@ def same_outputs(a: DiffusionLM, b: DiffusionLM, suite: Suite, sequences: int = 
         ids = suite.trajectories.ids[suite.trajectories.timestep == timestep][:sequences]
         for lm in (a, b):
             lm.set_timestep(timestep, suite.timesteps)
-        first, second = (lm.model.lm_head(lm.model.hidden(ids)) for lm in (a, b))
+        first, second = (lm.model.predict(lm.model.hidden(ids)) for lm in (a, b))
         equal = equal and torch.equal(first, second)
     return equal
 

@@ -6,7 +6,7 @@ Read are the layouts of ``families.ARCHITECTURES``, from safetensors only.
 import itertools
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from thermo_lib.models.families import (
 )
 from thermo_lib.models.tokenization import (
     ChatTemplate,
+    has_tokenizer,
     read_carried,
     read_chat_template,
     read_tokenizer,
@@ -57,7 +58,7 @@ class DiffusionLM:
 
     Attributes:
         model: of a class of ``architectures.MODELS``, its linear layers perhaps quantized.
-        tokenizer: text to token ids.
+        tokenizer: text to token ids; None where ``as_lm`` found none.
         mask_token_id: the id that stands for a masked position.
         name: where it was loaded from.
         chat_template: how to write a conversation; None for a model that wasn't tuned on any.
@@ -132,7 +133,7 @@ class DiffusionLM:
 
     def _vocabulary(self) -> "_Vocabulary":
         """Which of the model's ids the tokenizer has; found out again where that is another or has grown."""
-        size = self.tokenizer.get_vocab_size()
+        size = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size()
         known = self._known
         if known is None or known.tokenizer is not self.tokenizer or known.size != size:
             never = (self.mask_token_id, *self.suppressed)
@@ -209,11 +210,43 @@ class DiffusionLM:
         return self.model.hidden(ids.to(device), visible)[at.to(device)]
 
 
+def as_lm(model: DiffusionLM | MaskPredictor, *, with_tokenizer: bool = True) -> DiffusionLM:
+    """A model that ``transformers`` has loaded, as this library's functions take it.
+
+    Args:
+        model: of ``AutoModel.from_pretrained``, full precision or quantized; a ``DiffusionLM`` is returned as it is.
+        with_tokenizer: read the tokenizer and the chat template of the folder that it was loaded from, if that has a
+            tokenizer; without, and where there is none, both are None.
+
+    Returns:
+        The model, not a copy of it, with what belongs to it; a ``QuantizedLM`` of a quantized one.
+
+    Raises:
+        ValueError: a model of another kind, or a damaged tokenizer.
+    """
+    if isinstance(model, nn.Module) and not isinstance(model, MaskPredictor):
+        supported = "allowed is one of this library, which AutoModel.from_pretrained returns"
+        raise ValueError(f"model: found {type(model).__name__}, {supported}")
+    if not isinstance(model, MaskPredictor):
+        return model
+    found = getattr(getattr(model, "hf_quantizer", None), "lm", None)
+    lm = found or DiffusionLM(model, None, model.config.mask_token_id, model.config.name_or_path)
+    folder = model.folder
+    if not with_tokenizer or folder is None or not has_tokenizer(folder):
+        return lm
+    return replace(
+        lm,
+        tokenizer=read_tokenizer(folder, model.config.vocab_size),
+        chat_template=read_chat_template(folder),
+        carried=read_carried(folder),
+    )
+
+
 class _Vocabulary:
     """Which of a model's ids may be written.
 
     Args:
-        tokenizer: the tokenizer.
+        tokenizer: the tokenizer; without one every id of the model is known.
         size: number of its tokens.
         vocab_size: number of the model's ids.
         never: ids that are never written, the first of them the mask token.
@@ -222,10 +255,11 @@ class _Vocabulary:
         writable: see ``DiffusionLM``.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, vocab_size: int, never: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer | None, size: int, vocab_size: int, never: Sequence[int]):
         self.tokenizer, self.size = tokenizer, size
-        is_known = torch.zeros(vocab_size, dtype=torch.bool)
-        is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
+        is_known = torch.full((vocab_size,), tokenizer is None)
+        if tokenizer is not None:
+            is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
         is_known[list(never)] = False
         is_known[never[0]] = True  # which ``token_logits`` rules out
         known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()

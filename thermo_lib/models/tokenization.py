@@ -49,6 +49,11 @@ def read_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder has files of a tokenizer's vocabulary, readable or not."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 def _read_any(folder: Path) -> Tokenizer:
     path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
     if path.is_file():

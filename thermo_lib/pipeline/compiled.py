@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.lm import DiffusionLM, as_lm
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.quant.buffers import TimestepTable
 from thermo_lib.quant.calls import CALL
@@ -21,7 +21,7 @@ from thermo_lib.quant.time_norms import TimeNorm
 Pass = Callable[[Tensor], Tensor]
 
 
-def compile(lm: DiffusionLM, graphs: int = 8) -> None:
+def compile(lm: DiffusionLM | MaskPredictor, graphs: int = 8) -> None:
     """Let a model compute without Python's launches between its kernels; the model stays the same object.
 
     On CUDA a pass is captured as a graph at the first use of a shape of ids, and of a timestep where weights, ranges
@@ -31,7 +31,7 @@ def compile(lm: DiffusionLM, graphs: int = 8) -> None:
     see ``compile_linears``.
 
     Args:
-        lm: the model.
+        lm: the model, also one of ``transformers``' Auto classes.
         graphs: number of graphs that are kept; beyond it the one that was used longest ago is dropped. Each holds the
             activations of its pass.
 
@@ -40,6 +40,7 @@ def compile(lm: DiffusionLM, graphs: int = 8) -> None:
     """
     if type(graphs) is not int or graphs < 1:
         raise ValueError(f"graphs: found {graphs!r}, allowed are whole numbers from 1")
+    lm = as_lm(lm, with_tokenizer=False)
     if lm.device.type == "cuda":
         lm.model.hidden = GraphedPass(lm.model, graphs)
     elif isinstance(lm, QuantizedLM):

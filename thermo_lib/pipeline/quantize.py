@@ -8,7 +8,8 @@ import torch
 
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.architectures import MaskPredictor
+from thermo_lib.models.lm import DiffusionLM, as_lm
 from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
@@ -25,7 +26,7 @@ from thermo_lib.pipeline.weights import code_tables, quantize_weights
 
 
 def quantize(
-    lm: DiffusionLM,
+    lm: DiffusionLM | MaskPredictor,
     config: ThermoConfig | str = DEFAULT,
     calibration: Calibration | None = None,
     *,
@@ -36,7 +37,7 @@ def quantize(
     """Quantize a full-precision model into a new one; the given model stays as it is.
 
     Args:
-        lm: the full-precision model; all work is done on its device.
+        lm: the full-precision model, also one of ``transformers``' Auto classes; all work is done on its device.
         config: how to quantize, or the name of a preset such as ``"best"``.
         calibration: states to fit on, see ``calibrate``; needed by all but data-free weights.
         prompts: what fresh training states start from; by default what the calibration states do.
@@ -48,7 +49,7 @@ def quantize(
         ValueError: an unknown preset, a model that is quantized already, a configuration that needs calibration and
             there is none, a weight with NaN or infinity, or ``resume`` has a snapshot of another run.
     """
-    config = ThermoConfig.preset(config) if isinstance(config, str) else config
+    lm, config = as_lm(lm), ThermoConfig.preset(config) if isinstance(config, str) else config
     _check(lm, config, calibration)
     # Weights are fitted without smoothing, which then starts from the groups' original parameters.
     quantized = QuantizedLM(
