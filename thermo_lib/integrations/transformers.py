@@ -1,6 +1,7 @@
 """The models and quantized folders in ``transformers``' own ``from_pretrained`` and ``save_pretrained``.
 
-``register`` makes the architectures known to the Auto classes, and the quantization method ``thermo``:
+``register`` makes the architectures known to the Auto classes, gives them ``generate`` and ``diffusion_generate`` (see
+``integrations.generation``), and adds the quantization method ``thermo``:
 a quantized folder loads as it is, and ``from_pretrained(folder, quantization_config=ThermoConfig(...))`` quantizes a
 full-precision one while it is read, one linear after another.
 """
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer
@@ -21,6 +22,7 @@ from transformers.quantizers.auto import (
 )
 
 from thermo_lib.files.tensors import check_finite
+from thermo_lib.integrations import generation
 from thermo_lib.models.architectures import MODELS, MaskPredictor, checkpoint_folder
 from thermo_lib.models.families import PUBLISHED, tensor_name
 from thermo_lib.pipeline.config import ThermoConfig
@@ -180,8 +182,9 @@ def register() -> None:
         return
     register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
     register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
+    MaskPredictor.generate, MaskPredictor.diffusion_generate = generation.generate, generation.diffusion_generate
     for model_type, architecture in PUBLISHED.items():
-        for auto in (AutoModel, AutoModelForMaskedLM):
+        for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
             auto.register(architecture.config, MODELS[model_type])
         renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]
         register_checkpoint_conversion_mapping(MODELS[model_type].__name__, renamings)
