@@ -210,9 +210,15 @@ class TestChat:
         with pytest.raises(ValueError, match=f"chat template: {message}"):
             ChatTemplate(source).render([{"role": "user", "content": "x"}])
 
-    def test_a_list_of_templates_is_refused(self, folder: Path) -> None:
-        write_json(folder / "tokenizer_config.json", {"chat_template": [{"name": "default", "template": "x"}]})
-        with pytest.raises(ValueError, match=r"tokenizer_config\.json: chat_template: found a list, expected the text"):
+    @pytest.mark.parametrize("file", ["tokenizer_config.json", "chat_template.json"])
+    @pytest.mark.parametrize(
+        "found", [5, ["x"], [{"name": "default"}], [{"name": 1, "template": "x"}], {"a": 1}], ids=str
+    )
+    def test_what_is_no_template_is_named(self, folder: Path, file: str, found: object) -> None:
+        (folder / "tokenizer_config.json").unlink()
+        write_json(folder / file, {"chat_template": found})
+        message = re.escape(f"{file}: chat_template: found {found!r}, expected the text of a template, or [{{")
+        with pytest.raises(ValueError, match=message):
             read_chat_template(folder)
 
     @pytest.mark.parametrize("token", [5, ["<s>"], {"id": 5}, {"content": None}], ids=str)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+TEMPLATES_NAME = "additional_chat_templates"  # the only folder that a model folder may hold
+
 
 @contextmanager
 def writing(path: Path, after: str = "") -> Iterator[None]:
@@ -58,8 +60,9 @@ def output_folder(folder: str | Path, source: Path | None = None) -> Path:
         if not path.is_dir() or _is_replaceable(path):
             return path
         found = "a folder with something else than a model in it"
-    allowed = "a new folder, an empty one, or one with config.json and no folder in it, which is replaced"
-    raise ValueError(f"output: found {str(folder)!r}, {found}; allowed is {allowed}")
+    model = f"one with config.json and no folder in it but {TEMPLATES_NAME}, which is replaced"
+    allowed = f"allowed is a new folder, an empty one, or {model}"
+    raise ValueError(f"output: found {str(folder)!r}, {found}; {allowed}")
 
 
 def _check_rights(folder: Path) -> None:
@@ -103,7 +106,10 @@ def _user(number: int) -> str:
 
 def _is_replaceable(folder: Path) -> bool:
     inside = list(folder.iterdir())
-    return not inside or ((folder / "config.json").is_file() and not any(path.is_dir() for path in inside))
+    folders = [path for path in inside if path.is_dir()]
+    if any(path.name != TEMPLATES_NAME or any(p.suffix != ".jinja" for p in path.iterdir()) for path in folders):
+        return False
+    return not inside or (folder / "config.json").is_file()
 
 
 @contextmanager

@@ -73,20 +73,28 @@ class DiffusionLM:
     carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
     _known: "_Vocabulary | None" = field(default=None, init=False, repr=False, compare=False)
 
-    def chat(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
         """A conversation as the model's text, ready for ``tokenizer.encode(text, add_special_tokens=False)``.
 
         Args:
             messages: each with ``role`` and ``content``.
             add_generation_prompt: end with the opening of an answer.
+            template: name of another template than the default, of a model that has several.
 
         Raises:
-            ValueError: the model has no chat template, or its template refuses the messages.
+            ValueError: the model has no chat template, or none of that name, or its template refuses the messages.
         """
         if self.chat_template is None:
             expected = "expected a model with chat_template.jinja, or chat_template in tokenizer_config.json"
             raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
-        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt)
+        how = {"add_generation_prompt": add_generation_prompt, "template": template}
+        return self.chat_template.render(messages, **how)
 
     @property
     def device(self) -> torch.device:

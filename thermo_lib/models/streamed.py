@@ -21,7 +21,7 @@ from thermo_lib.files.tensors import check_finite, check_full_precision, check_s
 from thermo_lib.models.architectures import MaskPredictor, check_tied, skeleton
 from thermo_lib.models.families import read_config, stored_names, used
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
-from thermo_lib.models.tokenization import TOKENIZER_FILES, read_carried, read_chat_template, read_tokenizer
+from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, tokenizer_files
 from thermo_lib.quant.calls import CALL, denoising
 
 _ROOM = 24 * 2**30  # bytes of free memory; a GPU that has no more in all needs them for the states
@@ -101,9 +101,8 @@ class Checkpoint:
         noticed, and the same file with another time is taken for another.
         """
         found: dict[str, Any] = {"family": self.family}
-        for path in [self.folder / "config.json", *(self.folder / name for name in TOKENIZER_FILES)]:
-            if path.is_file():
-                found[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        for name in ("config.json", *tokenizer_files(self.folder)):
+            found[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
         for path in weight_files(self.folder):
             about = path.stat()
             with path.open("rb") as file:

@@ -2,33 +2,41 @@
 
 LLaDA is published with ``tokenizer.json``. Dream is published with a tokenizer class of its own, Qwen2's byte-level
 BPE (``vocab.json``, ``merges.txt``) with more tokens (``tokenizer_config.json``); it is built from these files.
-A chat template is a Jinja template; it comes from the checkpoint and is rendered in Jinja's sandbox.
+A chat template is a Jinja template; it comes from the checkpoint and is rendered in Jinja's sandbox. Where it is looked
+for, and what it may name and do, is as in ``transformers`` (``PreTrainedTokenizerBase.apply_chat_template``).
 """
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from thermo_lib.files.folders import TEMPLATES_NAME
 from thermo_lib.files.text import read_object
 
 SETTINGS_NAME = "tokenizer_config.json"
+SPECIAL_NAME = "special_tokens_map.json"
 TEMPLATE_NAME = "chat_template.jinja"
+LEGACY_NAME = "chat_template.json"  # of processors; transformers' tokenizers don't read it
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
-# What is carried over to a model's next folder as it is; transformers reads it, this library the first two alone.
-_SETTINGS = (SETTINGS_NAME, TEMPLATE_NAME, "special_tokens_map.json")
-CARRIED = (*_SETTINGS, "generation_config.json")
-TOKENIZER_FILES = (*_VOCABULARIES, *CARRIED)
+# What is carried over to a model's next folder as it is, with the templates in TEMPLATES_NAME.
+_SETTINGS = (SETTINGS_NAME, TEMPLATE_NAME, LEGACY_NAME, SPECIAL_NAME)
+GENERATION_NAME = "generation_config.json"
+CARRIED = (*_SETTINGS, GENERATION_NAME)
 QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token")
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_DEFAULT = "default"  # the name of the template that is used where none is named
 
 
 def read_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
@@ -47,6 +55,11 @@ def read_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     if vocab_size is not None and number >= vocab_size:
         raise ValueError(f"{folder}: tokenizer: found id {number} of {token!r}, allowed is below {vocab_size=}")
     return tokenizer
+
+
+def tokenizer_files(folder: Path) -> list[str]:
+    """Names of a folder's files that say what its tokenizer, templates and generation are."""
+    return [name for name in (*_VOCABULARIES, *CARRIED, *_additional(folder)) if (folder / name).is_file()]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -119,13 +132,12 @@ def read_mask_token_id(folder: Path, text: str) -> int:
 
     Args:
         folder: the model folder.
-        text: of the token, where ``tokenizer_config.json`` has no ``mask_token``.
+        text: of the token, where neither ``tokenizer_config.json`` nor ``special_tokens_map.json`` has ``mask_token``.
 
     Raises:
         ValueError: what ``read_tokenizer`` raises, or a tokenizer without that token.
     """
-    token = _read_settings(folder).get("mask_token")
-    text = text if token is None else _text_of(token, "mask_token", folder)
+    text = _special_tokens(folder, ("mask_token",)).get("mask_token", text)
     number = read_tokenizer(folder).token_to_id(text)
     if number is None:
         expected = "expected that token, or mask_token_id in config.json"
@@ -138,48 +150,89 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
+class _Generation(Extension):
+    """The block ``{% generation %}``, which says what an assistant wrote; it is written as any other text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        """What is in the block, with variables of its own, as ``transformers`` has it."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as models were trained on it; Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """How an instruction-tuned model wants a conversation to be written.
 
     Attributes:
-        source: the Jinja template.
+        source: the Jinja template; None where there are only others, each by its name.
         special_tokens: ``bos_token`` and others that the template may name, to their text.
+        named: other templates by name, for purposes such as ``rag``.
     """
 
-    source: str
+    source: str | None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
+    named: Mapping[str, str] = field(default_factory=dict)
 
-    def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        template: str | None = None,
+    ) -> str:
         """The conversation as one text, special tokens written out.
 
         Args:
-            messages: each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``.
+            messages: each with ``role`` (``system``, ``user`` or ``assistant``) and ``content``; a value of None counts
+                as missing.
             add_generation_prompt: end with the opening of an answer.
+            template: name of another one than the default.
 
         Raises:
-            ValueError: the template is damaged, refuses the messages, or does what the sandbox forbids.
+            ValueError: there is no template of that name, it is damaged, refuses the messages, or does what the sandbox
+                forbids.
         """
-
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
+        source = self.source if template in (None, _DEFAULT) else self.named.get(template)
+        if source is None:
+            names = ", ".join(sorted({*self.named, *([] if self.source is None else [_DEFAULT])}))
+            raise ValueError(f"chat template: found none named {template or _DEFAULT!r}, allowed are {names}")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
         )
-        environment.globals["raise_exception"] = refuse
-        # Jinja's own tojson escapes for HTML, which no model was trained on.
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
+        environment.filters["tojson"] = _to_json
+        # Tools and documents are None, not undefined: that is what templates test for.
+        others = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return environment.from_string(self.source).render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self.special_tokens
-            )
+            said = [{key: value for key, value in message.items() if value is not None} for message in messages]
+            return environment.from_string(source).render(messages=said, **others, **self.special_tokens)
         except Exception as error:  # a template is a program, which may fail in any way
             raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
-    """The chat template of a model folder, from ``chat_template.jinja`` or else ``tokenizer_config.json``.
+    """The chat templates of a model folder.
+
+    They are in ``chat_template.jinja`` and ``additional_chat_templates/``, or else in ``tokenizer_config.json``, or
+    else in ``chat_template.json``; special tokens in ``tokenizer_config.json`` and ``special_tokens_map.json``.
 
     Returns:
         None where there is none, as with base models.
@@ -187,15 +240,37 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
     Raises:
         ValueError: damaged JSON, a template that isn't text, or a special token that isn't.
     """
-    settings, path = _read_settings(folder), folder / TEMPLATE_NAME
-    source = _read_template(path) if path.is_file() else settings.get("chat_template")
-    if source is None:
+    path = folder / TEMPLATE_NAME
+    found = {_DEFAULT: _read_template(path)} if path.is_file() else {}
+    found |= {Path(name).stem: _read_template(folder / name) for name in _additional(folder)}
+    for name in (SETTINGS_NAME, LEGACY_NAME):
+        found = found or _named_templates(folder / name)
+    if not found:
         return None
-    if not isinstance(source, str):
-        found = f"found a {type(source).__name__}, expected the text of one template"
-        raise ValueError(f"{folder / SETTINGS_NAME}: chat_template: {found}")
-    tokens = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None}
-    return ChatTemplate(source, {name: _text_of(token, name, folder) for name, token in tokens.items()})
+    source = found.pop(_DEFAULT, None)
+    return ChatTemplate(source, _special_tokens(folder), found)
+
+
+def _additional(folder: Path) -> list[str]:
+    """The files of templates with names."""
+    return [f"{TEMPLATES_NAME}/{path.name}" for path in sorted((folder / TEMPLATES_NAME).glob("*.jinja"))]
+
+
+def _named_templates(path: Path) -> dict[str, str]:
+    """Name to template of a JSON file's ``chat_template``: a text, an object, or a list of names and templates."""
+    found = read_object(path).get("chat_template") if path.is_file() else None
+    if found is None:
+        return {}
+    named = {_DEFAULT: found} if isinstance(found, str) else found
+    try:
+        if isinstance(found, list):
+            named = {each["name"]: each["template"] for each in found}
+        if all(isinstance(text, str) for pair in named.items() for text in pair):
+            return dict(named)
+    except (AttributeError, KeyError, TypeError):
+        pass
+    expected = 'expected the text of a template, or [{"name": text, "template": text}]'
+    raise ValueError(f"{path}: chat_template: found {found!r:.80}, {expected}")
 
 
 def _read_template(path: Path) -> str:
@@ -205,12 +280,25 @@ def _read_template(path: Path) -> str:
         raise ValueError(f"{path}: found no UTF-8 ({error})") from error
 
 
-def _text_of(token: Any, name: str, folder: Path) -> str:
+def _special_tokens(folder: Path, names: Sequence[str] = _SPECIAL_TOKENS) -> dict[str, str]:
+    """Name to text of a folder's special tokens.
+
+    ``special_tokens_map.json`` counts where ``tokenizer_config.json`` doesn't list the tokens beside the vocabulary,
+    and then first: it is how older folders say it.
+    """
+    settings, path = _read_settings(folder), folder / SPECIAL_NAME
+    found = {name: (settings[name], SETTINGS_NAME) for name in names if name in settings}
+    if path.is_file() and "added_tokens_decoder" not in settings:
+        content = read_object(path)
+        found |= {name: (content[name], SPECIAL_NAME) for name in names if name in content}
+    return {name: _text_of(token, name, folder / file) for name, (token, file) in found.items() if token is not None}
+
+
+def _text_of(token: Any, name: str, path: Path) -> str:
     """A token's text; it is stored as that, or as an object with the text and how it is matched."""
     text = token.get("content") if isinstance(token, dict) else token
     if not isinstance(text, str):
-        expected = 'expected its text or {"content": text}'
-        raise ValueError(f"{folder / SETTINGS_NAME}: {name}: found {token!r:.80}, {expected}")
+        raise ValueError(f'{path}: {name}: found {token!r:.80}, expected its text or {{"content": text}}')
     return text
 
 
@@ -218,19 +306,20 @@ def read_carried(folder: Path) -> dict[str, str]:
     """The settings of tokenizer and generation in a model folder, to be written again as they are.
 
     Returns:
-        File name, of ``CARRIED``, to text; without keys that ask for remote code.
+        File name, of ``CARRIED`` or of a template with a name, to text; without keys that ask for remote code.
 
     Raises:
         ValueError: a file that isn't text, or damaged JSON.
     """
     carried = {}
-    for path in (folder / name for name in CARRIED):
+    for name in (*CARRIED, *_additional(folder)):
+        path = folder / name
         if path.suffix == ".json" and path.is_file():
             content = read_object(path)
             content.pop("auto_map", None)
-            carried[path.name] = json.dumps(content, indent=2) + "\n"
+            carried[name] = json.dumps(content, indent=2) + "\n"
         elif path.is_file():
-            carried[path.name] = _read_template(path)
+            carried[name] = _read_template(path)
     return carried
 
 
@@ -249,16 +338,31 @@ def save_tokenizer(
         carried: of ``read_carried``.
     """
     tokenizer.save(str(folder / "tokenizer.json"))
-    for name, text in carried.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    _write(carried, folder)
     if read_chat_template(folder) == chat_template:
         return
-    (folder / TEMPLATE_NAME).unlink(missing_ok=True)
+    for name in (TEMPLATE_NAME, LEGACY_NAME, *_additional(folder)):
+        (folder / name).unlink(missing_ok=True)
     content = _read_settings(folder)
     content.pop("chat_template", None)
+    written = {SETTINGS_NAME: content}
     if chat_template is not None:
-        content |= {**chat_template.special_tokens, "chat_template": chat_template.source}
-    (folder / SETTINGS_NAME).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        named = {} if chat_template.source is None else {_DEFAULT: chat_template.source}
+        named |= chat_template.named
+        as_list = [{"name": name, "template": source} for name, source in named.items()]
+        content |= chat_template.special_tokens
+        content["chat_template"] = as_list if chat_template.named else chat_template.source
+        if (folder / SPECIAL_NAME).is_file():
+            special = read_object(folder / SPECIAL_NAME)
+            written[SPECIAL_NAME] = {k: v for k, v in special.items() if k not in chat_template.special_tokens}
+    _write({name: json.dumps(content, indent=2) + "\n" for name, content in written.items()}, folder)
+
+
+def _write(files: Mapping[str, str], folder: Path) -> None:
+    """Write files, those of templates with names into their folder."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -276,9 +380,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if not vocabularies or source.samefile(target):
         return
     carried = read_carried(source)
-    for name in (*_VOCABULARIES, *_SETTINGS):
+    for name in (*_VOCABULARIES, *_SETTINGS, *_additional(target)):
         (target / name).unlink(missing_ok=True)
     for path in vocabularies:
         shutil.copyfile(path, target / path.name)
-    for name in carried.keys() & set(_SETTINGS):
-        (target / name).write_text(carried[name], encoding="utf-8")
+    _write({name: text for name, text in carried.items() if name != GENERATION_NAME}, target)
