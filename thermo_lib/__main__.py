@@ -1,7 +1,7 @@
-"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``evaluate``, ``benchmark``, ...
+"""The command line: ``python -m thermo_lib quantize``, ``generate``, ``chat``, ``evaluate``, ``benchmark``, ...
 
-``quantize`` writes a quantized folder, which ``generate``, ``evaluate`` and ``info`` take as well as a full-precision
-one. ``benchmark`` asks the project's question about any model without a notebook; it runs the notebooks' code.
+``quantize`` writes a quantized folder, which ``generate``, ``chat``, ``evaluate`` and ``info`` take as well as a
+full-precision one. ``benchmark`` asks the project's question about any model without a notebook; it runs their code.
 ``study`` measures the points of the grid behind the notebook ``06_smoothing_study``, ``point`` any single one;
 ``tidy`` is for the pipeline. What a command needs is imported once it runs, so that help comes at once.
 """
@@ -18,6 +18,23 @@ def _states(text: str) -> str:
     if text != "all" and not (text.isascii() and text.isdigit() and int(text)):
         raise argparse.ArgumentTypeError(f"found {text!r}, allowed are a whole number from 1 and all")
     return text
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+    """The options of commands that let a model write."""
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to fill (%(default)s)")
+    parser.add_argument("--timesteps", type=int, default=64, help="denoising steps (%(default)s)")
+    parser.add_argument(
+        "--sampler",
+        default="entropy",
+        help="which tokens first, see generate (%(default)s)",
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=float, help="of the probability that tokens are drawn from")
+    parser.add_argument("--top-k", type=int, help="tokens that are drawn from")
+    parser.add_argument("--alg-temp", type=float, default=0.0, help="of the choice of positions (%(default)s)")
+    parser.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
+    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -79,22 +96,20 @@ def _parser() -> argparse.ArgumentParser:
     teller.add_argument("--family", **families)
     teller.add_argument("--prompt", required=True, help="the text")
     teller.add_argument("--chat", action="store_true", help="the prompt is a user's message to an instruct model")
-    teller.add_argument("--max-new-tokens", type=int, default=64, help="tokens to fill (%(default)s)")
-    teller.add_argument("--timesteps", type=int, default=64, help="denoising steps (%(default)s)")
-    teller.add_argument(
-        "--sampler",
-        default="entropy",
-        help="which tokens first, see generate (%(default)s)",
-    )
-    teller.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    teller.add_argument("--top-p", type=float, help="of the probability that tokens are drawn from")
-    teller.add_argument("--top-k", type=int, help="tokens that are drawn from")
-    teller.add_argument("--alg-temp", type=float, default=0.0, help="of the choice of positions (%(default)s)")
-    teller.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
-    teller.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
+    _add_sampling(teller)
     teller.add_argument("--dtype", **dtypes)
     teller.add_argument("--dense", **dense)
     teller.add_argument("--device", **devices)
+
+    talker = commands.add_parser("chat", help="talk to an instruct model, line by line; /clear starts over, /exit ends")
+    talker.add_argument("--model", **some_model)
+    talker.add_argument("--family", **families)
+    talker.add_argument("--system", metavar="TEXT", help="what the model is told before all")
+    talker.add_argument("--raw", action="store_true", help="continue each line as plain text, without a chat template")
+    _add_sampling(talker)
+    talker.add_argument("--dtype", **dtypes)
+    talker.add_argument("--dense", **dense)
+    talker.add_argument("--device", **devices)
 
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)

@@ -5,7 +5,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from thermo_lib.chat import Chat, converse
 from thermo_lib.data.texts import read_texts
-from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.sampling import Sampling, generate, mask_ratios
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.scores import build_suite, evaluate
@@ -228,17 +229,26 @@ def run_generate(arguments: argparse.Namespace) -> None:
     filled = generate(
         lm,
         torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens]),
-        timesteps=arguments.timesteps,
-        sampler=arguments.sampler,
-        temperature=arguments.temperature,
-        top_p=arguments.top_p,
-        top_k=arguments.top_k,
-        alg_temp=arguments.alg_temp,
-        block_length=arguments.block_length,
-        seed=arguments.seed,
         progress="generate",
+        **_sampling(arguments),
     )
     print(lm.decode(filled[0, len(prompt) :]))
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    """Answer what a user says, line after line."""
+    how = _sampling(arguments)
+    Sampling(**{name: how[name] for name in ("sampler", "temperature", "top_p", "top_k", "alg_temp")})
+    mask_ratios(how["timesteps"])  # both refuse a wrong value before the work
+    with suppress(KeyboardInterrupt):
+        lm = _computing(_load(arguments.model, arguments), arguments)
+        converse(Chat(lm, arguments.max_new_tokens, how, arguments.system, arguments.raw))
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the library's ``generate`` that commands have too."""
+    names = ("timesteps", "sampler", "temperature", "top_p", "top_k", "alg_temp", "block_length", "seed")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -350,6 +360,7 @@ def run(arguments: argparse.Namespace) -> None:
         "quantize": run_quantize,
         "info": run_info,
         "generate": run_generate,
+        "chat": run_chat,
         "evaluate": run_evaluate,
         "benchmark": run_benchmark,
         "study": run_study,

@@ -31,7 +31,7 @@ FLOORS = (
     ("pipeline",),
     ("evaluation", "integrations"),
     ("studies",),
-    ("commands",),
+    ("chat", "commands"),
     ("__main__",),
     ("__init__",),  # the names for users: nothing in the library imports them
 )
