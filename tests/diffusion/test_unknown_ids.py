@@ -13,8 +13,9 @@ from thermo_lib import ThermoConfig, calibrate, quantize
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.sampling import SAMPLERS, generate
 from thermo_lib.diffusion.states import trajectory_states
-from thermo_lib.models.lm import NO_PROBABILITY, DiffusionLM, build_reference, save_model
+from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 from thermo_lib.models.streamed import load_streamed
+from thermo_lib.models.vocabulary import NO_PROBABILITY
 from thermo_lib.transition.loss import TransitionLoss
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -45,11 +45,11 @@ from thermo_lib.models.tokenization import (
     read_tokenizer,
     save_tokenizer,
 )
+from thermo_lib.models.vocabulary import NO_PROBABILITY, Vocabulary
 from thermo_lib.quant.time_norms import check_plain_norms
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
 _LOGITS = 2**25  # of a part of ``logit_parts``
-NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
 
 @dataclass
@@ -71,7 +71,7 @@ class DiffusionLM:
     name: str
     chat_template: ChatTemplate | None = field(default=None, kw_only=True)
     carried: Mapping[str, str] = field(default_factory=dict, kw_only=True)
-    _known: "_Vocabulary | None" = field(default=None, init=False, repr=False, compare=False)
+    _known: Vocabulary | None = field(default=None, init=False, repr=False, compare=False)
 
     def chat(
         self,
@@ -139,13 +139,13 @@ class DiffusionLM:
             raise ValueError(f"generation_config.json: suppress_tokens: found {found!r:.80}, {allowed}")
         return tuple(found)
 
-    def _vocabulary(self) -> "_Vocabulary":
+    def _vocabulary(self) -> Vocabulary:
         """Which of the model's ids the tokenizer has; found out again where that is another or has grown."""
         size = 0 if self.tokenizer is None else self.tokenizer.get_vocab_size()
         known = self._known
         if known is None or known.tokenizer is not self.tokenizer or known.size != size:
             never = (self.mask_token_id, *self.suppressed)
-            known = self._known = _Vocabulary(self.tokenizer, size, self.vocab_size, never)
+            known = self._known = Vocabulary(self.tokenizer, size, self.vocab_size, never)
         return known
 
     def decode(self, ids: Tensor) -> str:
@@ -248,41 +248,6 @@ def as_lm(model: DiffusionLM | MaskPredictor, *, with_tokenizer: bool = True) ->
         chat_template=read_chat_template(folder),
         carried=read_carried(folder),
     )
-
-
-class _Vocabulary:
-    """Which of a model's ids may be written.
-
-    Args:
-        tokenizer: the tokenizer; without one every id of the model is known.
-        size: number of its tokens.
-        vocab_size: number of the model's ids.
-        never: ids that are never written, the first of them the mask token.
-
-    Attributes:
-        writable: see ``DiffusionLM``.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, size: int, vocab_size: int, never: Sequence[int]):
-        self.tokenizer, self.size = tokenizer, size
-        is_known = torch.full((vocab_size,), tokenizer is None)
-        if tokenizer is not None:
-            is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
-        is_known[list(never)] = False
-        is_known[never[0]] = True  # which ``token_logits`` rules out
-        known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()
-        self.writable = known[known != never[0]]
-        self._end = int(known[-1]) + 1  # unknown ids are at the end as a rule, where none has to be looked up
-        self._between = unknown[unknown < self._end]
-
-    def rule_out(self, logits: Tensor) -> Tensor:
-        """Give other ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
-        if self._end < logits.shape[1]:
-            logits[:, self._end :] = NO_PROBABILITY
-        if len(self._between):
-            self._between = self._between.to(logits.device)
-            logits[:, self._between] = NO_PROBABILITY
-        return logits
 
 
 def check_logits(logits: Tensor) -> None:

@@ -1,0 +1,44 @@
+"""Which of a model's ids may be written."""
+
+from collections.abc import Sequence
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
+
+
+class Vocabulary:
+    """Which of a model's ids may be written.
+
+    Args:
+        tokenizer: the tokenizer; without one every id of the model is known.
+        size: number of its tokens.
+        vocab_size: number of the model's ids.
+        never: ids that are never written, the first of them the mask token.
+
+    Attributes:
+        writable: see ``DiffusionLM``.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, size: int, vocab_size: int, never: Sequence[int]):
+        self.tokenizer, self.size = tokenizer, size
+        is_known = torch.full((vocab_size,), tokenizer is None)
+        if tokenizer is not None:
+            is_known[[number for number in tokenizer.get_vocab().values() if number < vocab_size]] = True
+        is_known[list(never)] = False
+        is_known[never[0]] = True  # which ``token_logits`` rules out
+        known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()
+        self.writable = known[known != never[0]]
+        self._end = int(known[-1]) + 1  # unknown ids are at the end as a rule, where none has to be looked up
+        self._between = unknown[unknown < self._end]
+
+    def rule_out(self, logits: Tensor) -> Tensor:
+        """Give other ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
+        if self._end < logits.shape[1]:
+            logits[:, self._end :] = NO_PROBABILITY
+        if len(self._between):
+            self._between = self._between.to(logits.device)
+            logits[:, self._between] = NO_PROBABILITY
+        return logits
