@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from thermo_lib import (
     ThermoConfig,
+    TimeNorms,
     commands,
     load_model,
     load_quantized,
@@ -43,6 +44,8 @@ class TestQuantize:
             (["preset=fast"], "fast", {}),
             (["preset=w2a4", "activations.bits=6", "path_kl.what=parameters"], "w2a4",
              {"activations.bits": 6, "path_kl.what": "parameters"}),
+            (["time_norms.count=2", "time_norms.starts=[5]", "time_norms.what=network"], "gptq",
+             {"training": (TimeNorms(count=2, starts=(5,), what="network"),)}),
             (["bit_width=4", "num_time_groups=3", "time_groups.starts=[2, 9]", "time_groups.smoothing=null"], "gptq",
              {"weights.bits": 4, "time_groups": {"count": 3, "starts": [2, 9], "smoothing": None}}),
             (["preset=fast", "weights.method=rtn", "embedding_bits=16", "seed=3", "timesteps=5"], "fast",

@@ -296,7 +296,7 @@ class TestStored:
         loaded = load_quantized(tmp_path / "q")
         assert loaded.config == config
         for name, norm in time_norms(whole.model).items():
-            assert torch.allclose(norm.time_weight, loaded.model.get_submodule(name).time_weight, atol=1e-5)
+            assert torch.equal(norm.time_weight, loaded.model.get_submodule(name).time_weight)
 
 
 class TestConfiguration:

@@ -65,6 +65,8 @@ def test_with_equal_groups_it_is_the_norm_bit_for_bit(
             with denoising((step, TIMESTEPS)):
                 assert torch.equal(aware(x), norm(x))
     assert torch.equal(aware.weight, norm.weight)
+    bias = getattr(norm, "bias", None)
+    assert aware.bias is None if bias is None else torch.equal(aware.bias, bias)
     assert aware.weight.dtype == dtype
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from thermo_lib import quantize
 from thermo_lib.evaluation.scores import build_suite, evaluate
 from thermo_lib.evaluation.smoothing import Targets
 from thermo_lib.models.lm import DiffusionLM
@@ -216,6 +217,13 @@ class TestComparisons:
             (0.95, "not met"),
             (0.6, "not met"),
         ]
+
+
+def test_norms_are_trained_when_activations_are_quantized(tiny: DiffusionLM) -> None:
+    p, models = point(**DYNAMIC, **{"time_norms.count": 2, "time_norms.steps": 3}), grid_module._Models(tiny, SMALL)
+    built, whole = models.build(p), quantize(tiny, p.config, models.calibration(p))
+    assert built.config == whole.config
+    assert torch.equal(built.model.model.norm.time_weight, whole.model.model.norm.time_weight)
 
 
 class TestFreshStates:

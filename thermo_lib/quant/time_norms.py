@@ -83,6 +83,13 @@ class TimeNorm(nn.Module):
         return self.time_weight[0] if self.table is None else self.table[self.row()]
 
     @property
+    def bias(self) -> Tensor | None:
+        """The bias at the current timestep, ``(features,)``; None where there is none."""
+        if self.time_bias is None:
+            return None
+        return self.time_bias[0] if self.bias_table is None else self.bias_table[self.row()]
+
+    @property
     def features(self) -> int:
         """Number of features."""
         return self.time_weight.shape[1]
