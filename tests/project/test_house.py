@@ -212,7 +212,8 @@ def test_import_brings_no_model_of_transformers() -> None:
     code = """
 import json, sys
 import torch
-from transformers import AutoConfig, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, BertConfig, EsmConfig, LlamaConfig
+from transformers import ModernBertConfig, Qwen2Config, Qwen3Config, RobertaConfig
 before = set(sys.modules)
 import thermo_lib
 print(json.dumps(sorted(set(sys.modules) - before)))

@@ -17,7 +17,7 @@ from transformers.core_model_loading import ConversionOps, WeightRenaming
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
-    register_quantization_config,
+    AUTO_QUANTIZER_MAPPING,
     register_quantizer,
 )
 
@@ -104,8 +104,13 @@ class ThermoQuantizer(HfQuantizer):
         self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not isinstance(model, MaskPredictor):
+            found = f"model: found {type(model).__name__}"
+            if (model_type := model.config.model_type) in MODELS:  # a class of transformers' own, with its Auto classes
+                allowed = f"allowed with {model_type!r} is {MODELS[model_type].__name__}"
+                instead = f"load_quantized({model.config.name_or_path!r})" if self.pre_quantized else "load_model"
+                raise ValueError(f"{found}, {allowed}; thermo_lib.{instead} makes it")
             supported = ", ".join(model.__name__ for model in MODELS.values())
-            raise ValueError(f"model: found {type(model).__name__}, supported are {supported}")
+            raise ValueError(f"{found}, supported are {supported}")
         self.lm = QuantizedLM(
             model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
         )
@@ -178,9 +183,9 @@ class ThermoQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make the models and the method known to ``transformers``; see ``integrations.auto``."""
-    if ThermoConfig.quant_method in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if ThermoConfig.quant_method in AUTO_QUANTIZER_MAPPING:
         return
-    register_quantization_config(ThermoConfig.quant_method)(ThermoConfig)
+    AUTO_QUANTIZATION_CONFIG_MAPPING[ThermoConfig.quant_method] = ThermoConfig  # where one may be waiting for it
     register_quantizer(ThermoConfig.quant_method)(ThermoQuantizer)
     MaskPredictor.generate, MaskPredictor.diffusion_generate = generation.generate, generation.diffusion_generate
     for model_type, architecture in PUBLISHED.items():

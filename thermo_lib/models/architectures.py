@@ -106,10 +106,11 @@ class MaskPredictor(nn.Module):
             ``(batch, length, hidden)``; ``predict`` turns it into logits.
 
         Raises:
-            ValueError: ids on another device than the model.
+            ValueError: ids on another device than the model, or more tokens than it has positions for.
         """
         if input_ids.device != self.device and not getattr(self, "hf_device_map", None):
             raise ValueError(f"input_ids: found on {input_ids.device}, expected on {self.device}, where the model is")
+        self._check_length(input_ids)
         position_ids = None
         bias = None
         if attention_mask is not None:
@@ -127,8 +128,19 @@ class MaskPredictor(nn.Module):
         return self.passes.predict(self, states)
 
     def enter(self, input_ids: Tensor) -> Tensor:
-        """What enters the first block, ``(batch, length, hidden)``, of ids ``(batch, length)`` without padding."""
+        """What enters the first block, ``(batch, length, hidden)``, of ids ``(batch, length)`` without padding.
+
+        Raises:
+            ValueError: more tokens than the model has positions for.
+        """
+        self._check_length(input_ids)
         return self.passes.enter(self, input_ids, _positions(input_ids), None)
+
+    def _check_length(self, input_ids: Tensor) -> None:
+        length, most = input_ids.shape[1], self.passes.longest(self.config)
+        if most is not None and length > most:
+            because = f"with max_position_embeddings={self.config.max_position_embeddings}"
+            raise ValueError(f"input_ids: found a length of {length}, allowed is at most {most} {because}")
 
     def block_arguments(self, hidden: Tensor) -> list[dict[str, Any]]:
         """What each block is given beside hidden states ``(batch, length, hidden)``, without padding."""

@@ -55,6 +55,10 @@ def _flat_modernbert(content: dict[str, Any]) -> dict[str, Any]:
     """The settings by their published keys, where ``transformers`` 5 wrote them for each kind of layer."""
     content = dict(content)
     rope, kinds = content.pop("rope_parameters", None), content.pop("layer_types", None)
+    if not (rope is None or isinstance(rope, dict)):
+        raise ValueError(f"rope_parameters: found {rope!r:.80}, allowed is an object for each kind of layer")
+    if not (kinds is None or isinstance(kinds, list)):
+        raise ValueError(f"layer_types: found {kinds!r:.80}, allowed is 'full_attention' for every n-th layer")
     for kind, key in (("full_attention", "global_rope_theta"), ("sliding_attention", "local_rope_theta")):
         if rope is not None:
             content |= {key: flat_rope({"rope_parameters": rope.get(kind)}).get("rope_theta", content.get(key))}
@@ -140,10 +144,13 @@ _ESM = Architecture(
         "bos_token_id",
         "eos_token_id",
     ),
-    fixed=_FIXED | {"is_folding_model": (False, None), "hidden_act": ("gelu", None)},
+    fixed=_FIXED
+    | {"is_folding_model": (False, None), "hidden_act": ("gelu", None), "rope_theta": (10000.0, 10000, None)},
     mask_token="<mask>",
     older=_OLDER,
     unused=("esm.pooler.", "esm.contact_head.", "esm.embeddings.position_ids", "rotary_embeddings.inv_freq"),
+    # Models had them whether they used them or not (github.com/huggingface/transformers, pull request 39063).
+    unused_if_rotary=("esm.embeddings.position_embeddings.",),
 )
 _MODERNBERT = Architecture(
     config=MaskedModernBertConfig,

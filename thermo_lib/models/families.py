@@ -278,7 +278,9 @@ def stored_names(found: Container[str], config: PreTrainedConfig, expected: Iter
 
 def used(found: Mapping[str, T], config: PreTrainedConfig) -> dict[str, T]:
     """What is found in a checkpoint, name to anything, without the tensors that a model of its family doesn't use."""
-    unused = ARCHITECTURES[config.model_type].unused
+    architecture = ARCHITECTURES[config.model_type]
+    is_rotary = getattr(config, "position_embedding_type", None) == "rotary"
+    unused = architecture.unused + (architecture.unused_if_rotary if is_rotary else ())
     return {name: thing for name, thing in found.items() if not any(part in name for part in unused)}
 
 

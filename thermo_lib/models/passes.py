@@ -13,6 +13,10 @@ from torch import Tensor, nn
 class DecoderPass:
     """Qwen2, Qwen3 and Llama: rotary positions, a norm after the last block, a linear as the head."""
 
+    def longest(self, config: Any) -> int | None:
+        """How many tokens a text may have; None where the model has no table of positions, which ends somewhere."""
+        return None
+
     def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
         """What enters the first block, ``(batch, length, hidden)``.
 
@@ -59,12 +63,17 @@ class DecoderPass:
 class BertPass(DecoderPass):
     """BERT: embedded positions, a norm before the first block, a head with a layer of its own before the linear."""
 
+    def longest(self, config: Any) -> int | None:
+        """See ``DecoderPass``."""
+        return config.max_position_embeddings - self._first(config)
+
     def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
         """See ``DecoderPass``."""
         embeddings = model.base_model.embeddings
-        return embeddings(ids, token_type_ids=torch.zeros_like(ids), position_ids=positions + self._first(model))
+        return embeddings(ids, token_type_ids=torch.zeros_like(ids), position_ids=positions + self._first(model.config))
 
-    def _first(self, model: Any) -> int:
+    def _first(self, config: Any) -> int:
+        """The position of the first token."""
         return 0
 
     def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
@@ -91,8 +100,9 @@ class BertPass(DecoderPass):
 class RobertaPass(BertPass):
     """RoBERTa: as BERT; positions begin after that of the padding token."""
 
-    def _first(self, model: Any) -> int:
-        return model.config.pad_token_id + 1
+    def _first(self, config: Any) -> int:
+        """See ``BertPass``."""
+        return config.pad_token_id + 1
 
     def leave(self, model: Any, hidden: Tensor) -> Tensor:
         """See ``DecoderPass``."""
@@ -107,12 +117,34 @@ class RobertaPass(BertPass):
 class EsmPass(RobertaPass):
     """ESM-1b (positions embedded as in RoBERTa) and ESM-2 (rotary): norms before each layer and after the last block.
 
-    With ``token_dropout`` a mask's embedding is zero and the others' are scaled by how many are masked.
+    With ``token_dropout`` a mask's embedding is zero and the others' are multiplied by ``0.88 / (1 - m)``, where ``m``
+    is the share of masks in the text and 0.88 what isn't masked in training (``_UNMASKED``).
     """
 
-    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+    _UNMASKED = 1 - 0.15 * 0.8
+
+    def longest(self, config: Any) -> int | None:
         """See ``DecoderPass``."""
-        return model.esm.embeddings(ids, attention_mask=visible, position_ids=positions + self._first(model))
+        return super().longest(config) if config.position_embedding_type == "absolute" else None
+
+    def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """See ``DecoderPass``.
+
+        The model's own forward also counts masks in padding, and divides by zero where a text is all masks, as every
+        text is at the first denoising step.
+        """
+        embeddings, config = model.esm.embeddings, model.config
+        hidden = embeddings.word_embeddings(ids)
+        seen = torch.ones_like(ids, dtype=torch.bool) if visible is None else visible.bool()
+        if config.token_dropout:
+            is_known = (ids != config.mask_token_id) & seen
+            scale = self._UNMASKED * seen.sum(-1) / is_known.sum(-1).clamp(min=1)
+            hidden = (hidden * (scale[:, None] * is_known)[..., None]).to(hidden.dtype)
+        if embeddings.position_embedding_type == "absolute":
+            hidden = hidden + embeddings.position_embeddings(positions + self._first(config))
+        if embeddings.layer_norm is not None:
+            hidden = embeddings.layer_norm(hidden)
+        return hidden if visible is None else hidden * seen[..., None].to(hidden.dtype)
 
     def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
         """See ``DecoderPass``."""

@@ -59,6 +59,7 @@ class Architecture:
         parts: what the model calls its parts.
         older: part of a tensor's name to what old checkpoints have in its place.
         unused: parts of the names of tensors that checkpoints may hold and the model doesn't use.
+        unused_if_rotary: more of them where ``position_embedding_type`` is ``rotary``.
         flat: the settings by their published keys, from those that ``transformers`` may have written instead.
     """
 
@@ -75,6 +76,7 @@ class Architecture:
     parts: Parts = field(default_factory=Parts)
     older: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    unused_if_rotary: tuple[str, ...] = ()
     flat: Callable[[dict[str, Any]], dict[str, Any]] = flat_rope
 
 

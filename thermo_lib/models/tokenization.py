@@ -1,7 +1,8 @@
 """Tokenizers and chat templates from the files of a checkpoint, without running its code.
 
 LLaDA is published with ``tokenizer.json``. Dream is published with a tokenizer class of its own, Qwen2's byte-level
-BPE (``vocab.json``, ``merges.txt``) with more tokens (``tokenizer_config.json``); it is built from these files.
+BPE (``vocab.json``, ``merges.txt``) with more tokens (``tokenizer_config.json``); it is built from these files. So is
+that of ESM and of older checkpoints of BERT, from ``vocab.txt`` (``vocabularies``).
 A chat template is a Jinja template; it comes from the checkpoint and is rendered in Jinja's sandbox. Where it is looked
 for, and what it may name and do, is as in ``transformers`` (``PreTrainedTokenizerBase.apply_chat_template``).
 """
@@ -19,21 +20,24 @@ from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.folders import TEMPLATES_NAME
 from thermo_lib.files.text import read_object
+from thermo_lib.models.vocabularies import LISTS, OF_FAMILY, build_from_list
+from thermo_lib.models.vocabularies import NAME as LIST_NAME
 
 SETTINGS_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 TEMPLATE_NAME = "chat_template.jinja"
 LEGACY_NAME = "chat_template.json"  # of processors; transformers' tokenizers don't read it
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt")
-# What is carried over to a model's next folder as it is, with the templates in TEMPLATES_NAME.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", LIST_NAME)
+# What is carried over to a model's next folder as it is, with the templates in TEMPLATES_NAME; transformers reads
+# a vocab.txt before others.
 _SETTINGS = (SETTINGS_NAME, TEMPLATE_NAME, LEGACY_NAME, SPECIAL_NAME)
 GENERATION_NAME = "generation_config.json"
-CARRIED = (*_SETTINGS, GENERATION_NAME)
+CARRIED = (*_SETTINGS, GENERATION_NAME, LIST_NAME)
 QWEN2_CLASSES = ("DreamTokenizer", "Qwen2Tokenizer", "Qwen2TokenizerFast")
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _DEFAULT = "default"  # the name of the template that is used where none is named
@@ -74,9 +78,11 @@ def _read_any(folder: Path) -> Tokenizer:
             return Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises no narrower type
             raise ValueError(f"{path}: not a tokenizer file ({error})") from error
-    if not (vocabulary.is_file() and merges.is_file()):
-        raise ValueError(f"model: found no tokenizer.json in {folder}, nor vocab.json with merges.txt")
     settings = _read_settings(folder)
+    if (folder / LIST_NAME).is_file():
+        return build_from_list(_list_kind(folder, settings), folder, settings, _special_tokens(folder))
+    if not (vocabulary.is_file() and merges.is_file()):
+        raise ValueError(f"model: found no tokenizer.json in {folder}, nor vocab.json with merges.txt, nor vocab.txt")
     if settings.get("tokenizer_class") not in QWEN2_CLASSES:
         found = f"found {settings.get('tokenizer_class')!r}, allowed are {', '.join(QWEN2_CLASSES)}"
         raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: {found}; others need a tokenizer.json")
@@ -96,6 +102,18 @@ def _read_any(folder: Path) -> Tokenizer:
     return tokenizer
 
 
+def _list_kind(folder: Path, settings: Mapping[str, Any]) -> str:
+    """The class of a tokenizer that is a ``vocab.txt``: by ``tokenizer_config.json``, or else by the model's family."""
+    found = settings.get("tokenizer_class")
+    if found is None and (folder / "config.json").is_file():
+        found = OF_FAMILY.get(str(read_object(folder / "config.json").get("model_type")))
+    kind = str(found).removesuffix("Fast")
+    if kind not in LISTS:
+        allowed = f"allowed with {LIST_NAME} are {', '.join(LISTS)}"
+        raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: found {found!r}, {allowed}")
+    return kind
+
+
 def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any], path: Path) -> None:
     try:
         added = {int(number): AddedToken(**token) for number, token in settings["added_tokens_decoder"].items()}
@@ -108,23 +126,6 @@ def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any], path: Path) -
         if tokenizer.token_to_id(token.content) != number:
             found = f"found id {number} for {token.content!r}, expected {tokenizer.token_to_id(token.content)}"
             raise ValueError(f"{path}: added_tokens_decoder: {found}, the next after the vocabulary")
-
-
-def letter_tokenizer(tokens: Sequence[str], *, begin: str, end: str, unknown: str) -> Tokenizer:
-    """A tokenizer of sequences of letters, e.g. of a protein: a letter is a token.
-
-    Args:
-        tokens: text of each id in order; those of more than a letter are special.
-        begin, end: what stands before and after a sequence where special tokens are asked for.
-        unknown: stands for a letter that isn't there.
-    """
-    tokenizer = Tokenizer(models.WordLevel({text: i for i, text in enumerate(tokens)}, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
-    tokenizer.decoder = decoders.Fuse()
-    tokenizer.add_special_tokens([text for text in tokens if len(text) > 1])
-    around = [(text, tokens.index(text)) for text in (begin, end)]
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{begin} $A {end}", special_tokens=around)
-    return tokenizer
 
 
 def read_mask_token_id(folder: Path, text: str) -> int:

@@ -13,7 +13,7 @@ from thermo_lib.models.lm import DiffusionLM, as_lm
 from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM, norm_names
+from thermo_lib.pipeline.model import QuantizedLM, coded_tables, norm_names
 from thermo_lib.pipeline.phases import PhaseRun, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.training import (
@@ -96,6 +96,7 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
     }
     if len(devices - {"meta"}) > 1:  # blocks that are read when they run are on meta
         raise ValueError(f"lm: found a model split over {', '.join(sorted(devices))}, allowed is one device")
+    coded_tables(lm.model, config)  # which refuses those that can't be coded
     if config.time_norms is not None:
         norm_names(lm.model)  # refuses kinds that aren't known
     if config.needs_calibration and calibration is None:

@@ -34,7 +34,7 @@ from thermo_lib.models.lm import check_unquantized, last_norm, model_folder
 from thermo_lib.models.streamed import Checkpoint, load_streamed
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM, linear_names, tables
+from thermo_lib.pipeline.model import QuantizedLM, coded_tables, linear_names, tables
 from thermo_lib.pipeline.phases import first_starts
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import model_tensors, quantized_config_json
@@ -149,6 +149,7 @@ def _quantize(
     model_config = read_config(folder, family)
     check_unquantized(folder)
     model = skeleton(model_config)
+    coded_tables(model, config)  # which refuses those that can't be coded
     checkpoint = Checkpoint(folder, model)
     tokenizer, chat_template = read_tokenizer(folder, model_config.vocab_size), read_chat_template(folder)
     carried = read_carried(folder)

@@ -33,7 +33,6 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
-from thermo_lib.models.tokenization import letter_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import GPTQ, LeastSquares, PathKL, RoundToNearest, Sequential, TimeNorms, Trellis
 from thermo_lib.studies.grid import Grid, Point, PointRow, point
@@ -54,6 +53,7 @@ SEEDS = (0, 1, 2)
 METHODS = (None, "linear", "cubic", "sigmoid")
 _INSIDE = "antiberty/trained_models/"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+_TOKENS = ("pad_token", "unk_token", "cls_token", "eos_token", "mask_token")
 
 
 def fetch(folder: Path = FOLDER) -> Path:
@@ -94,11 +94,11 @@ def convert(wheel: Path, folder: Path) -> None:
     config |= {"architectures": ["BertForMaskedLM"], "mask_token_id": letters.index("[MASK]")}
     config.pop("_name_or_path", None)
     generation = {"suppress_tokens": [letters.index(token) for token in _SPECIAL]}
-    settings = {"mask_token": "[MASK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    settings = {"tokenizer_class": "EsmTokenizer"} | dict(zip(_TOKENS, (*_SPECIAL, "[MASK]"), strict=True))
 
     def write(target: Path) -> None:
         save_file(kept, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        letter_tokenizer(letters, begin="[CLS]", end="[SEP]", unknown="[UNK]").save(str(target / "tokenizer.json"))
+        (target / "vocab.txt").write_text("\n".join(letters) + "\n", encoding="utf-8")
         for name, content in (
             ("config.json", config),
             ("generation_config.json", generation),
