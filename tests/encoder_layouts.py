@@ -56,6 +56,7 @@ _ESM2: dict[str, Any] = _SIZES | {
     "architectures": ["EsmForMaskedLM"],
     "attention_probs_dropout_prob": 0.0,
     "emb_layer_norm_before": False,
+    "eos_token_id": 2,  # not in the published files, but what transformers takes then
     "esmfold_config": None,
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.0,

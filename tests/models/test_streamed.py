@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import EVERY, Layout
+from encoder_layouts import ANY, AnyLayout
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -21,14 +21,14 @@ from thermo_lib.transition.loss import token_importance
 
 
 @pytest.fixture
-def write(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[Layout], Path]:
+def write(tmp_path: Path, tokenizer: Tokenizer) -> Callable[[AnyLayout], Path]:
     """Writes a checkpoint of a layout."""
     return lambda layout: layout.write(tmp_path / "source", tokenizer)
 
 
 def loaded(lm: DiffusionLM) -> list[int]:
     """The numbers of the blocks that have weights."""
-    return [n for n, block in enumerate(lm.model.model.layers) if not any(p.is_meta for p in block.parameters())]
+    return [n for n, block in enumerate(lm.model.blocks) if not any(p.is_meta for p in block.parameters())]
 
 
 @pytest.fixture
@@ -36,8 +36,8 @@ def streamed(folder: Path) -> StreamedLM:
     return load_streamed(str(folder))
 
 
-@EVERY
-def test_it_computes_what_the_whole_model_does(write: Callable[[Layout], Path], layout: Layout) -> None:
+@ANY
+def test_it_computes_what_the_whole_model_does(write: Callable[[AnyLayout], Path], layout: AnyLayout) -> None:
     source = write(layout)
     whole, found = layout.load(source), load_streamed(str(source), family=layout.family)
     ids = torch.randint(0, whole.model.config.vocab_size - 1, (3, 9), generator=torch.Generator().manual_seed(0))

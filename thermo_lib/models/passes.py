@@ -17,6 +17,10 @@ class DecoderPass:
         """How many tokens a text may have; None where the model has no table of positions, which ends somewhere."""
         return None
 
+    def seen(self, config: Any) -> str:
+        """Which tokens a token sees, in words."""
+        return "full"
+
     def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
         """What enters the first block, ``(batch, length, hidden)``.
 
@@ -170,6 +174,11 @@ class EsmPass(RobertaPass):
 
 class ModernBertPass(DecoderPass):
     """ModernBERT: rotary positions, most layers see a window only, a head with a layer of its own."""
+
+    def seen(self, config: Any) -> str:
+        """See ``DecoderPass``."""
+        every, reach = config.global_attn_every_n_layers, config.sliding_window
+        return "full" if every == 1 else f"full in one block of {every}, of tokens at most {reach} away in others"
 
     def enter(self, model: Any, ids: Tensor, positions: Tensor, visible: Tensor | None) -> Tensor:
         """See ``DecoderPass``."""

@@ -54,7 +54,7 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
         "embeddings": "also the head's" if config.tie_word_embeddings else "apart from the head's",
         "mask id": str(config.mask_token_id),
         "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
-        "attention": f"full, {heads}",
+        "attention": f"{model.passes.seen(config)}, {heads}",
         "norms": str(found[last_norm(config, found)].dtype).removeprefix("torch."),
         **({} if thermo is None or thermo.time_norms is None else {"time norms": _time_norms(model, thermo)}),
         "quantized": "no" if thermo is None else words(thermo),
