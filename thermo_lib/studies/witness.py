@@ -50,6 +50,7 @@ PUBLIC = (
 )
 TIMESTEPS = 16
 SEEDS = (0, 1, 2)
+PRECISIONS = (None, 4, 8)  # bits of activations
 METHODS = (None, "linear", "cubic", "sigmoid")
 _INSIDE = "antiberty/trained_models/"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
@@ -202,12 +203,13 @@ def question_points(bits: int | None, seeds: Sequence[int] = SEEDS) -> dict[str,
 
 
 def norm_points(weights: str, count: int, smoothing: str | None, seeds: Sequence[int] = SEEDS) -> list[Point]:
-    """Time-aware norms, trained for path KL on calibration states, one point a seed."""
-    norms = TimeNorms(count=count, smoothing=smoothing)
+    """Time-aware norms, trained for path KL on fresh states, one point a seed."""
+    norms = TimeNorms(count=count, smoothing=smoothing, states="fresh", steps=400)
     config = ThermoConfig(**_PLAIN | _FIRST[weights] | {"training": (norms,)})
     return [Point(config, seed) for seed in seeds]
 
 
+NORMS_OF = ("GPTQ", "trellis, even")
 NORMS: tuple[tuple[int, str | None], ...] = (
     (1, None),
     (3, None),
@@ -221,16 +223,25 @@ NORMS: tuple[tuple[int, str | None], ...] = (
 def plan() -> list[list[Point]]:
     """Everything that is measured, in the order in which it is: a run that is stopped leaves the first of it."""
     methods = [method_points(name) for name in _FIRST if "sequential" not in name]
-    norms = [[p for setting in NORMS[:3] for p in norm_points("GPTQ", *setting, SEEDS[: n + 1])] for n in range(3)]
-    questions = [[p for points in question_points(bits).values() for p in points] for bits in (None, 4, 8)]
-    trained = [method_points(name) for name in _FIRST if "sequential" in name]
-    more = [norm_points(weights, *setting) for weights in ("GPTQ", "trellis, even") for setting in NORMS]
-    return [*methods, norms[0], *questions, *norms[1:], *trained, *more]
+    trained = [method_points(name, SEEDS[:1]) for name in _FIRST if "sequential" in name]
+    found = [*methods, _norms("GPTQ", NORMS[:3], 0)]
+    for seed in SEEDS:
+        for bits in PRECISIONS:
+            found.append([p for points in question_points(bits, (seed,)).values() for p in points])
+        found += trained if seed == SEEDS[0] else []
+    for seed in SEEDS:
+        found += [_norms(weights, NORMS, seed) for weights in NORMS_OF]
+    return found
 
 
-def _measured(grid: Grid, points: Sequence[Point]) -> list[PointRow] | None:
-    """The rows of points, None unless all of them are measured."""
-    return [grid[p] for p in points] if all(p.key in grid.rows for p in points) else None
+def _norms(weights: str, settings: Sequence[tuple[int, str | None]], seed: int) -> list[Point]:
+    return [p for setting in settings for p in norm_points(weights, *setting, (seed,))]
+
+
+def _complete(grid: Grid, bits: int | None) -> tuple[int, ...]:
+    """The seeds with which everything was measured at one precision."""
+    every = {seed: question_points(bits, (seed,)).values() for seed in SEEDS}
+    return tuple(s for s, found in every.items() if all(p.key in grid.rows for points in found for p in points))
 
 
 def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[str, Any]:
@@ -261,16 +272,14 @@ def report(grid: Grid) -> dict[str, Any]:
     for name in _FIRST:
         if found := _available(grid, method_points(name)):
             rows.append(_row(found, name, 16))
-    for bits in (None, 8, 4):
-        question = question_points(bits)
-        for name, points in question.items():
-            if found := _measured(grid, points):
-                rows.append(_row(found, f"GPTQ, {name}", bits or 16) | _against(grid, question["one"], found))
-        rough = _activations(bits, time_groups={"count": 3, "smoothing": None})
-        methods = [m for m in METHODS if m and _measured(grid, question[f"3 groups, {m}"])]
-        if methods and _measured(grid, question["3 groups, not smoothed"]):
-            targets += verdicts(grid, rough, methods, SEEDS)
-    for weights in ("GPTQ", "trellis, even"):
+    for bits in PRECISIONS:
+        if seeds := _complete(grid, bits):
+            question = {name: [grid[p] for p in points] for name, points in question_points(bits, seeds).items()}
+            for name, found in question.items():
+                rows.append(_row(found, f"GPTQ, {name}", bits or 16) | _against(question["one"], found))
+            rough = _activations(bits, time_groups={"count": 3, "smoothing": None})
+            targets += verdicts(grid, rough, METHODS[1:], seeds)
+    for weights in NORMS_OF:
         for setting in NORMS:
             norms += _norm_rows(grid, weights, *setting)
     return {
@@ -284,13 +293,12 @@ def report(grid: Grid) -> dict[str, Any]:
     }
 
 
-def _against(grid: Grid, baseline: Sequence[Point], found: Sequence[PointRow]) -> Mapping[str, Any]:
+def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str, Any]:
     """What differs from one range or scale for all timesteps, relative accuracy and nats, paired by sequence."""
-    rough = _measured(grid, baseline)
-    if rough is None or found[0].point == rough[0].point:
+    if found == one:
         return {}
-    gained, gained_ci = gain(found, rough)
-    change, change_ci = path_kl_change(found, rough)
+    gained, gained_ci = gain(found, one)
+    change, change_ci = path_kl_change(found, one)
     return {"gain": gained, "gain_ci": list(gained_ci), "change": change, "change_ci": list(change_ci)}
 
 
