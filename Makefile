@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-library test-notebooks lab peers docs dream-7b clean check-platform
+.PHONY: help repro test test-library test-notebooks lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -44,9 +44,10 @@ help:
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
+	@echo "make witness ask the study's questions of a second model, which is downloaded: reports/witness.json"
 	@echo "make dream-7b  quantize and run a checkpoint of Dream 7B's size (MODEL=random, a folder or a hub id)"
 	@echo "make clean   remove .venv, .venv-peers, the caches of the tools and the build leftovers; results stay"
-	@echo "Each of the first six makes .venv from requirements.lock first, where it is missing or out of date."
+	@echo "Each of the first seven makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
@@ -79,6 +80,10 @@ peers: .venv/.stamp .venv-peers/.stamp
 	.venv/bin/python -m thermo_lib.studies.peers
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.full_size
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.speed
+
+# What the reports have already is kept, and a run that was stopped goes on. For a new one delete reports/*_points.json.
+witness: .venv/.stamp
+	$(KEEP_MEMORY) .venv/bin/python -m thermo_lib.studies.witness
 
 # Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp

@@ -110,6 +110,29 @@ def intervals(
         ax.axvline(reference, color=COLORS[1], linestyle="--")
 
 
+def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> None:
+    """Shares of several factors, a bar a model beside each other; a dot is one of a share's values.
+
+    Args:
+        models: model to factor to the values of its share, e.g. one a seed; a bar is their mean.
+        xlabel: what a share is of.
+    """
+    factors = list(next(iter(models.values())))
+    _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    thickness = 0.8 / len(models)
+    for number, (model, found) in enumerate(models.items()):
+        places = [place + (number - (len(models) - 1) / 2) * thickness for place in range(len(factors))]
+        means = [sum(found[factor]) / len(found[factor]) for factor in factors]
+        ax.barh(places, means, thickness, color=COLORS[number], label=model)
+        for place, mean, factor in zip(places, means, factors, strict=True):
+            ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
+            ax.annotate(f"{mean:.1%}", (max(found[factor]), place), (6, 0), textcoords="offset points", va="center")
+    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, None))
+    ax.set_ylim(len(factors) - 0.5, -0.5)
+    ax.margins(x=0.12)
+    ax.legend(frameon=False, fontsize="small", loc="lower right")
+
+
 def parameters_over_time(
     before: Mapping[str, Sequence[float]], after: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str
 ) -> None:

@@ -5,8 +5,9 @@ a masked language model. Denoising starts from all masks between ``[CLS]`` and `
 drawn. Its weights are in the wheel ``antiberty`` of the Python package index: one file is taken out of it, and nothing
 of it is installed or run.
 
-``python -m thermo_lib.studies.witness`` measures what is missing in ``reports/witness_points.json``, one point after
-the other, and then writes ``reports/witness.json``.
+``python -m thermo_lib.studies.witness`` measures what is missing in ``reports/witness_points.json`` and, of time-aware
+norms of the reference model, in ``reports/norms_points.json``, one point after the other, and writes
+``reports/witness.json``. A run that is stopped goes on where it was.
 """
 
 import io
@@ -35,13 +36,15 @@ from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import GPTQ, LeastSquares, PathKL, RoundToNearest, Sequential, TimeNorms, Trellis
-from thermo_lib.studies.grid import Grid, Point, PointRow, point
+from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow, point
 from thermo_lib.studies.smoothing import gain, path_kl_change, verdicts
+from thermo_lib.studies.variance import FACTORS, variance_shares
 
 WHEEL = "antiberty==0.1.3"
 SHA256 = "30d910992b190013871bac49cdc032e01a19339f7d2b958ab99b0eb44638352a"
 FOLDER = Path("artifacts/antiberty")
 POINTS = Path("reports/witness_points.json")
+NORMS_POINTS = Path("reports/norms_points.json")
 REPORT = Path("reports/witness.json")
 # The heavy and the light chain that the package's own README prints.
 PUBLIC = (
@@ -52,6 +55,47 @@ TIMESTEPS = 16
 SEEDS = (0, 1, 2)
 PRECISIONS = (None, 4, 8)  # bits of activations
 METHODS = (None, "linear", "cubic", "sigmoid")
+COLUMNS = {
+    "method": ("method", "{}"),
+    "bpw": ("bits_per_weight", "{:.3f}"),
+    "A": ("activation_bits", "{}"),
+    "seeds": ("seeds", "{}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "95 %": ("accuracy_ci", "{0[0]:.3f}..{0[1]:.3f}"),
+    "path KL": ("path_kl", "{:.1f}"),
+    "path KL, 95 %": ("path_kl_ci", "{0[0]:.1f}..{0[1]:.1f}"),
+    "gain": ("gain", "{:+z.1%}"),
+    "change": ("change", "{:+z.2f}"),
+    "change, 95 %": ("change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+}
+BOTH_COLUMNS = {
+    "method": ("method", "{}"),
+    "reference": ("reference", "{:.1f}"),
+    "witness": ("witness", "{:.1f}"),
+    "reference, share": ("reference_share", "{:.3f}"),
+    "witness, share": ("witness_share", "{:.3f}"),
+}
+NORM_COLUMNS = {
+    "model": ("model", "{}"),
+    "weights": ("quantizer", "{}"),
+    "sets": ("count", "{}"),
+    "smoothing": ("smoothing", "{}"),
+    "seeds": ("seeds", "{}"),
+    "bpw": ("bits_per_weight", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "path KL": ("path_kl", "{:.2f}"),
+    "change": ("change", "{:+z.3f}"),
+    "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
+}
+# Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
+_ON_REFERENCE = {
+    "round-to-nearest": ("round-to-nearest", "group 128"),
+    "GPTQ": ("thermo_lib GPTQ", "group 128"),
+    "trellis, even": ("thermo_lib trellis", "2 bits a column"),
+    "trellis, spread": ("thermo_lib trellis", "spread bits"),
+    "trellis, sequential": ("thermo_lib trellis", "spread bits, sequential"),
+    "trellis, sequential, network": ("thermo_lib trellis", "all phases"),
+}
 _INSIDE = "antiberty/trained_models/"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _TOKENS = ("pad_token", "unk_token", "cls_token", "eos_token", "mask_token")
@@ -134,7 +178,7 @@ class WitnessInputs:
         calibration_residues: the lengths.
     """
 
-    sequences: int = 24
+    sequences: int = 16
     trajectories: int = 48
     residues: int = 120
     calibration_sequences: int = 16
@@ -204,7 +248,7 @@ def question_points(bits: int | None, seeds: Sequence[int] = SEEDS) -> dict[str,
 
 def norm_points(weights: str, count: int, smoothing: str | None, seeds: Sequence[int] = SEEDS) -> list[Point]:
     """Time-aware norms, trained for path KL on fresh states, one point a seed."""
-    norms = TimeNorms(count=count, smoothing=smoothing, states="fresh", steps=400)
+    norms = TimeNorms(count=count, smoothing=smoothing, states="fresh", steps=300)
     config = ThermoConfig(**_PLAIN | _FIRST[weights] | {"training": (norms,)})
     return [Point(config, seed) for seed in seeds]
 
@@ -221,7 +265,7 @@ NORMS: tuple[tuple[int, str | None], ...] = (
 
 
 def plan() -> list[list[Point]]:
-    """Everything that is measured, in the order in which it is: a run that is stopped leaves the first of it."""
+    """Everything that is measured of the witness, in its order: a run that is stopped leaves the first of it."""
     methods = [method_points(name) for name in _FIRST if "sequential" not in name]
     trained = [method_points(name, SEEDS[:1]) for name in _FIRST if "sequential" in name]
     found = [*methods, _norms("GPTQ", NORMS[:3], 0)]
@@ -229,9 +273,12 @@ def plan() -> list[list[Point]]:
         for bits in PRECISIONS:
             found.append([p for points in question_points(bits, (seed,)).values() for p in points])
         found += trained if seed == SEEDS[0] else []
-    for seed in SEEDS:
-        found += [_norms(weights, NORMS, seed) for weights in NORMS_OF]
-    return found
+    return found + norms_plan()
+
+
+def norms_plan() -> list[list[Point]]:
+    """What is measured of time-aware norms, of both models."""
+    return [_norms(weights, NORMS, seed) for seed in SEEDS for weights in NORMS_OF]
 
 
 def _norms(weights: str, settings: Sequence[tuple[int, str | None]], seed: int) -> list[Point]:
@@ -266,8 +313,14 @@ def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
     return [grid[p] for p in points if p.key in grid.rows]
 
 
-def report(grid: Grid) -> dict[str, Any]:
-    """The content of ``reports/witness.json``, of what has been measured."""
+def report(grid: Grid, reference: Grid, variance: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``reports/witness.json``, of what has been measured.
+
+    Args:
+        grid: of the witness.
+        reference: of time-aware norms of the reference model.
+        variance: model to what ``variances`` returns.
+    """
     rows, targets, norms = [], [], []
     for name in _FIRST:
         if found := _available(grid, method_points(name)):
@@ -279,9 +332,10 @@ def report(grid: Grid) -> dict[str, Any]:
                 rows.append(_row(found, f"GPTQ, {name}", bits or 16) | _against(question["one"], found))
             rough = _activations(bits, time_groups={"count": 3, "smoothing": None})
             targets += verdicts(grid, rough, METHODS[1:], seeds)
-    for weights in NORMS_OF:
-        for setting in NORMS:
-            norms += _norm_rows(grid, weights, *setting)
+    for model, measured in {"reference": reference, WHEEL: grid}.items():
+        for weights in NORMS_OF:
+            for setting in NORMS:
+                norms += _norm_rows(measured, model, weights, *setting)
     return {
         "model": WHEEL,
         "versions": versions(),
@@ -290,7 +344,23 @@ def report(grid: Grid) -> dict[str, Any]:
         "rows": rows,
         "targets": targets,
         "time_norms": norms,
+        "variance": variance,
     }
+
+
+def variances(lm: DiffusionLM, inputs: Inputs | WitnessInputs) -> dict[str, Any]:
+    """Where the variance of activations' ranges lies, see ``variance_shares``.
+
+    Returns:
+        ``shares``: factor to its share with each seed; ``tokens``: layer to what time and token state explain of a
+        token's range, mean over seeds.
+    """
+    found = [variance_shares(lm, inputs.calibration(lm, TIMESTEPS, seed)) for seed in SEEDS]
+    layers = {
+        layer: {factor: float(np.mean([one["tokens"][layer][factor] for one in found])) for factor in factors}
+        for layer, factors in found[0]["tokens"].items()
+    }
+    return {"shares": {factor: [one["shares"][factor] for one in found] for factor in FACTORS}, "tokens": layers}
 
 
 def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str, Any]:
@@ -302,7 +372,7 @@ def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str,
     return {"gain": gained, "gain_ci": list(gained_ci), "change": change, "change_ci": list(change_ci)}
 
 
-def _norm_rows(grid: Grid, weights: str, count: int, smoothing: str | None) -> list[dict[str, Any]]:
+def _norm_rows(grid: Grid, model: str, weights: str, count: int, smoothing: str | None) -> list[dict[str, Any]]:
     """A row of ``time_norms``, of the seeds that were measured; none without any."""
     pairs = zip(norm_points(weights, count, smoothing), norm_points(weights, 1, None), strict=True)
     both = [(grid[a], grid[b]) for a, b in pairs if a.key in grid.rows and b.key in grid.rows]
@@ -312,7 +382,7 @@ def _norm_rows(grid: Grid, weights: str, count: int, smoothing: str | None) -> l
     change, change_ci = (0.0, (0.0, 0.0)) if count == 1 else path_kl_change(found, twins)
     return [
         {
-            "model": WHEEL,
+            "model": model,
             "quantizer": weights,
             "activation_bits": 16,
             "count": count,
@@ -327,12 +397,45 @@ def _norm_rows(grid: Grid, weights: str, count: int, smoothing: str | None) -> l
     ]
 
 
+def both_models(
+    peers: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], baseline: str
+) -> list[dict[str, Any]]:
+    """Path KL of the methods that were measured on both models, in nats and as a share of a baseline's.
+
+    Args:
+        peers: the rows of ``reports/peers.json``, of the reference model.
+        rows: of ``reports/witness.json``.
+        baseline: a method that was measured on both.
+    """
+    by_name = {(row["method"], row["setting"]): row["path_kl"] for row in peers}
+    ours = {row["method"]: row["path_kl"] for row in rows}
+    both = {m: (by_name[named], ours[m]) for m, named in _ON_REFERENCE.items() if named in by_name and m in ours}
+    if baseline not in both:
+        raise ValueError(f"baseline: found {baseline!r}, allowed are {', '.join(both)}")
+    return [
+        {
+            "method": method,
+            "reference": reference,
+            "witness": witness,
+            "reference_share": reference / both[baseline][0],
+            "witness_share": witness / both[baseline][1],
+        }
+        for method, (reference, witness) in both.items()
+    ]
+
+
 def main() -> None:
     """Measure what is missing, and write the report after each part of the plan."""
     grid = Grid(POINTS, load_model(str(fetch())), WitnessInputs())
-    for points in plan():
-        grid.run(points)
-        write_json(REPORT, report(grid))
+    reference = Grid(NORMS_POINTS, load_model("reference"))
+    variance = {
+        "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
+        WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
+    }
+    work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
+    for measured, points in work:
+        measured.run(points)
+        write_json(REPORT, report(grid, reference, variance))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,168 @@
+"""The second model: what is taken out of the wheel, what denoising starts from, and the report of what is measured."""
+
+import io
+import json
+import subprocess
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from thermo_lib import load_model
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.studies import witness
+from thermo_lib.studies.grid import Grid, Point
+
+LETTERS = [*witness._SPECIAL, "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
+SMALL = witness.WitnessInputs(
+    sequences=2, trajectories=2, residues=6, calibration_sequences=1, calibration_residues=(5, 7)
+)
+
+
+@pytest.fixture(scope="module")
+def published() -> BertForMaskedLM:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(LETTERS),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=20,
+    )
+    model = BertForMaskedLM(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn(parameter.shape)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, published: BertForMaskedLM) -> Path:
+    """A wheel in the layout of the published one, converted."""
+    root = tmp_path_factory.mktemp("witness")
+    state, pickle = published.state_dict(), io.BytesIO()
+    more = {"bert.embeddings.position_ids": torch.arange(20)[None], "bert.pooler.dense.weight": torch.zeros(32, 32)}
+    torch.save(state | more | {"cls.species.weight": torch.zeros(6, 32)}, pickle)
+    inside = "antiberty/trained_models"
+    with zipfile.ZipFile(root / "x.whl", "w") as file:
+        file.writestr(f"{inside}/AntiBERTy_md_smooth/pytorch_model.bin", pickle.getvalue())
+        file.writestr(f"{inside}/AntiBERTy_md_smooth/config.json", json.dumps(published.config.to_dict()))
+        file.writestr(f"{inside}/vocab.txt", "\n".join(LETTERS))
+    witness.convert(root / "x.whl", root / "model")
+    return root / "model"
+
+
+@pytest.fixture(scope="module")
+def lm(folder: Path) -> DiffusionLM:
+    return load_model(str(folder))
+
+
+def test_the_folder_is_the_published_model(lm: DiffusionLM, published: BertForMaskedLM) -> None:
+    ids = torch.tensor([lm.tokenizer.encode("QVEL").ids])
+    assert ids.tolist() == [[2, *(LETTERS.index(letter) for letter in "QVEL"), 3]]
+    with torch.no_grad():
+        assert torch.allclose(lm.model(ids).logits, published(ids).logits, atol=1e-5)
+
+
+def test_special_tokens_are_never_drawn(lm: DiffusionLM) -> None:
+    assert lm.suppressed == (0, 1, 2, 3)
+    assert lm.writable.tolist() == list(range(5, 25))
+    ids, allowed = witness.starts(lm, 3, 6)
+    assert ids[0].tolist() == [2, 4, 4, 4, 4, 4, 4, 3]
+    assert allowed.sum(1).tolist() == [6, 6, 6]
+    drawn = SMALL.suite(lm, 4).trajectories.clean[:, 1:-1]
+    assert drawn.min() >= 5
+
+
+def test_a_folder_that_is_there_is_not_fetched_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", None)
+    assert witness.fetch(folder) == folder
+
+
+def test_a_failed_download_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        commands.append((command, Path(command[-1]).read_text()))
+        return SimpleNamespace(returncode=1, stderr="no such host\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(RuntimeError, match=r"^pip download antiberty==0\.1\.3: no such host$"):
+        witness.fetch(tmp_path / "model")
+    ((command, wanted),) = commands
+    assert {"--require-hashes", "--no-deps"} <= set(command)
+    assert witness.SHA256 in wanted
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_part_of_the_plan_names_a_point_once() -> None:
+    for points in witness.plan():
+        assert len({p.key for p in points}) == len(points)
+    seeds = {p.calibration_seed for points in witness.plan() for p in points}
+    assert seeds == set(witness.SEEDS)
+
+
+@pytest.fixture(scope="module")
+def measured(lm: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+    """A grid with round-to-nearest, and with the question of W2A16 for one seed."""
+    grid = Grid(tmp_path_factory.mktemp("points") / "points.json", lm, SMALL)
+    question = witness.question_points(None, (0,))
+    grid.run([*witness.method_points("round-to-nearest"), *(p for points in question.values() for p in points)])
+    return grid
+
+
+class TestReport:
+    @pytest.fixture(scope="class")
+    def found(self, measured: Grid) -> dict[str, Any]:
+        return witness.report(measured, Grid("none.json", measured.reference), {})
+
+    def test_rows_are_those_that_are_measured(self, found: dict[str, Any]) -> None:
+        names = [row["method"] for row in found["rows"]]
+        assert names[:2] == ["round-to-nearest", "GPTQ"]  # GPTQ is the question's one scale for all timesteps
+        assert "GPTQ, 3 groups, linear" in names
+        one = next(row for row in found["rows"] if row["method"] == "GPTQ, one")
+        smoothed = next(row for row in found["rows"] if row["method"] == "GPTQ, 3 groups, linear")
+        assert "change" not in one
+        assert smoothed["change"] == pytest.approx(smoothed["path_kl"] - one["path_kl"], abs=1e-9)
+        assert smoothed["path_kl_ci"][0] <= smoothed["path_kl"] <= smoothed["path_kl_ci"][1]
+
+    def test_targets_have_verdicts(self, found: dict[str, Any]) -> None:
+        targets = found["targets"]
+        assert {row["smoothing_method"] for row in targets} == {"linear", "cubic", "sigmoid"}
+        assert {row["verdict"] for row in targets} <= {"met", "not met", "inconclusive"}
+
+    def test_a_seed_counts_when_all_of_it_is_measured(self, measured: Grid) -> None:
+        assert witness._complete(measured, None) == (0,)
+        assert witness._complete(measured, 4) == ()
+
+    def test_norms_are_compared_with_one_set_of_the_same_seed(self, measured: Grid) -> None:
+        (three,), (one,) = witness.norm_points("GPTQ", 3, "linear", (1,)), witness.norm_points("GPTQ", 1, None, (1,))
+        row = next(iter(measured.rows.values()))
+
+        def of(p: Point, nats: float) -> object:
+            return type(row)(**vars(row) | {"point": p, "path_kl_per_sequence": [nats, nats + 1]})
+
+        grid = SimpleNamespace(rows={three.key: of(three, 2.0), one.key: of(one, 5.0)}, __getitem__=None)
+        table = type("Table", (SimpleNamespace,), {"__getitem__": lambda self, p: self.rows[p.key]})
+        (found,) = witness._norm_rows(table(**vars(grid)), "m", "GPTQ", 3, "linear")
+        assert (found["change"], found["change_ci"], found["seeds"]) == (-3.0, [-3.0, -3.0], 1)
+        assert witness._norm_rows(table(rows={}), "m", "GPTQ", 3, "linear") == []
+
+
+def test_both_models_are_compared_by_share() -> None:
+    peers = [
+        {"method": "round-to-nearest", "setting": "group 128", "path_kl": 80.0},
+        {"method": "thermo_lib GPTQ", "setting": "group 128", "path_kl": 20.0},
+    ]
+    rows = [{"method": "round-to-nearest", "path_kl": 150.0}, {"method": "GPTQ", "path_kl": 30.0}]
+    found = witness.both_models(peers, rows, "round-to-nearest")
+    assert [(row["method"], row["reference_share"], row["witness_share"]) for row in found] == [
+        ("round-to-nearest", 1.0, 1.0),
+        ("GPTQ", 0.25, 0.2),
+    ]
+    with pytest.raises(ValueError, match=r"^baseline: found 'AWQ', allowed are round-to-nearest, GPTQ$"):
+        witness.both_models(peers, rows, "AWQ")
