@@ -12,8 +12,9 @@ from lm_eval.api.instance import Instance
 from torch import Tensor
 
 from thermo_lib.diffusion.path_kl import path_kl
-from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.diffusion.training import stratified_ratios
 from thermo_lib.evaluation.scores import context_free_scores, masked_token_scores
 from thermo_lib.integrations.lm_eval import HarnessLM

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from thermo_lib import Calibration, ThermoConfig, calibrate, generate, path_kl, quantize
 from thermo_lib.data.puzzles import make_puzzles
-from thermo_lib.diffusion.sampling import SAMPLERS
 from thermo_lib.diffusion.states import trajectory_states
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.evaluation.scores import Suite, evaluate
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import requantize_activations, smooth_each_layer

@@ -10,8 +10,8 @@ from pretend import DEVICE, MEMORY, OnDevice, PretendedDevice
 from torch import Tensor, nn
 
 from thermo_lib import Calibration, ThermoConfig, generate, load_model, optimize_transitions, quantize
-from thermo_lib.diffusion.sampling import SAMPLERS
 from thermo_lib.diffusion.states import calibrate
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 from thermo_lib.models.streamed import HostEmbedding, load_streamed
 from thermo_lib.pipeline.parts import GPTQ, Blocks, LeastSquares, PathKL, RoundToNearest, Trellis

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.models.lm import DiffusionLM
 
 CONFIDENCE_SAMPLERS = SAMPLERS[1:]
@@ -22,6 +23,17 @@ class TableLM:
     table: Tensor
     mask_token_id: int = MASK
     device = torch.device("cpu")
+    end_token_ids = ()
+
+    @property
+    def vocab_size(self) -> int:
+        """As ``DiffusionLM.vocab_size``."""
+        return self.table.shape[-1]
+
+    @property
+    def writable(self) -> Tensor:
+        """As ``DiffusionLM.writable``; the mask token is the first id."""
+        return torch.arange(1, self.vocab_size)
 
     def set_timestep(self, timestep: int, timesteps: int) -> None:
         """Nothing depends on the timestep."""

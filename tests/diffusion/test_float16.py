@@ -12,8 +12,9 @@ from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from thermo_lib.diffusion.path_kl import path_kl, reference_logits
-from thermo_lib.diffusion.sampling import generate, sample_tokens, unmask_probabilities
+from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, trajectory_states
+from thermo_lib.diffusion.tokens import sample_tokens
 from thermo_lib.evaluation.scores import masked_token_scores
 from thermo_lib.integrations.lm_eval import HarnessLM
 from thermo_lib.models.lm import DiffusionLM, check_logits

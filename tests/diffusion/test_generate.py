@@ -10,7 +10,9 @@ from scipy.stats import chisquare
 from table_model import CONFIDENCE_SAMPLERS, MASK, RandomIds, TableLM, run_states
 from torch import Tensor, nn
 
-from thermo_lib.diffusion.sampling import SAMPLERS, block_numbers, generate, sample_tokens
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.schedule import Schedule
+from thermo_lib.diffusion.tokens import SAMPLERS, sample_tokens
 from thermo_lib.models.lm import DiffusionLM
 
 
@@ -230,20 +232,11 @@ class TestPadding:
         longest = self.LENGTHS[0]
         padded = torch.cat([nn.functional.pad(row, (longest - row.shape[1], 0), value=pad) for row in rows])
         is_text = torch.arange(longest) >= longest - torch.tensor(self.LENGTHS)[:, None]
-        steps = 4 if block_length is None else 2
-        blocks = [1 if block_length is None else -(-int((row == MASK).sum()) // block_length) for row in rows]
-        text = generate(
-            tiny,
-            padded,
-            timesteps=steps * blocks[0],
-            attention_mask=is_text,
-            sampler=sampler,
-            block_length=block_length,
-        )
+        how = {"timesteps": 5, "sampler": sampler, "block_length": block_length}
+        text = generate(tiny, padded, attention_mask=is_text, **how)
         assert (text[~is_text] == pad).all()
-        for found, row, count in zip(text, rows, blocks, strict=True):
-            alone = generate(tiny, row, timesteps=steps * count, sampler=sampler, block_length=block_length)
-            assert torch.equal(found[-row.shape[1] :], alone[0])
+        for found, row in zip(text, rows, strict=True):
+            assert torch.equal(found[-row.shape[1] :], generate(tiny, row, **how)[0])
 
     def test_a_mask_without_padding_changes_nothing(self, tiny: DiffusionLM, prompts: Tensor) -> None:
         everything = torch.ones_like(prompts, dtype=torch.bool)
@@ -301,35 +294,39 @@ class TestBlocks:
     @given(
         rows=st.lists(st.lists(st.booleans(), min_size=12, max_size=12), min_size=1, max_size=3),
         block_length=st.integers(1, 13),
-        steps=st.integers(1, 3),
+        more=st.integers(0, 14),
         sampler=st.sampled_from(SAMPLERS),
         temperature=st.sampled_from([0.0, 1.0]),
     )
     def test_a_block_is_filled_before_the_next_begins(
-        self, rows: list[list[bool]], block_length: int, steps: int, sampler: str, temperature: float
+        self, rows: list[list[bool]], block_length: int, more: int, sampler: str, temperature: float
     ) -> None:
         is_masked = torch.tensor(rows)
         lm = TableLM(torch.randn(12, 7, generator=torch.Generator().manual_seed(0)))
-        blocks = max(1, -(-int(is_masked.sum(1).max()) // block_length))
+        blocks = [max(1, -(-int(row.sum()) // block_length)) for row in is_masked]
+        timesteps = max(blocks) + more
         states = run_states(
             lm,
             torch.where(is_masked, MASK, 5),
-            timesteps=steps * blocks,
+            timesteps=timesteps,
             block_length=block_length,
             sampler=sampler,
             temperature=temperature,
         )
-        for number, (before, after) in enumerate(itertools.pairwise(states)):
-            for row in range(len(rows)):
-                places = is_masked[row].nonzero().flatten()
+        for row, count in enumerate(blocks):
+            places = is_masked[row].nonzero().flatten()
+            sizes = [timesteps // count + (block < timesteps % count) for block in range(count)]
+            block_of = [block for block, size in enumerate(sizes) for _ in range(size)]
+            for number, (before, after) in enumerate(itertools.pairwise(states)):
+                block = block_of[number]
                 done, current, later = (
-                    places[: number // steps * block_length],
-                    places[number // steps * block_length :][:block_length],
-                    places[(number // steps + 1) * block_length :],
+                    places[: block * block_length],
+                    places[block * block_length :][:block_length],
+                    places[(block + 1) * block_length :],
                 )
                 assert (before[row, done] != MASK).all()
                 assert (after[row, later] == MASK).all()
-                if number % steps == steps - 1:
+                if [*block_of, None][number + 1] != block:
                     assert (after[row, current] != MASK).all()
         assert (states[-1] != MASK).all()
 
@@ -344,7 +341,7 @@ class TestBlocks:
         )
 
     def test_the_text_does_not_depend_on_the_batch_size(self, tiny: DiffusionLM, prompts: Tensor) -> None:
-        # Rows with fewer masks have fewer blocks; the timesteps are divided by those of the longest row.
+        # Rows with fewer masks have fewer blocks, and more timesteps for each of them.
         start = prompts.clone()
         start[0, 3:] = 7
         texts = [
@@ -354,18 +351,11 @@ class TestBlocks:
         assert torch.equal(texts[0], texts[2])
         assert torch.equal(texts[1], texts[2])
 
-    def test_the_model_is_told_the_step_of_the_whole_run(self, tiny: DiffusionLM, prompts: Tensor) -> None:
-        told: list[tuple[int, int]] = []
-        lm = TableLM(torch.zeros(14, 9))
-        lm.set_timestep = lambda *step: told.append(step)
-        generate(lm, prompts, timesteps=6, block_length=3)
-        assert told == [(i, 6) for i in range(6)]
-
     @pytest.mark.parametrize(
         ("block_length", "timesteps", "message"),
         [
             (0, 4, "block_length: found 0, allowed is at least 1"),
-            (2, 4, "timesteps: found 4, allowed are multiples of the 3 blocks"),
+            (2, 2, "timesteps: found 2, allowed is at least 3, one for each block of 2 positions"),
             (2, 0, "timesteps: found 0, allowed is at least 1"),
         ],
     )
@@ -377,7 +367,7 @@ class TestBlocks:
 
     def test_blocks_count_masked_positions_only(self) -> None:
         is_masked = torch.tensor([[True, False, True, True, False, True, True], [False] * 6 + [True]])
-        number, steps = block_numbers(is_masked, 2, 12)
-        assert steps == 4  # 5 masks make blocks of 2, 2 and 1
-        assert number[0, is_masked[0]].tolist() == [0, 0, 1, 1, 2]
-        assert number[1, 6] == 0
+        schedule = Schedule.of(is_masked, 2, 12)
+        assert schedule.blocks.tolist() == [3, 1]  # 5 masks make blocks of 2, 2 and 1
+        assert schedule.block[0, is_masked[0]].tolist() == [0, 0, 1, 1, 2]
+        assert schedule.block[1, 6] == 0

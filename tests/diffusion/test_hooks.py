@@ -8,7 +8,8 @@ import torch
 from table_model import MASK, RandomIds, run_states
 from torch import Tensor
 
-from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.models.lm import DiffusionLM
 
 

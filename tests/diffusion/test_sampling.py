@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from table_model import CONFIDENCE_SAMPLERS
 from torch import Tensor
 
-from thermo_lib.diffusion.sampling import confidence, filter_logits, sample_tokens
+from thermo_lib.diffusion.tokens import confidence, filter_logits, sample_tokens
 
 
 def distinct_logits(size: int) -> st.SearchStrategy[Tensor]:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 
 from thermo_lib import ThermoConfig, calibrate, quantize
 from thermo_lib.diffusion.path_kl import path_kl
-from thermo_lib.diffusion.sampling import SAMPLERS, generate
+from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import trajectory_states
+from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.vocabulary import NO_PROBABILITY

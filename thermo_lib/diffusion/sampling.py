@@ -1,29 +1,25 @@
 """Masked (absorbing-state) diffusion with the linear schedule of MDLM, LLaDA and Dream.
 
 At timestep ``i`` of ``T`` a fraction ``t_i = 1 - i/T`` of the tokens is masked; one denoising step goes
-from ``t_i`` to ``s_i = t_{i+1}`` (arXiv 2406.07524, section 3; arXiv 2502.09992, section 2). The samplers
-are those of Dream (arXiv 2508.15487): ``origin`` is ancestral sampling of the reverse process, the next three
-fill the positions first that the model is surest of; and of LLaDA (arXiv 2502.09992, section 2.4):
-``low_confidence`` predicts all masked tokens and masks those again that it gave the least probability.
+from ``t_i`` to ``s_i = t_{i+1}`` (arXiv 2406.07524, section 3; arXiv 2502.09992, section 2). The samplers are in
+``tokens``, a step in ``step``, blocks in ``schedule``, and what is never written in ``rules``.
 """
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from numbers import Integral, Real
-from typing import Any
+from collections.abc import Callable, Sequence
+from numbers import Real
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from thermo_lib.diffusion.rules import TokenRules
+from thermo_lib.diffusion.schedule import Schedule, check_count
+from thermo_lib.diffusion.step import Batch, LogitsHook, TokensHook, same_shape
+from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, as_lm
 
-SAMPLERS = ("origin", "maskgit_plus", "topk_margin", "entropy", "low_confidence")
-LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
-TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
+_SEEDS = 1_000_003  # seeds of timesteps, and of rows, are so far apart
 
 
 def mask_ratios(timesteps: int, eps: float = 0.0) -> Tensor:
@@ -32,7 +28,7 @@ def mask_ratios(timesteps: int, eps: float = 0.0) -> Tensor:
     Raises:
         ValueError: no whole number of timesteps from 1, or ``eps`` out of range.
     """
-    _check_count("timesteps", timesteps)
+    check_count("timesteps", timesteps)
     if not (isinstance(eps, Real) and 0 <= eps < 1):
         raise ValueError(f"eps: found {eps!r}, allowed is at least 0 and below 1")
     return 1 - torch.arange(timesteps + 1, dtype=torch.float64) * (1 - eps) / timesteps
@@ -47,11 +43,6 @@ def unmask_probabilities(timesteps: int, eps: float = 0.0) -> Tensor:
     rho = 1 - ratios[1:] / ratios[:-1]
     rho[-1] = 1
     return rho
-
-
-def _check_count(name: str, found: Any) -> None:
-    if not isinstance(found, Integral) or isinstance(found, bool) or found < 1:
-        raise ValueError(f"{name}: found {found!r}, allowed is at least 1, a whole number")
 
 
 def mask_tokens(
@@ -76,142 +67,24 @@ def mask_tokens(
     return torch.where(is_masked, mask_token_id, ids), is_masked
 
 
-def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
-    """Set logits outside the nucleus of mass ``top_p``, then those outside the ``top_k`` largest, to -inf.
+def _random_numbers(seed: int, timestep: int, shape: Sequence[int], lengths: Sequence[int] | None) -> Tensor:
+    """Numbers in [0, 1) for positions and tokens, float32 ``(2, batch, length)``; see ``generate``.
 
-    The nucleus is that of all tokens, as in Dream's sampling loop (arXiv 2508.15487).
-    """
-    if top_p is not None and top_p < 1:
-        logits = logits.masked_fill(_outside_nucleus(logits.softmax(-1), top_p), -torch.inf)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    return logits
-
-
-_CACHED = 2**20  # logits
-_LIKELY = 1024  # tokens among which a nucleus is looked for first
-
-
-def _outside_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Which tokens come after those of mass ``top_p``, bool of the same shape; those as likely as the last are inside.
-
-    A nucleus is small as a rule, and to sort a large vocabulary takes as long as a block of the model. On a CPU numbers
-    are sorted alone, without their places, which takes a tenth of the time.
-    """
-    likeliest = probabilities.topk(min(_LIKELY, probabilities.shape[-1])).values
-    if not (likeliest.sum(-1) > top_p).all():
-        if probabilities.device.type == "cpu":
-            likeliest = torch.from_numpy(np.sort(probabilities.numpy(), -1)).flip(-1)
-        else:
-            likeliest = probabilities.sort(-1, descending=True).values
-    inside = (likeliest.cumsum(-1) - likeliest <= top_p).sum(-1, keepdim=True)
-    return probabilities < likeliest.gather(-1, inside - 1)
-
-
-def sample_tokens(
-    logits: Tensor, temperature: float, uniform: Tensor, top_p: float | None = None, top_k: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """Draw one token a row, by inverting the cumulative distribution.
+    They are drawn for every position at once, so that the batch size doesn't change a position's numbers.
 
     Args:
-        logits: ``(n, vocabulary)``; what a hook made of them may be of less than float32.
-        temperature: 0 takes the likeliest token.
-        uniform: ``(n,)`` random numbers in [0, 1).
-        top_p, top_k: nucleus and top-k filters; None for no filter.
-
-    Returns:
-        ``(tokens (n,) int64, probabilities (n, vocabulary))``, the probabilities after temperature and filters.
-
-    Raises:
-        ValueError: a row has no finite largest logit, so that it has no probabilities.
+        seed, timestep: they are drawn anew at every step.
+        shape: ``(batch, length)``.
+        lengths: number of positions of each row without its padding; None where there is none.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if temperature > 0:
-        logits = logits / temperature
-    _check_choice(logits, temperature)
-    probabilities = filter_logits(logits, top_p, top_k).float().softmax(-1)
-    if temperature == 0:
-        return probabilities.argmax(-1), probabilities
-    cumulative = probabilities.double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1), probabilities
-
-
-def _check_choice(logits: Tensor, temperature: float) -> None:
-    """Refuse rows without a distribution: softmax makes NaN of them, and a search in NaN finds the last token."""
-    largest = logits.amax(-1)  # NaN if there is any
-    if not largest.isfinite().all():
-        found = largest[~largest.isfinite()][0].item()
-        allowed = "allowed is a finite one, -inf only for tokens that are ruled out"
-        raise ValueError(
-            f"logits: found a row whose largest is {found} at temperature {temperature:g}, after on_logits; {allowed}"
-        )
-
-
-def confidence(sampler: str, tokens: Tensor, probabilities: Tensor) -> Tensor:
-    """How sure the model is of each row, by the rule of the sampler; larger is surer. Shape ``(n,)``."""
-    if sampler in ("maskgit_plus", "low_confidence"):
-        return probabilities.gather(-1, tokens[:, None]).squeeze(-1)
-    if sampler == "topk_margin":
-        top = probabilities.topk(2).values
-        return top[:, 0] - top[:, 1]
-    return (probabilities * probabilities.clamp(min=1e-10).log()).sum(-1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a token is drawn, and which positions are filled first; the arguments of ``generate`` of these names.
-
-    An ``alg_temp`` of None becomes 0, which is what it means in Dream's sampling loop.
-
-    Raises:
-        ValueError: unknown sampler or a value out of range.
-    """
-
-    sampler: str
-    temperature: float
-    top_p: float | None
-    top_k: int | None
-    alg_temp: float | None
-
-    def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler: found {self.sampler!r}, allowed are {', '.join(SAMPLERS)}")
-        if self.alg_temp is None:
-            object.__setattr__(self, "alg_temp", 0.0)  # frozen
-        for name in ("temperature", "alg_temp"):
-            found = getattr(self, name)
-            if not (isinstance(found, Real) and math.isfinite(found) and found >= 0):
-                raise ValueError(f"{name}: found {found!r}, allowed is at least 0 and finite")
-        if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p: found {self.top_p!r}, allowed is above 0 and at most 1")
-        if self.top_k is not None:
-            _check_count("top_k", self.top_k)
-
-
-def block_numbers(is_masked: Tensor, block_length: int | None, timesteps: int) -> tuple[Tensor, int]:
-    """Divide the masked positions of each row into blocks, left to right, and the timesteps among the blocks.
-
-    Args:
-        is_masked: bool ``(batch, length)``.
-        block_length: masked positions in a block, the last may have fewer; None for a single block.
-        timesteps: ``T``.
-
-    Returns:
-        The block of each masked position, from 0, int64 ``(batch, length)``, and the timesteps of each block.
-
-    Raises:
-        ValueError: an empty block, or timesteps that can't be divided equally.
-    """
-    if block_length is None:
-        return torch.zeros_like(is_masked, dtype=torch.int64), timesteps
-    _check_count("block_length", block_length)
-    number = (is_masked.cumsum(1) - 1).clamp(min=0) // block_length
-    blocks = int(number.max()) + 1 if number.numel() else 1
-    if timesteps % blocks:
-        raise ValueError(f"timesteps: found {timesteps}, allowed are multiples of the {blocks} blocks")
-    return number, timesteps // blocks
+    generator = torch.Generator()
+    if lengths is None:
+        return torch.rand((2, *shape), generator=generator.manual_seed(seed * _SEEDS + timestep), dtype=torch.float32)
+    found = torch.zeros((2, *shape), dtype=torch.float32)
+    for row, length in enumerate(lengths):
+        generator.manual_seed((seed + row * _SEEDS) * _SEEDS + timestep)
+        found[:, row, shape[1] - length :] = torch.rand((2, length), generator=generator, dtype=torch.float32)
+    return found
 
 
 def generate(
@@ -227,6 +100,13 @@ def generate(
     alg_temp: float | None = 0.0,
     eps: float = 1e-3,
     block_length: int | None = None,
+    threshold: float | None = None,
+    suppress_tokens: Sequence[int] | int = (),
+    begin_suppress_tokens: Sequence[int] | int = (),
+    end_tokens: Sequence[int] | int | None = None,
+    suppress_end: bool = False,
+    end_last: bool = False,
+    stop_at_end: bool = False,
     seed: int = 0,
     batch_size: int = 64,
     on_state: Callable[[int, slice, Tensor], None] | None = None,
@@ -237,10 +117,17 @@ def generate(
     """Fill the masked positions of ``ids`` in ``timesteps`` denoising steps.
 
     Schedule, filters and hooks are those of Dream's published loop (arXiv 2508.15487), with one difference: the mask
-    token itself is never predicted, where the loops of Dream and LLaDA may write it as if it were text.
+    token itself and ids that the tokenizer doesn't have are never predicted, where the loops of Dream and LLaDA may
+    write them as if they were text.
+
+    A row's blocks, steps and time-aware layers don't depend on its neighbours. Where nothing is drawn (any sampler but
+    ``origin``, ``temperature`` and ``alg_temp`` 0) a row gets the text that it gets alone, without its padding. Where
+    something is drawn, see ``seed``.
 
     Args:
-        lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep.
+        lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep. A row with several blocks, and every row with a
+            ``threshold``, is told the timestep that belongs to its own mask ratio: of ``n`` positions to fill, ``m`` of
+            them still masked, ``floor((1 - m / n) T)``.
         ids: integers ``(batch, length)`` with mask tokens where text is wanted, on any device. All work is done on the
             model's device, where also the hooks' tensors are; logits never leave it.
         timesteps: number of denoising steps ``T``.
@@ -254,13 +141,30 @@ def generate(
             masked tokens step ``i`` fills ``int(n * (1 - t_{i+1} / t_i))`` with ``t_i = 1 - i * (1 - eps) / T``,
             ``origin`` each with that chance. ``low_confidence`` has no ``eps``.
         block_length: fill blocks of that many masked positions one after the other, left to right, each in its
-            share of the timesteps (arXiv 2502.09992, section 2.4); None fills all together.
+            share of the timesteps (arXiv 2502.09992, section 2.4); None fills all together. Each row has blocks of its
+            own, the last of which may be shorter; where the timesteps don't divide, the first blocks have one more.
+        threshold: fill every position of the block whose confidence is above it, instead of the scheduled number
+            (Fast-dLLM, arXiv 2505.22618): at least one a row, and as many as fill the block by the end of its share of
+            the timesteps. The next block begins as soon as one is full, so that rows end early; they aren't run any
+            more. For ``maskgit_plus`` and ``low_confidence``, whose confidence is a probability; above 0, at most 1.
+        suppress_tokens: ids that are never written.
+        begin_suppress_tokens: ids that aren't written at the first masked position of a row.
+        end_tokens: ids that end a text; None for those of the model's configuration.
+        suppress_end: never write them (``logits_eos_inf`` of LLaDA's published loop).
+        end_last: fill the positions last, of a block, where one of them is predicted, so that ends that are sure far on
+            the right don't crowd out the text (``confidence_eos_eot_inf`` of LLaDA's loop; arXiv 2502.09992, appendix
+            B.4). Not for ``origin``, which has no confidence.
+        stop_at_end: a row is finished once an end was written with nothing masked on its left: that end is written on
+            at all positions on its right that were to be filled, and the row isn't run any more.
         seed: equal seeds give equal texts, whatever the batch size. Random numbers are drawn on the CPU, so that they
-            are the same on every device.
+            are the same on every device. Without padding they depend on the shape of ``ids`` and on a position's place
+            in it. With padding row ``r`` has those that it has alone, without its padding, with seed
+            ``seed + 1_000_003 * r``; the first row gets the text that it gets alone.
         batch_size: sequences a forward pass.
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
-            those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook.
+            those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook, for
+            finished rows too. What isn't to be written is ruled out after it.
         on_tokens: called with ``(None, ids, None)`` before the first step, and with ``(timestep, ids, logits)`` after
             every step; returns the ids to go on with, which may have other mask tokens. Blocks are numbered after the
             first call; logits are those that ``on_logits`` returned.
@@ -271,47 +175,41 @@ def generate(
         wrote in the last step and those in padding.
 
     Raises:
-        ValueError: unknown sampler, a value out of range, ids or a mask of another kind, a hook's result of another
-            shape or NaN, or what ``DiffusionLM.logits`` raises.
+        ValueError: unknown sampler, a value out of range, fewer timesteps than a row has blocks, an option about an end
+            that isn't known, ids or a mask of another kind, a hook's result of another shape or NaN, or what
+            ``DiffusionLM.logits`` raises.
     """
     lm = as_lm(lm, with_tokenizer=False)
-    sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp)
+    sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold)
+    rules = TokenRules(suppress_tokens, begin_suppress_tokens, end_tokens, suppress_end, end_last, stop_at_end)
+    rules = rules.resolved(lm, sampler)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     _check_ids(ids)
     device = lm.device
     result = ids.to(device, torch.int64, copy=True)
     is_text = _is_text(attention_mask, ids)
-    padded = not bool(is_text.all())
+    lengths = None if bool(is_text.all()) else is_text.sum(1).tolist()
     is_text = is_text.to(device)
     batches = [slice(start, min(start + batch_size, len(ids))) for start in range(0, len(ids), batch_size)]
     if on_tokens is not None:
         for rows in batches:
-            result[rows] = _same_shape("on_tokens", on_tokens(None, result[rows].clone(), None), result[rows])
-    block, steps = block_numbers((result == lm.mask_token_id) & is_text, block_length, timesteps)
-    rho = unmask_probabilities(steps, 0.0 if sampler == "low_confidence" else eps).tolist()
+            result[rows] = same_shape("on_tokens", on_tokens(None, result[rows].clone(), None), result[rows])
+    start = (result == lm.mask_token_id) & is_text
+    schedule = Schedule.of(start, block_length, timesteps)
+    end = 0.0 if sampler == "low_confidence" else eps
+    rates = {count: unmask_probabilities(count, end).to(device) for count in schedule.counts()}
+    visible = None if lengths is None else is_text
+    every = Batch(lm, sampling, rules, schedule, rates, start, visible, on_logits, on_tokens)
+    parts = [every[rows] for rows in batches]
     with tqdm(total=len(batches) * timesteps, desc=progress, disable=progress is None, leave=False) as bar:
         for timestep in range(timesteps):
             lm.set_timestep(timestep, timesteps)
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + timestep)
-            # Drawn for every position at once, so that the batch size doesn't change a position's random numbers.
-            uniform = torch.rand((2, *ids.shape), generator=generator, dtype=torch.float32).to(device)
-            for rows in batches:
+            uniform = _random_numbers(seed, timestep, ids.shape, lengths).to(device)
+            for rows, part in zip(batches, parts, strict=True):
                 if on_state is not None:
                     on_state(timestep, rows, result[rows])
-                x, visible = result[rows], (is_text[rows],) if padded else ()  # without a mask the model is faster
-                is_open = (x == lm.mask_token_id) & is_text[rows] & (block[rows] <= timestep // steps)
-                everywhere = None
-                if on_logits is not None or on_tokens is not None:
-                    everywhere = lm.logits(x, torch.ones_like(is_open), *visible).unflatten(0, x.shape)
-                if on_logits is not None:
-                    everywhere = _same_shape("on_logits", on_logits(timestep, x, everywhere), everywhere)
-                if is_open.any():
-                    parts = lm.logit_parts(x, is_open, *visible) if everywhere is None else [everywhere[is_open]]
-                    x = _denoise(x, parts, is_open, rho[timestep % steps], sampling, uniform[:, rows])
-                if on_tokens is not None:
-                    x = _same_shape("on_tokens", on_tokens(timestep, x, everywhere), x)
-                result[rows] = x
+                result[rows] = part.step(result[rows], timestep, uniform[:, rows])
                 bar.update()
     return result.to(ids.device)
 
@@ -333,48 +231,3 @@ def _is_text(attention_mask: Tensor | None, ids: Tensor) -> Tensor:
     if (attention_mask[:, :-1] & ~attention_mask[:, 1:]).any():
         raise ValueError("attention_mask: found padding after text, allowed is padding on the left")
     return attention_mask
-
-
-def _same_shape(hook: str, returned: Tensor, given: Tensor) -> Tensor:
-    if not isinstance(returned, Tensor) or returned.shape != given.shape:
-        found = tuple(returned.shape) if isinstance(returned, Tensor) else returned
-        raise ValueError(f"{hook}: returned {found!r}, expected a tensor of shape {tuple(given.shape)}")
-    return returned
-
-
-def _denoise(
-    x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rho: float, sampling: Sampling, uniform: Tensor
-) -> Tensor:
-    """Fill a share ``rho`` of the ``n`` open positions by parts of their logits ``(n, vocabulary)``."""
-    for_position, for_token = uniform[0], uniform[1][is_open]
-    tokens, scores = [], []
-    for logits in (some for part in parts for some in _in_cache(part)):
-        drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
-        found, probabilities = sample_tokens(logits, sampling.temperature, drawn, sampling.top_p, sampling.top_k)
-        tokens.append(found)
-        if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
-            probabilities = logits.float().softmax(-1)
-        if sampling.sampler != "origin":
-            scores.append(confidence(sampling.sampler, found, probabilities))
-    filled = x.masked_scatter(is_open, torch.cat(tokens))
-    if sampling.sampler == "origin":
-        return torch.where(is_open & (for_position < rho), filled, x)
-    score = torch.full(x.shape, -torch.inf, dtype=torch.float32, device=x.device)
-    score[is_open] = torch.cat(scores)
-    if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
-        score = score / sampling.alg_temp - (-for_position.clamp(1e-20, 1 - 1e-7).log()).log()
-    rank = score.argsort(dim=1, descending=True).argsort(dim=1)
-    return torch.where(is_open & (rank < _scheduled(is_open.sum(1), rho, sampling.sampler)[:, None]), filled, x)
-
-
-def _in_cache(logits: Tensor) -> Sequence[Tensor]:
-    """Rows of logits at a time that a processor's cache holds while they are gone through several times."""
-    return logits.split(max(1, _CACHED // logits.shape[-1])) if logits.device.type == "cpu" else (logits,)
-
-
-def _scheduled(still_open: Tensor, rho: float, sampler: str) -> Tensor:
-    """How many of the open positions are filled; LLaDA fills what can't be divided equally early, Dream late."""
-    if rho == 1:
-        return still_open
-    share = still_open.double() * rho
-    return (share - 1e-9).ceil() if sampler == "low_confidence" else (share + 1e-9).floor()

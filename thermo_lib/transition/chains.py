@@ -6,8 +6,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
+from thermo_lib.diffusion.sampling import unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
+from thermo_lib.diffusion.tokens import sample_tokens
 from thermo_lib.transition.loss import TransitionLoss
 
 Batch = Sequence[tuple[States, Tensor]]

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from thermo_lib.diffusion.sampling import sample_tokens, unmask_probabilities
+from thermo_lib.diffusion.sampling import unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, States
+from thermo_lib.diffusion.tokens import sample_tokens
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.transition.blocks import states_at_a_time

@@ -1,0 +1,164 @@
+"""One denoising step of some rows: what is open is predicted, and the surest of it filled."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thermo_lib.diffusion.rules import TokenRules
+from thermo_lib.diffusion.schedule import Schedule
+from thermo_lib.diffusion.tokens import Sampling, confidence, sample_tokens
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.quant.calls import CALL, denoising
+
+LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
+TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
+_CACHED = 2**20  # logits
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of a generation, and how they are filled.
+
+    Attributes:
+        lm: the model.
+        sampling, rules: how tokens and positions are chosen.
+        schedule: of the rows.
+        rates: a block's number of steps to the share of its open positions that each step fills, float64 ``(steps,)``.
+        start: bool ``(batch, length)``, the positions to fill.
+        is_text: bool ``(batch, length)``, where there is no padding; None where there is none, which is faster.
+        on_logits, on_tokens: the hooks.
+    """
+
+    lm: DiffusionLM
+    sampling: Sampling
+    rules: TokenRules
+    schedule: Schedule
+    rates: Mapping[int, Tensor]
+    start: Tensor
+    is_text: Tensor | None
+    on_logits: LogitsHook | None = None
+    on_tokens: TokensHook | None = None
+
+    def __getitem__(self, rows: slice | Tensor) -> "Batch":
+        is_text = None if self.is_text is None else self.is_text[rows]
+        return replace(self, schedule=self.schedule[rows], start=self.start[rows], is_text=is_text)
+
+    def step(self, x: Tensor, timestep: int, uniform: Tensor) -> Tensor:
+        """The ids ``(batch, length)`` after a step; ``uniform`` is ``(2, batch, length)``, for positions and tokens."""
+        is_left = self._is_left(x)
+        is_open, rate = self._open(is_left, timestep)
+        visible = () if self.is_text is None else (self.is_text,)
+        if self.on_logits is not None or self.on_tokens is not None:
+            with self._told(is_left, timestep):
+                everywhere = self.lm.logits(x, torch.ones_like(is_open), *visible).unflatten(0, x.shape)
+            if self.on_logits is not None:
+                everywhere = same_shape("on_logits", self.on_logits(timestep, x, everywhere), everywhere)
+            x = self._filled(x, [everywhere[is_open]], is_open, rate, uniform)
+            return x if self.on_tokens is None else same_shape("on_tokens", self.on_tokens(timestep, x, everywhere), x)
+        runs = is_open.any(1)
+        if not runs.any():
+            return x
+        if (self.sampling.threshold is not None or self.rules.stop_at_end) and not runs.all():
+            rows = runs.nonzero().flatten()  # the others are finished
+            return x.index_copy(0, rows, self[rows].step(x[rows], timestep, uniform[:, rows]))
+        with self._told(is_left, timestep):
+            return self._filled(x, self.lm.logit_parts(x, is_open, *visible), is_open, rate, uniform)
+
+    def _is_left(self, x: Tensor) -> Tensor:
+        """Where a position is still masked, bool ``(batch, length)``."""
+        is_masked = x == self.lm.mask_token_id
+        return is_masked if self.is_text is None else is_masked & self.is_text
+
+    def _open(self, is_left: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+        """The positions of each row's block, bool ``(batch, length)``, and the share to fill, float64 ``(batch,)``."""
+        schedule = self.schedule
+        if self.sampling.threshold is None:
+            block, step, steps = schedule.at(timestep)
+            rate = torch.zeros_like(block, dtype=torch.float64)
+            for count, rates in self.rates.items():
+                rate = torch.where(steps == count, rates[step.clamp(max=count - 1)], rate)
+        else:
+            block = torch.where(is_left, schedule.block, schedule.timesteps).amin(1)
+            rate = 1 / (schedule.start(block + 1) - timestep).clamp(min=1).double()
+        return is_left & (schedule.block <= block[:, None]), rate
+
+    @contextmanager
+    def _told(self, is_left: Tensor, timestep: int) -> Iterator[None]:
+        """While it is entered (``with``), time-aware layers compute for the timestep that belongs to each row."""
+        if not self.schedule.is_divided and self.sampling.threshold is None:
+            yield
+            return
+        told = self.schedule.told(timestep, is_left.sum(1), follows=self.sampling.threshold is None)
+        timesteps = self.schedule.timesteps
+        if len(set(told)) > 1:
+            with denoising(CALL.step, rows=(torch.tensor(told), timesteps)):
+                yield
+        else:
+            self.lm.set_timestep(told[0], timesteps)
+            yield
+            self.lm.set_timestep(timestep, timesteps)
+
+    def _filled(self, x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+        """Fill a share of the open positions by parts of their logits, each ``(n, vocabulary)``."""
+        if not is_open.any():
+            return x
+        sampling, rules = self.sampling, self.rules
+        for_position, for_token = uniform[0], uniform[1][is_open]
+        is_first = (self.start & (self.start.cumsum(1) == 1))[is_open]
+        tokens, scores = [], []
+        for logits in (some for part in parts for some in _in_cache(part)):
+            drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
+            first, is_first = is_first[: len(logits)], is_first[len(logits) :]
+            logits = rules.rule_out(logits, first)
+            found, probabilities = sample_tokens(logits, sampling.temperature, drawn, sampling.top_p, sampling.top_k)
+            tokens.append(found)
+            if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
+                probabilities = logits.float().softmax(-1)
+            if sampling.sampler != "origin":
+                score = confidence(sampling.sampler, found, probabilities)
+                scores.append(score.masked_fill(rules.is_end(found), -torch.inf) if rules.end_last else score)
+        filled = x.masked_scatter(is_open, torch.cat(tokens))
+        if sampling.sampler == "origin":
+            chosen = is_open & (for_position < rate.float()[:, None])
+        else:
+            chosen = self._surest(torch.cat(scores), is_open, rate, for_position)
+        x = torch.where(chosen, filled, x)
+        return rules.ended(x, self.start, self._is_left(x)) if rules.stop_at_end else x
+
+    def _surest(self, scores: Tensor, is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+        """The positions to fill of those that are open, by their confidence ``(n,)``; bool ``(batch, length)``."""
+        sampling = self.sampling
+        score = torch.full(is_open.shape, -torch.inf, dtype=torch.float32, device=is_open.device)
+        score[is_open] = scores
+        if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
+            score = score / sampling.alg_temp - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
+        # However unsure, an open position comes before one that isn't, so that the number that is filled stays.
+        score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~is_open, -torch.inf)
+        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        still_open = is_open.sum(1)
+        count = _scheduled(still_open, rate, early=sampling.sampler == "low_confidence")
+        if sampling.threshold is not None:
+            count = _scheduled(still_open, rate, early=True)
+            count = torch.maximum(count, (score > sampling.threshold).sum(1))
+        return is_open & (rank < count[:, None])
+
+
+def _scheduled(still_open: Tensor, rate: Tensor, *, early: bool) -> Tensor:
+    """How many of the open positions are filled; LLaDA fills what can't be divided equally early, Dream late."""
+    share = still_open.double() * rate
+    return (share - 1e-9).ceil() if early else (share + 1e-9).floor()
+
+
+def _in_cache(logits: Tensor) -> Sequence[Tensor]:
+    """Rows of logits at a time that a processor's cache holds while they are gone through several times."""
+    return logits.split(max(1, _CACHED // logits.shape[-1])) if logits.device.type == "cpu" else (logits,)
+
+
+def same_shape(hook: str, returned: Tensor, given: Tensor) -> Tensor:
+    if not isinstance(returned, Tensor) or returned.shape != given.shape:
+        found = tuple(returned.shape) if isinstance(returned, Tensor) else returned
+        raise ValueError(f"{hook}: returned {found!r}, expected a tensor of shape {tuple(given.shape)}")
+    return returned
