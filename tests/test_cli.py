@@ -156,6 +156,28 @@ class TestGenerate:
         )
         assert (status, out) == (0, lm.tokenizer.decode(answer[:3]) + "\n")
 
+    def test_its_options_are_those_of_generate(self, run: Run, folder: Path) -> None:
+        lm = load_model(str(folder))
+        prompt = lm.tokenizer.encode("for i in").ids
+        start = torch.tensor([[*prompt, *[lm.mask_token_id] * 8]])
+        how = {"timesteps": 8, "sampler": "low_confidence"}
+        some = generate(lm, start, **how)[0, -2:].tolist()
+        for options in (
+            {"threshold": 0.2, "block_length": 3},
+            {"suppress_tokens": some},
+            {"begin_suppress_tokens": some},
+            {"end_tokens": some, "suppress_end": True},
+            {"end_tokens": some, "end_last": True},
+            {"end_tokens": some, "stop_at_end": True},
+        ):
+            words = ["generate", "--model", folder, "--prompt", "for i in", "--max-new-tokens", 8, "--timesteps", 8]
+            words += ["--sampler", "low_confidence", "--dtype", "float32"]
+            for name, value in options.items():
+                values = value if isinstance(value, list) else [] if value is True else [value]
+                words += [f"--{name.replace('_', '-')}", *values]
+            status, out, _ = run(*words)
+            assert (status, out) == (0, lm.decode(generate(lm, start, **how, **options)[0, len(prompt) :]) + "\n")
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
@@ -163,6 +185,13 @@ class TestGenerate:
             (["--timesteps", 0], "timesteps"),
             (["--top-p", 2.0], "top_p"),
             (["--chat"], "chat: found no chat template"),
+            (["--threshold", 0.9], "sampler: found 'entropy', allowed with a threshold are maskgit_plus"),
+            (["--suppress-tokens", 3, 9999], "suppress_tokens: found 9999, allowed are 0"),
+            (["--stop-at-end"], "end_tokens: found none, allowed is at least one id with stop_at_end"),
+            (
+                ["--block-length", 2, "--max-new-tokens", 6, "--timesteps", 2],
+                "timesteps: found 2, allowed is at least 3",
+            ),
         ],
     )
     def test_a_wrong_value_is_named(self, run: Run, folder: Path, arguments: list[object], message: str) -> None:

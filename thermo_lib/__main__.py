@@ -34,6 +34,14 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, help="tokens that are drawn from")
     parser.add_argument("--alg-temp", type=float, default=0.0, help="of the choice of positions (%(default)s)")
     parser.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
+    parser.add_argument("--threshold", type=float, help="fill what the model is surer of than this at once (at most 1)")
+    some_ids = {"type": int, "nargs": "+", "metavar": "ID"}
+    parser.add_argument("--suppress-tokens", default=(), **some_ids, help="ids that are never written")
+    parser.add_argument("--begin-suppress-tokens", default=(), **some_ids, help="ids that aren't written first")
+    parser.add_argument("--end-tokens", **some_ids, help="ids that end a text (those of the model's configuration)")
+    parser.add_argument("--suppress-end", action="store_true", help="write no end")
+    parser.add_argument("--end-last", action="store_true", help="write ends only where nothing else can be filled")
+    parser.add_argument("--stop-at-end", action="store_true", help="stop once all before an end is written")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
 
 

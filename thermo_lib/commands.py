@@ -238,17 +238,20 @@ def run_generate(arguments: argparse.Namespace) -> None:
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer what a user says, line after line."""
     how = _sampling(arguments)
-    Sampling(**{name: how[name] for name in ("sampler", "temperature", "top_p", "top_k", "alg_temp")})
+    Sampling(**{name: how[name] for name in _SAMPLING[:6]})
     mask_ratios(how["timesteps"])  # both refuse a wrong value before the work
     with suppress(KeyboardInterrupt):
         lm = _computing(_load(arguments.model, arguments), arguments)
         converse(Chat(lm, arguments.max_new_tokens, how, arguments.system, arguments.raw))
 
 
+_SAMPLING = ("sampler", "temperature", "top_p", "top_k", "alg_temp", "threshold", "timesteps", "block_length", "seed")
+_RULES = ("suppress_tokens", "begin_suppress_tokens", "end_tokens", "suppress_end", "end_last", "stop_at_end")
+
+
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the library's ``generate`` that commands have too."""
-    names = ("timesteps", "sampler", "temperature", "top_p", "top_k", "alg_temp", "block_length", "seed")
-    return {name: getattr(arguments, name) for name in names}
+    return {name: getattr(arguments, name) for name in (*_SAMPLING, *_RULES)}
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:

@@ -203,6 +203,38 @@ def test_a_text_is_written_as_alone(folders: dict[str, Path], sampling: dict[str
     assert len(passes) == (5 + 6 if not sampling else 3 * 5 + 2 * 6)
 
 
+@pytest.mark.parametrize("block_length", [48, 64, 128])
+def test_blocks_of_any_length_go_with_the_defaults(folders: dict[str, Path], block_length: int) -> None:
+    lm = HarnessLM(str(folders["full"]), dtype="float32", block_length=block_length, threshold=0.2)
+    how = lm._how({})
+    assert (how["count"], how["timesteps"]) == (128, 128)
+    prompts = [request("generate_until", p, {"until": []}) for p in ("x = ", "class A")]
+    assert lm.generate_until(prompts, disable_tqdm=True) == [lm.generate_until([p], True)[0] for p in prompts]
+
+
+def test_rules_are_those_of_generate(folders: dict[str, Path]) -> None:
+    model = str(folders["full"])
+    lm = HarnessLM(model, dtype="float32").lm
+    prompt, wanted = "x = ", request("generate_until", "x = ", {"until": [], "max_gen_toks": 8})
+    ids = torch.tensor([[*lm.tokenizer.encode(prompt).ids, *[lm.mask_token_id] * 8]])
+    start = ids.shape[1] - 8
+    how = {"timesteps": 8, "sampler": "maskgit_plus"}
+    plain = generate(lm, ids, **how)[0, start:].tolist()
+    some = plain[:2]
+    for rules in (
+        {"suppress_tokens": some},
+        {"begin_suppress_tokens": some},
+        {"end_tokens": some, "suppress_end": True},
+        {"end_tokens": some, "end_last": True},
+        {"end_tokens": some, "stop_at_end": True},
+        {"threshold": 0.5, "block_length": 3},
+    ):
+        expected = lm.decode(generate(lm, ids, **how, **rules)[0, start:])
+        given = {k: "+".join(map(str, v)) if isinstance(v, list) else v for k, v in rules.items()}
+        for arguments in (rules, given):
+            assert HarnessLM(model, dtype="float32", **arguments).generate_until([wanted], True) == [expected]
+
+
 @pytest.mark.parametrize("kind", ["full", "quantized"])
 def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
     lm = HarnessLM(str(folders[kind]), mc_num=8)
@@ -264,6 +296,10 @@ def test_python_starts_without_what_the_plugin_waits_for() -> None:
         ({"timesteps": "many"}, "timesteps: found 'many', allowed are whole numbers from 1"),
         ({"sampler": "best"}, "sampler: found 'best', allowed are origin, "),
         ({"temperature": -1.0}, "temperature: found -1.0"),
+        ({"threshold": 2.0, "sampler": "maskgit_plus"}, "threshold: found 2.0"),
+        ({"stop_at_end": True}, "end_tokens: found none, allowed is at least one id with stop_at_end"),
+        ({"suppress_tokens": "3+x"}, r"suppress_tokens: found '3\+x', allowed are token ids"),
+        ({"suppress_tokens": "3+99999"}, "suppress_tokens: found 99999, allowed are 0"),
         ({"batch_size": "auto"}, "batch_size: found 'auto'"),
         ({"pretrained": "/no/such/folder"}, "model: found '/no/such/folder'"),
     ],

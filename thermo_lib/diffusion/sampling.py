@@ -125,9 +125,9 @@ def generate(
     something is drawn, see ``seed``.
 
     Args:
-        lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep. A row with several blocks, and every row with a
-            ``threshold``, is told the timestep that belongs to its own mask ratio: of ``n`` positions to fill, ``m`` of
-            them still masked, ``floor((1 - m / n) T)``.
+        lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep. A row
+            with several blocks, and every row with a ``threshold``, is told the timestep that belongs to its own mask
+            ratio: of ``n`` positions to fill, ``m`` of them still masked, ``floor((1 - m / n) T)``.
         ids: integers ``(batch, length)`` with mask tokens where text is wanted, on any device. All work is done on the
             model's device, where also the hooks' tensors are; logits never leave it.
         timesteps: number of denoising steps ``T``.

@@ -17,7 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.diffusion.inputs import SeenEnough
-from thermo_lib.diffusion.sampling import Sampling, generate
+from thermo_lib.diffusion.rules import TokenRules
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.extras import needs
 from thermo_lib.models.lm import stored_dtype
 from thermo_lib.pipeline.model import QuantizedLM
@@ -64,8 +66,11 @@ class HarnessLM(TemplateLM):
             asked about, which takes a pass for each of its tokens; otherwise no answer counts as greedy.
         max_new_tokens: tokens to fill for a task that doesn't say how many.
         timesteps: denoising steps of a generation, at most one for each token; as many as tokens by default.
-        sampler, temperature, top_p, top_k, alg_temp, block_length: as for ``generate``; a task may ask for its own
-            ``temperature``, ``top_p`` and ``top_k``.
+        sampler, temperature, top_p, top_k, alg_temp, block_length, threshold: as for ``generate``; a task may ask for
+            its own ``temperature``, ``top_p`` and ``top_k``.
+        suppress_tokens, begin_suppress_tokens, end_tokens: ids as for ``generate``; several are given as ``1+2+3``, or
+            as a list.
+        suppress_end, end_last, stop_at_end: as for ``generate``.
         max_length: tokens of a text, by default those that the model was made for.
         seed: of masks and generation; equal seeds give equal scores.
         family: see ``load_model``.
@@ -91,6 +96,13 @@ class HarnessLM(TemplateLM):
         top_k: int | None = None,
         alg_temp: float = 0.0,
         block_length: int | None = None,
+        threshold: float | None = None,
+        suppress_tokens: int | str | Sequence[int] = (),
+        begin_suppress_tokens: int | str | Sequence[int] = (),
+        end_tokens: int | str | Sequence[int] | None = None,
+        suppress_end: bool = False,
+        end_last: bool = False,
+        stop_at_end: bool = False,
         max_length: int | None = None,
         seed: int = 0,
         family: str | None = None,
@@ -112,7 +124,11 @@ class HarnessLM(TemplateLM):
             self.lm.model.to(device)
         self.batch_size, self.mc_num, self.check_greedy = int(batch_size), mc_num, check_greedy
         self.max_new_tokens, self.timesteps, self.block_length = max_new_tokens, timesteps, block_length
-        self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp))
+        self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold))
+        ids = [_listed(some) for some in (suppress_tokens, begin_suppress_tokens, end_tokens)]
+        rules = TokenRules(*ids, suppress_end, end_last, stop_at_end)
+        rules.resolved(self.lm, sampler)  # refuses wrong ones before the work
+        self.rules = vars(rules)
         # Of the timesteps that layers tell apart.
         grouped = isinstance(self.lm, QuantizedLM) and self.lm.config.num_time_groups > 1
         self.steps = self.lm.config.timesteps if grouped else 1
@@ -271,7 +287,7 @@ class HarnessLM(TemplateLM):
         alike: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
             how = self._how(request.args[1])
-            is_drawn = how["temperature"] > 0 or how["alg_temp"] > 0 or how["sampler"] == "origin"
+            is_drawn = Sampling(**{name: how[name] for name in self.sampling}).is_random
             # What is drawn depends on a text's place in its batch, so each is alone then.
             alike.setdefault(f"{how} {number if is_drawn else ''}", []).append(number)
         texts = [""] * len(requests)
@@ -295,8 +311,8 @@ class HarnessLM(TemplateLM):
         sampling = self.sampling | {name: wanted[name] for name in ("top_p", "top_k") if name in wanted}
         if wanted.get("do_sample", True) and "temperature" in wanted:
             sampling["temperature"] = wanted["temperature"]
-        steps = min(self.timesteps or count, count) if self.block_length is None else self.timesteps or count
-        return sampling | {"count": count, "timesteps": steps, "block_length": self.block_length}
+        steps = min(self.timesteps or count, count)
+        return sampling | self.rules | {"count": count, "timesteps": steps, "block_length": self.block_length}
 
     def _generate(self, contexts: Sequence[str], how: Mapping[str, Any]) -> list[str]:
         """The continuations of some texts, see ``_how``."""
@@ -306,6 +322,12 @@ class HarnessLM(TemplateLM):
         padded, visible = _padded(prompts)
         filled = generate(self.lm, padded, attention_mask=visible, seed=self.seed, **options)
         return [self.lm.decode(row[-count:]) for row in filled]
+
+
+def _listed(ids: int | str | Sequence[int] | None) -> int | str | Sequence[int] | None:
+    """Token ids; of ``lm_eval``'s command line, whose commas end an argument, as ``1+2+3``."""
+    parts = ids.split("+") if isinstance(ids, str) else []
+    return [int(part) for part in parts] if parts and all(part.isdigit() for part in parts) else ids
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
