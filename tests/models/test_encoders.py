@@ -1,22 +1,67 @@
 """Masked language models as absorbing diffusion: what they compute, accept and refuse, against blocks written out."""
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from encoder_layouts import (
+    BERT,
     BIASED,
     ENCODERS,
+    ESM1B,
+    ESM2,
     EVERY_ENCODER,
+    MODERNBERT,
+    ROBERTA,
     EncoderLayout,
 )
 from layouts import MASK_TOKEN_ID, VOCABULARY, stored
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from thermo_lib import (
+    ThermoConfig,
+    calibrate,
+    generate,
+    load_model,
+    load_quantized,
+    quantize,
+    quantize_checkpoint,
+    save_quantized,
+)
+from thermo_lib.integrations.auto import Waiting
+from thermo_lib.models.architectures import MODELS
+from thermo_lib.models.families import read_config
+from thermo_lib.models.lm import save_model, stored_dtype
+from thermo_lib.models.streamed import load_streamed
+from thermo_lib.pipeline.about import about, words
 
 LAYOUTS = [*ENCODERS, BIASED]
+SMALL = ThermoConfig(quantizer="rtn", activation_bits=16, num_time_groups=1, group_size=16, timesteps=4)
+OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+EXTRA = {
+    "bert": {
+        "bert.pooler.dense.weight": (32, 32),
+        "bert.pooler.dense.bias": (32,),
+        "cls.seq_relationship.weight": (2, 32),
+        "cls.seq_relationship.bias": (2,),
+        "bert.embeddings.position_ids": (1, 24),
+    },
+    "roberta": {"roberta.pooler.dense.weight": (32, 32), "roberta.embeddings.position_ids": (1, 26)},
+    "esm1b": {"esm.contact_head.regression.weight": (1, 8), "esm.embeddings.position_ids": (1, 26)},
+    "esm2": {
+        "esm.contact_head.regression.weight": (1, 8),
+        "esm.embeddings.position_embeddings.weight": (26, 32),
+        "esm.encoder.layer.1.attention.self.rotary_embeddings.inv_freq": (4,),
+    },
+}
 
 
 @pytest.fixture
@@ -67,3 +112,213 @@ def test_a_text_of_masks_alone_has_finite_logits(layout: EncoderLayout, write: C
     lm = layout.load(write(layout))
     masks = torch.full((2, 7), lm.mask_token_id)
     assert lm.model(masks).isfinite().all()
+
+
+class TestFiles:
+    """What older checkpoints call their tensors, and what they hold beside the model, is read; anything else isn't."""
+
+    @pytest.mark.parametrize("layout", [BERT, ROBERTA, ESM2, ESM1B], ids=lambda layout: layout.label)
+    def test_old_names_and_extra_tensors(
+        self, layout: EncoderLayout, write: Callable[..., Path], tmp_path: Path, text: Tensor
+    ) -> None:
+        source = write(layout, tied=True)
+        tensors = layout.tensors(tied=True)
+        expected = layout.load(source).model(text)
+        for now, then in OLD.items():
+            tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
+        for name, shape in EXTRA[layout.label].items():
+            tensors[name] = torch.arange(shape[-1]).expand(shape).contiguous() if "_ids" in name else torch.ones(shape)
+        replace_tensors(source, tensors)
+        assert layout.load(source).model(text).equal(expected)
+        assert load_streamed(str(source)).model(text).equal(expected)
+        assert about(str(source))["norms"] == "bfloat16"
+        assert stored_dtype(str(source)) == torch.bfloat16
+        save_model(layout.load(source), tmp_path / "again")
+        assert stored(tmp_path / "again").keys() == layout.tensors(tied=True).keys()
+        for function in (load_model, load_streamed, about):
+            replace_tensors(source, tensors | {"more.weight": torch.ones(3)})
+            with pytest.raises(ValueError, match=r"unexpected tensors more\.weight \(1 in all\)"):
+                function(str(source))
+
+    def test_embedded_positions_of_esm_1b_are_needed(self, write: Callable[..., Path]) -> None:
+        source = write(ESM1B)
+        name = "esm.embeddings.position_embeddings.weight"
+        replace_tensors(source, {key: tensor for key, tensor in stored(source).items() if key != name})
+        with pytest.raises(ValueError, match=re.escape(f"missing tensors {name} (1 in all)")):
+            load_model(str(source))
+
+    def test_a_head_bias_that_tying_would_drop_is_refused(self, write: Callable[..., Path]) -> None:
+        source = write(BERT, tied=True)
+        replace_tensors(source, stored(source) | {"cls.predictions.decoder.bias": torch.ones(VOCABULARY)})
+        message = r"tensor cls\.predictions\.decoder\.bias: found another than cls\.predictions\.bias"
+        with pytest.raises(ValueError, match=message):
+            load_model(str(source))
+
+    def test_settings_as_transformers_5_writes_them(self, write: Callable[..., Path], text: Tensor) -> None:
+        source = write(MODERNBERT)
+        expected, config = load_model(str(source)).model(text), dict(MODERNBERT.config)
+        thetas = [config.pop(f"{kind}_rope_theta") for kind in ("global", "local")]
+        del config["global_attn_every_n_layers"]
+        kinds = ["full_attention", "sliding_attention"]
+        config["layer_types"] = kinds
+        config["rope_parameters"] = {
+            kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds, thetas, strict=True)
+        }
+        (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        assert load_model(str(source)).model(text).equal(expected)
+
+
+def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Put these tensors, all in one file, in the place of a checkpoint's."""
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("layout", "changes", "message"),
+    [
+        (BERT, {"is_decoder": True}, "is_decoder: found True, allowed is False"),
+        (ROBERTA, {"add_cross_attention": True}, "add_cross_attention: found True, allowed is False"),
+        (
+            BERT,
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type: found 'relative_key', allowed is 'absolute'",
+        ),
+        (
+            ESM2,
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type: found 'relative_key', allowed are absolute, rotary",
+        ),
+        (ESM2, {"is_folding_model": True}, "is_folding_model: found True, allowed is False"),
+        (ESM2, {"rope_theta": 5000.0}, "rope_theta: found 5000.0, allowed is 10000.0"),
+        (ESM2, {"token_dropout": None}, "token_dropout: found None, allowed are false and true"),
+        (ESM2, {"num_attention_heads": 32}, "num_attention_heads: found 32, which makes heads of 1, allowed are those"),
+        (BERT, {"num_attention_heads": 5}, "num_attention_heads: found 5, allowed are divisors of hidden_size = 32"),
+        (BERT, {"max_position_embeddings": None}, "missing max_position_embeddings"),
+        (BERT, {"hidden_act": "swish2"}, "hidden_act: found 'swish2', allowed are "),
+        (ROBERTA, {"pad_token_id": None}, "missing pad_token_id"),
+        (MODERNBERT, {"num_attention_heads": 3}, "num_attention_heads: found 3, allowed are divisors of hidden_size"),
+        (MODERNBERT, {"local_attention": 0}, "local_attention: found 0, allowed are whole numbers from 1"),
+        (MODERNBERT, {"norm_bias": 1}, "norm_bias: found 1, allowed are false and true"),
+        (MODERNBERT, {"rope_scaling": {"factor": 2}}, "rope_scaling: found {'factor': 2}, allowed is None"),
+        (MODERNBERT, {"rope_parameters": 2}, "rope_parameters: found 2, allowed is an object for each kind of layer"),
+        (MODERNBERT, {"layer_types": 2}, "layer_types: found 2, allowed is 'full_attention' for every n-th layer"),
+        (
+            MODERNBERT,
+            {"layer_types": ["sliding_attention", "full_attention"]},
+            "layer_types: found ['sliding_attention', 'full_attention'], allowed is 'full_attention' for every n-th",
+        ),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_a_setting_that_the_modules_cannot_compute(
+    write: Callable[..., Path], layout: EncoderLayout, changes: dict[str, Any], message: str
+) -> None:
+    folder = write(layout, **changes)
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}/config.json: {message}')}"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("layout", [BERT, ROBERTA, MODERNBERT], ids=lambda layout: layout.label)
+def test_a_tokenizer_without_the_mask_token(write: Callable[..., Path], layout: EncoderLayout) -> None:
+    folder = write(layout)
+    (folder / "tokenizer_config.json").unlink()
+    text = "<mask>" if layout is ROBERTA else "[MASK]"
+    message = f"mask_token: found no '{text}' in the tokenizer, expected that token, or mask_token_id in config.json"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("layout", "most"), [(BERT, 24), (ROBERTA, 24), (ESM1B, 24), (ESM2, None), (MODERNBERT, None)], ids=str
+)
+def test_a_text_longer_than_the_table_of_positions(
+    write: Callable[..., Path], layout: EncoderLayout, most: int | None
+) -> None:
+    lm = layout.load(write(layout))
+    ids = torch.full((1, 25), 7)
+    if most is None:
+        assert lm.model(ids).isfinite().all()
+        return
+    assert lm.model(ids[:, :most]).isfinite().all()
+    positions = layout.config["max_position_embeddings"]
+    message = f"input_ids: found a length of 25, allowed is at most {most} with max_position_embeddings={positions}"
+    for function in (lm.model, lm.model.hidden, lm.model.enter):
+        with pytest.raises(ValueError, match=message):
+            function(ids)
+
+
+class TestQuantized:
+    """They are quantized, trained, saved, streamed and sampled as the other families are."""
+
+    @EVERY_ENCODER
+    def test_block_by_block_it_is_the_model_that_is_quantized_in_memory(
+        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout, text: Tensor
+    ) -> None:
+        source = write(layout, tied=True)
+        lm = layout.load(source)
+        ids = text.where(text != MASK_TOKEN_ID, 9)
+        calibration = calibrate(lm, [(ids, None)], timesteps=4, source="trajectory", progress=False)
+        config = SMALL.replace(
+            training=[{"phase": "sequential", "steps": 1}, {"phase": "path_kl", "steps": 1}], quantizer="gptq"
+        )
+        in_memory = quantize(lm, config, calibration)
+        assert all(torch.tensor(losses).isfinite().all() for losses in in_memory.losses.values())
+        save_quantized(in_memory, tmp_path / "saved")
+        quantize_checkpoint(source, tmp_path / "layerwise", config, calibration)
+        names = {name.removesuffix(".packed") for name in stored(tmp_path / "saved") if name.endswith(".packed")}
+        assert names == set(layout.linears)
+        masked = text.where(text != MASK_TOKEN_ID, lm.mask_token_id)
+        expected = generate(in_memory, masked, timesteps=4)
+        assert not (expected == lm.mask_token_id).any()
+        assert expected[masked != lm.mask_token_id].equal(masked[masked != lm.mask_token_id])
+        for folder in ("saved", "layerwise"):
+            loaded = load_quantized(tmp_path / folder)
+            assert loaded.model(text).equal(in_memory.model(text))
+            assert generate(loaded, masked, timesteps=4).equal(expected)
+            assert about(str(tmp_path / folder))["quantized"] == words(config)
+
+    @EVERY_ENCODER
+    def test_tensor_by_tensor_it_is_that_too(
+        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout, text: Tensor
+    ) -> None:
+        source = write(layout)
+        quantize_checkpoint(source, tmp_path / "quantized", SMALL)
+        expected = quantize(layout.load(source), SMALL).model(text)
+        assert load_quantized(tmp_path / "quantized").model(text).equal(expected)
+        assert (expected - layout.load(source).model(text)).abs().max() > 0.1
+
+    @EVERY_ENCODER
+    def test_coded_embeddings_are_refused_before_any_work(
+        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout
+    ) -> None:
+        source, config = write(layout), SMALL.replace(embedding_bits=8)
+        because = f"with {layout.model_type!r} models, whose head has a layer or a bias of its own"
+        message = f"embedding_bits: found 8, allowed is 16 {because}"
+        with pytest.raises(ValueError, match=message):
+            quantize(layout.load(source), config)
+        with pytest.raises(ValueError, match=message):
+            quantize_checkpoint(source, tmp_path / "quantized", config)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+
+    @EVERY_ENCODER
+    def test_the_auto_classes_of_transformers_refuse_the_codes(
+        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout
+    ) -> None:
+        folder = tmp_path / "quantized"
+        quantize_checkpoint(write(layout, tied=True), folder, SMALL)
+        ours = MODELS[layout.model_type].__name__
+        for auto in (AutoModel, AutoModelForMaskedLM):
+            allowed = rf"allowed with '{layout.model_type}' is {ours}; "
+            instead = rf"thermo_lib\.load_quantized\('{re.escape(str(folder))}'\) makes it"
+            with pytest.raises(ValueError, match=rf"model: found \w+, {allowed}{instead}"):
+                auto.from_pretrained(folder)
+
+    def test_they_refuse_them_before_any_model_of_the_library_is_made(
+        self, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        quantize_checkpoint(write(BERT, tied=True), tmp_path / "quantized", SMALL)
+        monkeypatch.setitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "thermo", Waiting)  # as after the import
+        with pytest.raises(ValueError, match="model: found BertModel, allowed with 'bert' is MaskedBertModel"):
+            AutoModel.from_pretrained(tmp_path / "quantized")

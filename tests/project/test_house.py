@@ -219,6 +219,8 @@ import thermo_lib
 print(json.dumps(sorted(set(sys.modules) - before)))
 assert "quantize" in dir(thermo_lib)
 thermo_lib.quantize
+from transformers.quantizers.auto import AutoHfQuantizer
+assert AutoHfQuantizer.supports_quant_method({"quant_method": "thermo"})
 """
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True

@@ -21,8 +21,10 @@ class Waiting:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """What ``ThermoConfig.from_dict`` makes, once models and method are registered."""
+        from thermo_lib.pipeline.config import ThermoConfig
+
         register_models()
-        return AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD].from_dict(config_dict, **kwargs)
+        return ThermoConfig.from_dict(config_dict, **kwargs)
 
 
 def register_models() -> None:

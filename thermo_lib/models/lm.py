@@ -364,7 +364,7 @@ def load_model(
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     carried = read_carried(folder)
     model = skeleton(config)
-    found = read_tensors(folder)
+    found = used(read_tensors(folder), config)
     for key, tensor in found.items():
         check_full_precision(tensor.dtype, key, folder)
     tensors = take_expected(found, config, model.state_dict(), folder)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from thermo_lib.files.tensors import check_full_precision, read_headers, weight_files
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name
+from thermo_lib.models.families import ARCHITECTURES, read_config, tensor_name, used
 from thermo_lib.models.lm import last_norm, model_folder
 from thermo_lib.models.streamed import Checkpoint
 from thermo_lib.models.tokenization import read_tokenizer
@@ -36,7 +36,7 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
     tokens = read_tokenizer(folder, config.vocab_size).get_vocab_size()
     paths = weight_files(folder)
     thermo = read_quantization(folder) if is_quantized(name) else None
-    found = read_headers(paths)
+    found = used(read_headers(paths), config)
     if thermo is None:
         Checkpoint(folder, model)  # which checks names and shapes
         for key, tensor in found.items():
