@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_layouts import BERT
 from nbformat import v4, write
 from small_runs import Run, small_suite
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from thermo_lib import __main__ as command_line
 from thermo_lib import (
@@ -139,6 +141,21 @@ class TestGenerate:
         assert status == 0
         assert out == lm.tokenizer.decode(filled[0, len(prompt) :].tolist()) + "\n"
         assert "generate" in err
+
+    def test_what_closes_a_text_comes_after_what_is_written(
+        self, run: Run, tokenizer: Tokenizer, tmp_path: Path
+    ) -> None:
+        source = BERT.write(tmp_path / "bert", tokenizer)
+        own = Tokenizer.from_str(tokenizer.to_str())
+        first, last = own.id_to_token(5), own.id_to_token(6)
+        own.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=[(first, 5), (last, 6)])
+        own.save(str(source / "tokenizer.json"))
+        lm = load_model(str(source))
+        known = tokenizer.encode("for i").ids
+        filled = generate(lm, torch.tensor([[5, *known, *[lm.mask_token_id] * 4, 6]]), timesteps=4)
+        arguments = ("--prompt", "for i", "--max-new-tokens", 4, "--timesteps", 4)
+        status, out, _ = run("generate", "--model", source, *arguments)
+        assert (status, out) == (0, lm.decode(filled[0, 1 + len(known) : -1]) + "\n")
 
     def test_the_text_ends_before_a_special_token(self, run: Run, folder: Path, tmp_path: Path) -> None:
         lm = load_model(str(folder))

@@ -225,14 +225,19 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
     lm = _computing(_load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
-    prompt = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat).ids
+    encoded = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat)
+    prompt, end = list(encoded.ids), []
+    while (
+        len(prompt) > 1 and encoded.special_tokens_mask[len(prompt) - 1]
+    ):  # what closes a text, as [SEP], comes after the rest
+        end.insert(0, prompt.pop())
     filled = generate(
         lm,
-        torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens]),
+        torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens + end]),
         progress="generate",
         **_sampling(arguments),
     )
-    print(lm.decode(filled[0, len(prompt) :]))
+    print(lm.decode(filled[0, len(prompt) :][: arguments.max_new_tokens]))
 
 
 def run_chat(arguments: argparse.Namespace) -> None:

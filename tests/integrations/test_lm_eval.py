@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from encoder_layouts import EVERY_ENCODER, ROBERTA, EncoderLayout
 from layouts import OPEN_DCODER
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
@@ -320,3 +321,19 @@ def test_a_plain_configuration_needs_its_family(folders: dict[str, Path], tmp_pa
     with pytest.raises(ValueError, match="family: found None, allowed with 'qwen2' blocks"):
         HarnessLM(str(source))
     assert HarnessLM(str(source), family="open-dcoder").lm.model.config.model_type == "open-dcoder"
+
+
+@EVERY_ENCODER
+def test_masked_language_models(layout: EncoderLayout, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Texts of different lengths share a pass, so that shorter ones are padded."""
+    source = layout.write(tmp_path / "source", load_model(str(folders["full"])).tokenizer, tied=True)
+    harness = HarnessLM(str(source), max_new_tokens=4, batch_size=2)
+    positions = layout.config["max_position_embeddings"]
+    assert harness.max_length == (positions - 2 if layout.label in ("roberta", "esm1b") else positions)
+    pairs = [([7, 8, 9], [10]), ([7, 8, 9, 11, 12, 13], [14])]
+    for pair, bound in zip(pairs, harness._bounds(pairs), strict=True):
+        assert bound == pytest.approx(exact_bound(harness.lm, *pair), rel=1e-5)
+    texts = harness.generate_until([request("generate_until", text, {"until": []}) for text in ("x = ", "for i in")])
+    assert all(texts)
+    if layout is ROBERTA:
+        assert math.isfinite(harness.loglikelihood_rolling([request("loglikelihood_rolling", "x = 1\n" * 9)])[0])

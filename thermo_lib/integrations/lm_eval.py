@@ -132,7 +132,7 @@ class HarnessLM(TemplateLM):
         # Of the timesteps that layers tell apart.
         grouped = isinstance(self.lm, QuantizedLM) and self.lm.config.num_time_groups > 1
         self.steps = self.lm.config.timesteps if grouped else 1
-        self.max_length = max_length or self.lm.model.config.max_position_embeddings
+        self.max_length = max_length or self.lm.model.longest
         self.seed = seed
 
     @property

@@ -136,6 +136,11 @@ class MaskPredictor(nn.Module):
         self._check_length(input_ids)
         return self.passes.enter(self, input_ids, _positions(input_ids), None)
 
+    @property
+    def longest(self) -> int:
+        """How many tokens a text may have, or for how many the model was made where more aren't refused."""
+        return self.passes.longest(self.config) or self.config.max_position_embeddings
+
     def _check_length(self, input_ids: Tensor) -> None:
         length, most = input_ids.shape[1], self.passes.longest(self.config)
         if most is not None and length > most:
