@@ -290,6 +290,19 @@ class TestQuantized:
         assert (expected - layout.load(source).model(text)).abs().max() > 0.1
 
     @EVERY_ENCODER
+    def test_their_own_classes_save_and_load_as_transformers_does(
+        self, write: Callable[..., Path], tmp_path: Path, tokenizer: Tokenizer, layout: EncoderLayout, text: Tensor
+    ) -> None:
+        source = write(layout, tied=True)
+        lm = layout.load(source)
+        lm.model.save_pretrained(tmp_path / "saved")
+        tokenizer.save(str(tmp_path / "saved" / "tokenizer.json"))
+        assert load_model(str(tmp_path / "saved")).model(text).equal(lm.model(text))
+        quantize_checkpoint(source, tmp_path / "quantized", SMALL)
+        loaded = MODELS[layout.model_type].from_pretrained(tmp_path / "quantized", dtype=torch.float32)
+        assert loaded(text).equal(load_quantized(tmp_path / "quantized").model(text))
+
+    @EVERY_ENCODER
     def test_coded_embeddings_are_refused_before_any_work(
         self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout
     ) -> None:

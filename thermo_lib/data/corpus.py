@@ -109,6 +109,6 @@ def held_out_sequences(
     Raises:
         ValueError: the files hold fewer than ``count`` sequences.
     """
-    encodings = tokenizer.encode_batch(list(files.values()))
+    encodings = tokenizer.encode_batch(list(files.values()), add_special_tokens=False)
     streams = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings]
     return drawn_windows(streams, count, length, seed)
