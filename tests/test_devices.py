@@ -30,6 +30,7 @@ from thermo_lib.pipeline.parts import (
     RoundToNearest,
     Sequential,
     Static,
+    TimeNorms,
     Trellis,
 )
 from thermo_lib.pipeline.parts import TimeGrouping as Groups
@@ -66,6 +67,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "network on fresh states": {
         "weights": GPTQ(group_size=16),
         "training": (PathKL(what="network", states="fresh", num_texts=4, own_share=0.5, steps=3),),
+    },
+    "norms of time groups": {
+        "weights": RoundToNearest(bits=4),
+        "activations": Static(bits=8),
+        "training": (TimeNorms(count=2, what="network", states="fresh", num_texts=4, own_share=0.5, steps=2),),
     },
 }
 

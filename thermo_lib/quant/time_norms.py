@@ -181,7 +181,7 @@ class TimeNorm(nn.Module):
         if len(timestep) != len(x):
             raise ValueError(f"rows: found {len(timestep)} timesteps, expected one for each of {len(x)} rows of input")
         if self._row_of_step is None or self._row_of_step.device != timestep.device:
-            self._row_of_step = torch.tensor(self.row_of_step, device=timestep.device)
+            self._row_of_step = torch.tensor(self.row_of_step).to(timestep.device)
         return self._row_of_step[timestep * len(self.row_of_step) // timesteps]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
