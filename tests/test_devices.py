@@ -5,6 +5,7 @@ A device that claims to be another one stands for a GPU, see ``pretend``.
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,31 @@ def test_left_padding_and_blocks(tiny: DiffusionLM, there: DiffusionLM) -> None:
     with PretendedDevice():
         found = generate(there, ids.to(DEVICE), attention_mask=visible.to(DEVICE), **how)
     assert torch.equal(plain(found), expected)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_rows_at_several_timesteps_and_all_options(
+    tiny: DiffusionLM, calibration: Calibration, bits: int | None
+) -> None:
+    ranges = None if bits is None else Static(bits=bits, by_token_state=True)
+    groups = Groups(count=TIMESTEPS)
+    config = ThermoConfig(
+        timesteps=TIMESTEPS, weights=GPTQ(bits=8, group_size=16), activations=ranges, time_groups=groups
+    )
+    lm = quantize(tiny, config, calibration)
+    ids = torch.full((3, 14), tiny.mask_token_id)
+    ids[0, :4], ids[1, 9:] = 20, 21
+    visible = torch.ones_like(ids, dtype=torch.bool)
+    visible[2, :5] = False
+    rules = {"suppress_tokens": [30, 31], "begin_suppress_tokens": 32, "end_tokens": range(40, 90), "stop_at_end": True}
+    for options in ({"sampler": "entropy"}, {"sampler": "low_confidence", "threshold": 0.5}):
+        how = {"timesteps": 7, "block_length": 3, "end_last": True, "attention_mask": visible, **rules, **options}
+        expected = generate(lm, ids, **how)
+        there = replace(lm, model=copy.deepcopy(lm.model))
+        moved(there.model)
+        with PretendedDevice():
+            found = generate(there, ids.to(DEVICE), **how | {"attention_mask": visible.to(DEVICE)})
+        assert torch.equal(plain(found), expected)
 
 
 def test_evaluation(tiny: DiffusionLM, there: DiffusionLM, calibration: Calibration) -> None:

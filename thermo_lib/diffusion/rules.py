@@ -126,4 +126,4 @@ def _ids(name: str, found: Any) -> tuple[int, ...]:
 
 
 def _tensor(ids: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64, device=like.device)
+    return torch.tensor(ids, dtype=torch.int64).to(like.device)

@@ -121,8 +121,8 @@ def generate(
     write them as if they were text.
 
     A row's blocks, steps and time-aware layers don't depend on its neighbours. Where nothing is drawn (any sampler but
-    ``origin``, ``temperature`` and ``alg_temp`` 0) a row gets the text that it gets alone, without its padding. Where
-    something is drawn, see ``seed``.
+    ``origin``, ``temperature`` and ``alg_temp`` 0) a row gets the text that it gets alone, without its padding, but for
+    ties that rounding decides. Where something is drawn, see ``seed``.
 
     Args:
         lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep. A row

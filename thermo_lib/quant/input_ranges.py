@@ -80,7 +80,7 @@ class StaticRanges(TimestepTable):
             row = self.row() if rows is None else rows[0]
             scale, zero_point = (self._of_tokens(p[row], x.shape[-1]) for p in (self.scale, self.zero_point))
         else:
-            index = torch.tensor(rows, device=self.scale.device)
+            index = torch.tensor(rows).to(self.scale.device)
             scale, zero_point = (self._of_tokens(p[index], x.shape[-1]) for p in (self.scale, self.zero_point))
         return scale, zero_point
 

@@ -107,12 +107,12 @@ class QuantizedLinear(TimestepTable):
         groups = [[i for i, other in enumerate(rows) if other == row] for row in dict.fromkeys(rows)]
         parts = []
         for group in groups:
-            some = torch.tensor(group, device=x.device)
+            some = torch.tensor(group).to(x.device)
             states = None if is_masked is None else is_masked[some]
             with denoising((int(steps[group[0]]), timesteps), states, rows=(steps[group], timesteps)):
                 parts.append(self.multiply(x[some]))
-        order = torch.tensor([i for group in groups for i in group], device=x.device)
-        return torch.cat(parts)[order.argsort()]
+        order = torch.tensor([i for group in groups for i in group]).argsort()
+        return torch.cat(parts)[order.to(x.device)]
 
     def multiply(self, x: Tensor) -> Tensor:
         """``forward`` at one timestep, that of the call, as far as the weight depends on it."""
