@@ -44,7 +44,7 @@ from thermo_lib.models.streamed import load_streamed
 from thermo_lib.pipeline.about import about, words
 
 LAYOUTS = [*ENCODERS, BIASED]
-SMALL = ThermoConfig(quantizer="rtn", activation_bits=16, num_time_groups=1, group_size=16, timesteps=4)
+SMALL = ThermoConfig(quantizer="rtn", activation_bits=16, num_time_groups=1, group_size=16, timesteps=2)
 OLD = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
 EXTRA = {
     "bert": {
@@ -259,7 +259,7 @@ class TestQuantized:
         source = write(layout, tied=True)
         lm = layout.load(source)
         ids = text.where(text != MASK_TOKEN_ID, 9)
-        calibration = calibrate(lm, [(ids, None)], timesteps=4, source="trajectory", progress=False)
+        calibration = calibrate(lm, [(ids, None)], timesteps=2, source="trajectory", progress=False)
         config = SMALL.replace(
             training=[{"phase": "sequential", "steps": 1}, {"phase": "path_kl", "steps": 1}], quantizer="gptq"
         )
@@ -270,13 +270,13 @@ class TestQuantized:
         names = {name.removesuffix(".packed") for name in stored(tmp_path / "saved") if name.endswith(".packed")}
         assert names == set(layout.linears)
         masked = text.where(text != MASK_TOKEN_ID, lm.mask_token_id)
-        expected = generate(in_memory, masked, timesteps=4)
+        expected = generate(in_memory, masked, timesteps=2)
         assert not (expected == lm.mask_token_id).any()
         assert expected[masked != lm.mask_token_id].equal(masked[masked != lm.mask_token_id])
         for folder in ("saved", "layerwise"):
             loaded = load_quantized(tmp_path / folder)
             assert loaded.model(text).equal(in_memory.model(text))
-            assert generate(loaded, masked, timesteps=4).equal(expected)
+            assert generate(loaded, masked, timesteps=2).equal(expected)
             assert about(str(tmp_path / folder))["quantized"] == words(config)
 
     @EVERY_ENCODER
