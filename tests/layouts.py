@@ -114,6 +114,7 @@ class Layout:
     has_output_bias: bool = False
     family: str | None = None  # where config.json doesn't say it
     tying: str = "tie_word_embeddings"
+    block_length: int | None = None  # of block-causal attention
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -179,7 +180,7 @@ class Layout:
         return folder
 
     def logits(self, tensors: dict[str, Tensor], ids: Tensor) -> Tensor:
-        """Logits ``(length, vocabulary)`` in float64 of one sequence ``(length,)``, nothing hidden from anything.
+        """Logits ``(length, vocabulary)`` in float64 of one sequence ``(length,)``; only later blocks are hidden.
 
         The blocks are written out here without ``transformers``, on the tensors as the checkpoint stores them.
         """
@@ -195,6 +196,8 @@ class Layout:
         embeddings = f"{self.name('embedding')}.weight"
         weights.setdefault(f"{self.name('head')}.weight", weights[embeddings])
         x = weights[embeddings][ids]
+        number = torch.arange(len(ids)) // (self.block_length or len(ids))
+        later = number > number[:, None]
         for block in range(2):
             h = norm(x, "attention_norm", block)
             q, k, v = (linear(h, role, block).view(len(ids), -1, self.head_size) for role in "qkv")
@@ -204,8 +207,8 @@ class Layout:
             attended = []
             for head in range(self.heads):
                 shared = head * self.kv_heads // self.heads  # neighbouring query heads share keys and values
-                attention = (q[:, head] @ k[:, shared].T / self.head_size**0.5).softmax(-1)
-                attended.append(attention @ v[:, shared])
+                scores = q[:, head] @ k[:, shared].T / self.head_size**0.5
+                attended.append(scores.masked_fill(later, -torch.inf).softmax(-1) @ v[:, shared])
             x = x + linear(torch.cat(attended, dim=-1), "o", block)
             h = norm(x, "mlp_norm", block)
             gate = linear(h, "gate", block)
@@ -349,9 +352,28 @@ OPEN_DCODER = replace(
     family="open-dcoder",
     tokenizer_config={"mask_token": "<|mask|>"},
 )
+# config.json of JetLM/SDAR-4B-Chat and of Efficient-Large-Model/Fast_dLLM_v2_7B, at a small size.
+SDAR = replace(
+    A2D_QWEN3,
+    config=_PLAIN
+    | {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "attention_bias": False, "head_dim": 16}
+    | {"attn_implementation": "flex_attention", "debug": False, "ep_size": 1, "fuse_cross_entropy": True}
+    | {"max_window_layers": 2, "sliding_window": None, "use_sliding_window": False},
+    block_length=4,
+    tokenizer_config={"mask_token": "<|mask|>"},
+)
+FAST_DLLM = replace(
+    DREAM,
+    config=_QWEN
+    | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 5}
+    | {"conplemenrary_mask": True},
+    block_length=5,
+    tokenizer_config={"mask_token": "<|mask|>"},
+)
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
 KINDS = pytest.mark.parametrize("layout", [DREAM, LLADA, A2D_QWEN3], ids=["Qwen2", "Llama", "Qwen3"])  # of blocks
-_SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA]
+BLOCK_CAUSAL = pytest.mark.parametrize("layout", [SDAR, FAST_DLLM], ids=["SDAR", "Fast-dLLM"])
+_SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SDAR, FAST_DLLM]
 NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])
 _EVERY = [*_SAYING, OPEN_DCODER]
 EVERY = pytest.mark.parametrize("layout", _EVERY, ids=[layout.model_type for layout in _EVERY])

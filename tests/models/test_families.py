@@ -75,7 +75,11 @@ class TestFamily:
 
     @pytest.mark.parametrize(
         ("model_type", "allowed"),
-        [("qwen2", "Dream, a2d-qwen2, open-dcoder"), ("qwen3", "a2d-qwen3"), ("llama", "a2d-llama")],
+        [
+            ("qwen2", "Dream, a2d-qwen2, open-dcoder, Fast_dLLM_Qwen"),
+            ("qwen3", "a2d-qwen3, sdar"),
+            ("llama", "a2d-llama"),
+        ],
     )
     def test_it_is_asked_for(self, tmp_path: Path, model_type: str, allowed: str) -> None:
         config = A2D_QWEN2.config | {"model_type": model_type}
@@ -85,9 +89,9 @@ class TestFamily:
     @pytest.mark.parametrize(
         ("layout", "family", "allowed"),
         [
-            (OPEN_DCODER, "a2d-qwen3", "Dream, a2d-qwen2, open-dcoder"),
-            (OPEN_DCODER, "llada", "Dream, a2d-qwen2, open-dcoder"),
-            (OPEN_DCODER, "other", "Dream, a2d-qwen2, open-dcoder"),
+            (OPEN_DCODER, "a2d-qwen3", "Dream, a2d-qwen2, open-dcoder, Fast_dLLM_Qwen"),
+            (OPEN_DCODER, "llada", "Dream, a2d-qwen2, open-dcoder, Fast_dLLM_Qwen"),
+            (OPEN_DCODER, "other", "Dream, a2d-qwen2, open-dcoder, Fast_dLLM_Qwen"),
             (DREAM, "open-dcoder", "Dream"),
             (A2D_QWEN3, "a2d-qwen2", "a2d-qwen3"),
         ],
@@ -148,11 +152,6 @@ class TestUnsupported:
                 "model_type: found 'sdar_moe', a mixture of experts (SDAR) with block-causal attention",
             ),
             ({"model_type": "rnd1", "num_experts": 128}, "model_type: found 'rnd1', a mixture of experts (RND1)"),
-            ({"model_type": "sdar"}, "model_type: found 'sdar', a model with block-causal attention (SDAR)"),
-            (
-                {"model_type": "Fast_dLLM_Qwen"},
-                "model_type: found 'Fast_dLLM_Qwen', a model with block-causal attention (Fast-dLLM v2)",
-            ),
             ({"model_type": "llada", "num_experts": 64}, "num_experts: found 64, a mixture of experts"),
             ({"model_type": "qwen3_moe", "num_experts": 64}, "num_experts: found 64, a mixture of experts"),
             ({"expert_interval": 1}, "expert_interval: found 1, a mixture of experts"),

@@ -1,7 +1,7 @@
 """The models in plain ``transformers`` modules.
 
-All are mask predictors: transformers with attention in both directions that predict the tokens at masked
-positions. ``families.ARCHITECTURES`` says how they differ, in their blocks and in one shift:
+All are mask predictors: transformers with attention in both directions, in some of them inside a block and to earlier
+ones only, that predict the tokens at masked positions. ``families.ARCHITECTURES`` says how they differ:
 
 - Dream (arXiv 2508.15487) has Qwen2 blocks. Its logits are shifted by one: the state at position ``i - 1``
   predicts token ``i``, as in the autoregressive model it was initialized from.
@@ -41,7 +41,7 @@ from thermo_lib.files.tensors import (
     written_times,
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
-from thermo_lib.models.passes import PASSES, DecoderPass
+from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, hiding
 from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
@@ -91,6 +91,11 @@ class MaskPredictor(nn.Module):
         return None if self.parts.rotary is None else attrgetter(self.parts.rotary)(self)
 
     @property
+    def block_length(self) -> int | None:
+        """Number of tokens of a block in block-causal attention; None where attention is full."""
+        return self.config.block_length if self.passes is BLOCK_CAUSAL else None
+
+    @property
     def device(self) -> torch.device:
         """Where the model computes, also if its embeddings are elsewhere."""
         return self.norm.weight.device
@@ -114,10 +119,8 @@ class MaskPredictor(nn.Module):
         position_ids = None
         bias = None
         if attention_mask is not None:
-            dtype = self.norm.weight.dtype
             hidden_keys = ~attention_mask.bool()[:, None, None, :].expand(-1, 1, input_ids.shape[1], -1)
-            bias = torch.zeros(hidden_keys.shape, dtype=dtype, device=input_ids.device)
-            bias = bias.masked_fill(hidden_keys, torch.finfo(dtype).min)
+            bias = hiding(hidden_keys.to(input_ids.device), self.norm.weight.dtype)
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         with denoising(self.step.value, input_ids == self.config.mask_token_id):
             states = self._states(input_ids, attention_mask, bias, position_ids)
@@ -406,7 +409,7 @@ def _model_class(family: Architecture) -> type[MaskPredictor]:
         "config_class": family.config,
         "is_shifted": family.is_shifted,
         "parts": family.parts,
-        "passes": PASSES[family.blocks],
+        "passes": PASSES[family.blocks] if family.attention == "full" else BLOCK_CAUSAL,
     }
     name = family.config.__name__.removesuffix("Config") + "Model"
     return type(name, (MaskPredictor, _BLOCKS[family.blocks]), about)

@@ -8,6 +8,7 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -116,6 +117,24 @@ class OpenDCoderConfig(Published, Qwen2Config):
     model_type = "open-dcoder"
     is_causal = False
     mask_token_id: int | None = None
+
+
+class SDARConfig(Published, Qwen3Config):
+    """Qwen3's configuration with a mask token and the length of blocks (SDAR, arXiv 2510.06303)."""
+
+    model_type = "sdar"
+    is_causal = False
+    mask_token_id: int | None = None
+    block_length: int = 4
+
+
+class FastDLLMConfig(Published, Qwen2Config):
+    """Qwen2's configuration with a mask token and the length of blocks (Fast-dLLM v2, arXiv 2509.26328)."""
+
+    model_type = "Fast_dLLM_Qwen"
+    is_causal = False
+    mask_token_id: int | None = None
+    block_length: int = 32
 
 
 # What transformers writes for Qwen2, Qwen3 and Llama.
@@ -238,18 +257,41 @@ _OPEN_DCODER = Architecture(
     fixed=_FIXED,
     mask_token="<M>",
 )
-_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER, *ENCODERS)
+_SDAR = Architecture(
+    config=SDARConfig,
+    blocks="qwen3",
+    is_shifted=False,
+    published_as="SDARForCausalLM",
+    sizes=_SIZES | same("head_dim"),
+    settings=_SETTINGS | same("attention_bias"),
+    fixed=_FIXED,
+    mask_token="<|MASK|>",
+    attention="block-causal",
+    block_key="block_size",  # of models that were trained further; JetLM's own files don't have it
+    block_length=4,
+)
+_FAST_DLLM = Architecture(
+    config=FastDLLMConfig,
+    blocks="qwen2",
+    is_shifted=True,
+    published_as="Fast_dLLM_QwenForCausalLM",
+    sizes=_SIZES,
+    settings=_SETTINGS,
+    fixed=_FIXED,
+    mask_token="|<MASK>|",
+    attention="block-causal",
+    block_key="bd_size",
+)
+_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER, _SDAR, _FAST_DLLM, *ENCODERS)
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in _ALL}
 # The others are families of transformers' own, whose Auto classes stay as they are.
 PUBLISHED = {name: entry for name, entry in ARCHITECTURES.items() if issubclass(entry.config, Published)}
 
-_EXPERTS, _BLOCK_CAUSAL = "a mixture of experts", "a model with block-causal attention"
+_EXPERTS = "a mixture of experts"
 _UNSUPPORTED = {
     "llada2_moe": f"{_EXPERTS} (LLaDA2) with block-causal attention",
     "sdar_moe": f"{_EXPERTS} (SDAR) with block-causal attention",
     "rnd1": f"{_EXPERTS} (RND1)",
-    "sdar": f"{_BLOCK_CAUSAL} (SDAR)",
-    "Fast_dLLM_Qwen": f"{_BLOCK_CAUSAL} (Fast-dLLM v2)",
 }
 _OF_QWEN3 = ("block_size", "head_dim", "attention_bias", "use_qk_norm", "qk_norm")  # not in Dream's own config.json
 
@@ -309,7 +351,24 @@ def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> 
         if not folder or not Path(folder).is_dir():
             raise ValueError(f"mask_token_id: found none, and no tokenizer in {folder!r}, allowed is a folder with one")
         content = content | {"mask_token_id": read_mask_token_id(Path(folder), architecture.mask_token)}
+    key = architecture.block_key
+    if key is not None:
+        if content.get(key) is None and architecture.block_length is not None:
+            content = content | {key: architecture.block_length}
+        architecture = replace(architecture, sizes=architecture.sizes | {key: "block_length"})
     return parse(architecture, architecture.flat(content))
+
+
+def _with_block_length(family: str, content: dict[str, Any], asked: int | None) -> dict[str, Any]:
+    """A ``config.json`` that says how long a block is, where that is asked for."""
+    key = ARCHITECTURES[family].block_key
+    if asked is None:
+        return content
+    if key is None:
+        raise ValueError(f"block_length: found {asked!r}, allowed is None with {family!r}, whose attention is full")
+    if content.get(key) not in (None, asked):
+        raise ValueError(f"block_length: found {asked!r}, allowed is {content[key]!r}, which is {key} of config.json")
+    return content | {key: asked}
 
 
 def _family(content: dict[str, Any], asked: str | None) -> str:
@@ -332,17 +391,19 @@ def _family(content: dict[str, Any], asked: str | None) -> str:
     return fitting[0] if asked is None else asked
 
 
-def read_config(folder: Path, family: str | None = None) -> PreTrainedConfig:
+def read_config(folder: Path, family: str | None = None, block_length: int | None = None) -> PreTrainedConfig:
     """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
 
     Args:
         folder: of a model.
         family: of ``ARCHITECTURES``, needed where ``config.json`` is plain Qwen2, Qwen3 or Llama.
+        block_length: number of tokens of a block in block-causal attention, needed where ``config.json`` doesn't say
+            it and it isn't that of most published models.
 
     Raises:
-        ValueError: no such file, not JSON, unsupported ``model_type``, a family that is missing or doesn't fit, a
-            missing field, a value that the modules of that architecture can't compute, or a tokenizer without the
-            mask token.
+        ValueError: no such file, not JSON, unsupported ``model_type``, a family or a block length that is missing or
+            doesn't fit, a missing field, a value that the modules of that architecture can't compute, or a tokenizer
+            without the mask token.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -350,6 +411,7 @@ def read_config(folder: Path, family: str | None = None) -> PreTrainedConfig:
     content = read_object(path)
     try:
         name = _family(content, family)
+        content = _with_block_length(name, content, block_length)
         return ARCHITECTURES[name].config(**_values(name, content, folder))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -362,7 +424,10 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     def value(attribute: str) -> Any:
         return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
 
-    stated = {key: value(attribute) for key, attribute in (architecture.sizes | architecture.settings).items()}
+    keys = architecture.sizes | architecture.settings
+    if architecture.block_key is not None:
+        keys = keys | {architecture.block_key: "block_length"}
+    stated = {key: value(attribute) for key, attribute in keys.items()}
     content = {
         "architectures": [architecture.published_as],
         "model_type": config.model_type,

@@ -45,7 +45,7 @@ from thermo_lib.models.tokenization import (
     read_tokenizer,
     save_tokenizer,
 )
-from thermo_lib.models.vocabulary import NO_PROBABILITY, Vocabulary
+from thermo_lib.models.vocabulary import NO_PROBABILITY, Vocabulary, check_known
 from thermo_lib.quant.time_norms import check_plain_norms
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
@@ -210,10 +210,8 @@ class DiffusionLM:
 
     def _states(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The states from which the head predicts at chosen positions, ``(n, hidden)``."""
-        device, vocab_size = self.model.device, self.vocab_size
-        is_unknown = (ids < 0) | (ids >= vocab_size)
-        if is_unknown.any():
-            raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")
+        device = self.model.device
+        check_known(ids, self.vocab_size)
         visible = None if attention_mask is None else attention_mask.to(device)
         return self.model.hidden(ids.to(device), visible)[at.to(device)]
 
@@ -344,7 +342,11 @@ def model_folder(name: str) -> Path:
 
 
 def load_model(
-    name: str = "reference", *, family: str | None = None, dtype: torch.dtype = torch.float32
+    name: str = "reference",
+    *,
+    family: str | None = None,
+    block_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> DiffusionLM:
     """Load a full-precision diffusion language model, in evaluation mode.
 
@@ -352,14 +354,15 @@ def load_model(
         name: ``"reference"`` for the embedded model, a local folder, or a hub id.
         family: what the model is, where its ``config.json`` is plain Qwen2, Qwen3 or Llama and says nothing of
             diffusion, e.g. ``"open-dcoder"``; what is saved or quantized from it says it.
+        block_length: see ``read_config``; what is saved or quantized from it says it.
         dtype: of the weights in memory.
 
     Raises:
-        ValueError: unknown model, a quantized one, unsupported type, a family that is missing or doesn't fit, or
-            damaged weights; the message says which and why.
+        ValueError: unknown model, a quantized one, unsupported type, a family or a block length that is missing or
+            doesn't fit, or damaged weights; the message says which and why.
     """
     folder = model_folder(name)
-    config = read_config(folder, family)
+    config = read_config(folder, family, block_length)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     carried = read_carried(folder)

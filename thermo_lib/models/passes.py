@@ -64,6 +64,33 @@ class DecoderPass:
                 module.is_causal = False
 
 
+class BlockCausalPass(DecoderPass):
+    """SDAR and Fast-dLLM v2: as the decoders; a token sees its block, in both directions, and all earlier blocks.
+
+    Blocks are counted from a text's first token (Block Diffusion, arXiv 2503.09573, section 3).
+    """
+
+    def seen(self, config: Any) -> str:
+        """See ``DecoderPass``."""
+        return f"block-causal in blocks of {config.block_length}"
+
+    def arguments(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """See ``DecoderPass``."""
+        block_length = model.config.block_length
+        if hidden.shape[1] > block_length:
+            number = positions.to(hidden.device) // block_length
+            later = number[:, None, None, :] > number[:, None, :, None]
+            ahead = hiding(later, hidden.dtype)
+            bias = ahead if bias is None else torch.minimum(bias, ahead)
+        return super().arguments(model, hidden, bias, positions)
+
+
+def hiding(is_hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores to hide keys from queries: of the same shape, 0 or the type's lowest."""
+    bias = torch.zeros(is_hidden.shape, dtype=dtype, device=is_hidden.device)
+    return bias.masked_fill(is_hidden, torch.finfo(dtype).min)
+
+
 class BertPass(DecoderPass):
     """BERT: embedded positions, a norm before the first block, a head with a layer of its own before the linear."""
 
@@ -190,9 +217,7 @@ class ModernBertPass(DecoderPass):
         places = torch.arange(hidden.shape[1], device=hidden.device)
         biases = {"full_attention": bias, "sliding_attention": bias}
         if len(places) > reach + 1:
-            lowest = torch.finfo(hidden.dtype).min
-            far = (places[:, None] - places).abs() > reach
-            near = torch.zeros(far.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(far, lowest)
+            near = hiding((places[:, None] - places).abs() > reach, hidden.dtype)
             biases["sliding_attention"] = near[None, None] if bias is None else torch.minimum(bias, near)
         given = {
             kind: {
@@ -212,6 +237,7 @@ class ModernBertPass(DecoderPass):
         return model.decoder(states)
 
 
+BLOCK_CAUSAL = BlockCausalPass()
 PASSES = {
     "qwen2": DecoderPass(),
     "qwen3": DecoderPass(),

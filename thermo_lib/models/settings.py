@@ -46,6 +46,10 @@ class Architecture:
         blocks: ``qwen2``, ``qwen3`` (as Qwen2 with a norm of each head's queries and keys), ``llama``, ``bert``,
             ``roberta``, ``modernbert`` or ``esm``.
         is_shifted: whether the state at position ``i - 1`` predicts token ``i``; otherwise that at ``i`` does.
+        attention: ``full``, or ``block-causal``: a token sees its own block, in both directions, and all earlier ones
+            (arXiv 2503.09573, section 3).
+        block_key: key of ``config.json`` that says how many tokens a block has, where attention is block-causal.
+        block_length: number of tokens of a block where ``config.json`` doesn't say it; None where it must.
         published_as: the class in ``architectures`` of ``config.json``.
         sizes: key of ``config.json`` to attribute of ``config``, whole numbers that must be there; two keys of one
             attribute must agree.
@@ -78,6 +82,9 @@ class Architecture:
     unused: tuple[str, ...] = ()
     unused_if_rotary: tuple[str, ...] = ()
     flat: Callable[[dict[str, Any]], dict[str, Any]] = flat_rope
+    attention: str = "full"
+    block_key: str | None = None
+    block_length: int | None = None
 
 
 def same(*keys: str) -> dict[str, str]:

@@ -53,6 +53,7 @@ class Checkpoint:
 
     Attributes:
         family: of the model.
+        block_length: of the model, see ``MaskPredictor``.
         tensors: the library's name to where the tensor is; a copy of tied embeddings as the head is left out.
 
     Raises:
@@ -73,7 +74,7 @@ class Checkpoint:
         check_tied(found, model.config, lambda key: _read(found[key]), folder)
         tied = model.parts.tied if model.config.tie_word_embeddings else {}
         self.folder = folder
-        self.family = model.config.model_type
+        self.family, self.block_length = model.config.model_type, model.block_length
         self.tensors = {names[key]: stored for key, stored in found.items() if names[key] not in tied}
         self._seen: set[str] = set()
 
@@ -101,6 +102,8 @@ class Checkpoint:
         noticed, and the same file with another time is taken for another.
         """
         found: dict[str, Any] = {"family": self.family}
+        if self.block_length is not None:
+            found["block_length"] = self.block_length
         for name in ("config.json", *tokenizer_files(self.folder)):
             found[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
         for path in weight_files(self.folder):
@@ -251,6 +254,7 @@ def load_streamed(
     name: str,
     *,
     family: str | None = None,
+    block_length: int | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> StreamedLM:
@@ -258,7 +262,7 @@ def load_streamed(
 
     Args:
         name: ``"reference"`` for the embedded model, a local folder, or a hub id.
-        family: see ``load_model``.
+        family, block_length: see ``load_model``.
         device: where it runs; the model can't be moved.
         dtype: of the weights in memory.
 
@@ -266,7 +270,7 @@ def load_streamed(
         ValueError: what ``load_model`` raises; of a block's weights when it is first read.
     """
     folder, device = model_folder(name), torch.device(device)
-    config = read_config(folder, family)
+    config = read_config(folder, family, block_length)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
     model = skeleton(config)

@@ -42,3 +42,10 @@ class Vocabulary:
             self._between = self._between.to(logits.device)
             logits[:, self._between] = NO_PROBABILITY
         return logits
+
+
+def check_known(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError for token ids, any shape, that a model with so many ids doesn't have."""
+    is_unknown = (ids < 0) | (ids >= vocab_size)
+    if is_unknown.any():
+        raise ValueError(f"ids: found {ids[is_unknown][0].item()}, allowed are 0..{vocab_size - 1}")

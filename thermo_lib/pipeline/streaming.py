@@ -81,6 +81,7 @@ def quantize_checkpoint(
     calibration: Calibration | None = None,
     *,
     family: str | None = None,
+    block_length: int | None = None,
     prompts: Sequence[Prompts] | None = None,
     client: "Client | None" = None,
     shard_bytes: int | None = None,
@@ -99,7 +100,7 @@ def quantize_checkpoint(
         config: how to quantize.
         calibration: states for all but data-free weights, see ``calibrate``; of ``models.streamed.load_streamed``, or
             of the model in memory.
-        family: see ``load_model``.
+        family, block_length: see ``load_model``.
         prompts: see ``quantize``.
         client: of a ``dask.distributed`` cluster that writes the shards, without calibration; its machines see source
             and output under the same paths. A worker that is lost costs time only.
@@ -130,7 +131,7 @@ def quantize_checkpoint(
     with only_writer(output):
         where = torch.device(device)
         size = shard_bytes or _SHARD_BYTES
-        _quantize(folder, output, config, calibration, family, prompts, client, size, where, progress)
+        _quantize(folder, output, config, calibration, (family, block_length), prompts, client, size, where, progress)
 
 
 def _quantize(
@@ -138,15 +139,15 @@ def _quantize(
     output: Path,
     config: ThermoConfig,
     calibration: Calibration | None,
-    family: str | None,
+    kind: tuple[str | None, int | None],
     prompts: Sequence[Prompts] | None,
     client: "Client | None",
     shard_bytes: int,
     device: torch.device,
     progress: bool,
 ) -> None:
-    """``quantize_checkpoint`` after its checks, as the only writer of the output."""
-    model_config = read_config(folder, family)
+    """``quantize_checkpoint`` after its checks, as the only writer of the output; ``kind``: family, block length."""
+    model_config = read_config(folder, *kind)
     check_unquantized(folder)
     model = skeleton(model_config)
     coded_tables(model, config)  # which refuses those that can't be coded
@@ -163,7 +164,7 @@ def _quantize(
     _begin(partial, run)
     paths = _complete_shards(partial)
     if config.needs_calibration and not paths:
-        lm = load_streamed(str(folder), family=family, device=device)
+        lm = load_streamed(str(folder), family=kind[0], block_length=kind[1], device=device)
         snapshots = partial / SNAPSHOTS_NAME
         quantized = quantize(lm, config, calibration, prompts=prompts, resume=snapshots, progress=progress)
         paths = _write_tensors(partial, _as_stored(quantized, checkpoint), shard_bytes)
