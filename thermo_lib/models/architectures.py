@@ -41,6 +41,7 @@ from thermo_lib.files.tensors import (
     written_times,
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
+from thermo_lib.models.key_values import BlockByBlock
 from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, hiding
 from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.models.tokenization import copy_tokenizer
@@ -50,7 +51,7 @@ from thermo_lib.quant.time_norms import check_plain_norms
 _DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
 
 
-class MaskPredictor(nn.Module):
+class MaskPredictor(BlockByBlock, nn.Module):
     """What the architectures share; mixed into a ``...ForCausalLM`` or ``...ForMaskedLM`` of ``transformers``.
 
     Attributes:
@@ -89,11 +90,6 @@ class MaskPredictor(nn.Module):
     def rotary(self) -> nn.Module | None:
         """What turns queries and keys by their position; None where positions are embedded."""
         return None if self.parts.rotary is None else attrgetter(self.parts.rotary)(self)
-
-    @property
-    def block_length(self) -> int | None:
-        """Number of tokens of a block in block-causal attention; None where attention is full."""
-        return self.config.block_length if self.passes is BLOCK_CAUSAL else None
 
     @property
     def device(self) -> torch.device:

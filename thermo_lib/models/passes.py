@@ -82,6 +82,10 @@ class BlockCausalPass(DecoderPass):
             later = number[:, None, None, :] > number[:, None, :, None]
             ahead = hiding(later, hidden.dtype)
             bias = ahead if bias is None else torch.minimum(bias, ahead)
+        return self.cached(model, hidden, bias, positions)
+
+    def cached(self, model: Any, hidden: Tensor, bias: Tensor | None, positions: Tensor) -> list[dict[str, Any]]:
+        """``arguments`` where the bias already hides later blocks: ``(batch, 1, length, keys)``, None for nothing."""
         return super().arguments(model, hidden, bias, positions)
 
 
