@@ -89,9 +89,9 @@ def test_logits_with_and_without_padding(
     model.set_attn_implementation(attention)
     expected = torch.stack([layout.logits(tensors, ids) for ids in text])
     assert expected.std() > 1  # so that 1e-4 says something
-    torch.testing.assert_close(model(text).double(), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(model(text).logits.double(), expected, rtol=0, atol=1e-4)
     for start, stop in ((4, 15), (0, 9)):
-        logits = model(text, torch.tensor([[True] * 15, [start <= n < stop for n in range(15)]]))
+        logits = model(text, torch.tensor([[True] * 15, [start <= n < stop for n in range(15)]])).logits
         for row, part in enumerate((slice(0, 15), slice(start, stop))):
             alone = layout.logits(tensors, text[row, part])
             torch.testing.assert_close(logits[row, part].double(), alone, rtol=0, atol=1e-4)
@@ -104,14 +104,14 @@ def test_transformers_computes_the_same(layout: EncoderLayout, write: Callable[.
     theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = theirs(text, attention_mask=torch.ones_like(text)).logits
-    torch.testing.assert_close(layout.load(folder).model(text), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(layout.load(folder).model(text).logits, expected, rtol=0, atol=1e-4)
 
 
 @EVERY_ENCODER
 def test_a_text_of_masks_alone_has_finite_logits(layout: EncoderLayout, write: Callable[..., Path]) -> None:
     lm = layout.load(write(layout))
     masks = torch.full((2, 7), lm.mask_token_id)
-    assert lm.model(masks).isfinite().all()
+    assert lm.model(masks).logits.isfinite().all()
 
 
 class TestFiles:
@@ -123,14 +123,14 @@ class TestFiles:
     ) -> None:
         source = write(layout, tied=True)
         tensors = layout.tensors(tied=True)
-        expected = layout.load(source).model(text)
+        expected = layout.load(source).model(text).logits
         for now, then in OLD.items():
             tensors = {name.replace(now, then): tensor for name, tensor in tensors.items()}
         for name, shape in EXTRA[layout.label].items():
             tensors[name] = torch.arange(shape[-1]).expand(shape).contiguous() if "_ids" in name else torch.ones(shape)
         replace_tensors(source, tensors)
-        assert layout.load(source).model(text).equal(expected)
-        assert load_streamed(str(source)).model(text).equal(expected)
+        assert layout.load(source).model(text).logits.equal(expected)
+        assert load_streamed(str(source)).model(text).logits.equal(expected)
         assert about(str(source))["norms"] == "bfloat16"
         assert stored_dtype(str(source)) == torch.bfloat16
         save_model(layout.load(source), tmp_path / "again")
@@ -156,7 +156,7 @@ class TestFiles:
 
     def test_settings_as_transformers_5_writes_them(self, write: Callable[..., Path], text: Tensor) -> None:
         source = write(MODERNBERT)
-        expected, config = load_model(str(source)).model(text), dict(MODERNBERT.config)
+        expected, config = load_model(str(source)).model(text).logits, dict(MODERNBERT.config)
         thetas = [config.pop(f"{kind}_rope_theta") for kind in ("global", "local")]
         del config["global_attn_every_n_layers"]
         kinds = ["full_attention", "sliding_attention"]
@@ -165,7 +165,7 @@ class TestFiles:
             kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(kinds, thetas, strict=True)
         }
         (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        assert load_model(str(source)).model(text).equal(expected)
+        assert load_model(str(source)).model(text).logits.equal(expected)
 
 
 def replace_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -239,9 +239,9 @@ def test_a_text_longer_than_the_table_of_positions(
     lm = layout.load(write(layout))
     ids = torch.full((1, 25), 7)
     if most is None:
-        assert lm.model(ids).isfinite().all()
+        assert lm.model(ids).logits.isfinite().all()
         return
-    assert lm.model(ids[:, :most]).isfinite().all()
+    assert lm.model(ids[:, :most]).logits.isfinite().all()
     positions = layout.config["max_position_embeddings"]
     message = f"input_ids: found a length of 25, allowed is at most {most} with max_position_embeddings={positions}"
     for function in (lm.model, lm.model.hidden, lm.model.enter):
@@ -275,7 +275,7 @@ class TestQuantized:
         assert expected[masked != lm.mask_token_id].equal(masked[masked != lm.mask_token_id])
         for folder in ("saved", "layerwise"):
             loaded = load_quantized(tmp_path / folder)
-            assert loaded.model(text).equal(in_memory.model(text))
+            assert loaded.model(text).logits.equal(in_memory.model(text).logits)
             assert generate(loaded, masked, timesteps=2).equal(expected)
             assert about(str(tmp_path / folder))["quantized"] == words(config)
 
@@ -285,9 +285,9 @@ class TestQuantized:
     ) -> None:
         source = write(layout)
         quantize_checkpoint(source, tmp_path / "quantized", SMALL)
-        expected = quantize(layout.load(source), SMALL).model(text)
-        assert load_quantized(tmp_path / "quantized").model(text).equal(expected)
-        assert (expected - layout.load(source).model(text)).abs().max() > 0.1
+        expected = quantize(layout.load(source), SMALL).model(text).logits
+        assert load_quantized(tmp_path / "quantized").model(text).logits.equal(expected)
+        assert (expected - layout.load(source).model(text).logits).abs().max() > 0.1
 
     @EVERY_ENCODER
     def test_their_own_classes_save_and_load_as_transformers_does(
@@ -297,10 +297,10 @@ class TestQuantized:
         lm = layout.load(source)
         lm.model.save_pretrained(tmp_path / "saved")
         tokenizer.save(str(tmp_path / "saved" / "tokenizer.json"))
-        assert load_model(str(tmp_path / "saved")).model(text).equal(lm.model(text))
+        assert load_model(str(tmp_path / "saved")).model(text).logits.equal(lm.model(text).logits)
         quantize_checkpoint(source, tmp_path / "quantized", SMALL)
         loaded = MODELS[layout.model_type].from_pretrained(tmp_path / "quantized", dtype=torch.float32)
-        assert loaded(text).equal(load_quantized(tmp_path / "quantized").model(text))
+        assert loaded(text).logits.equal(load_quantized(tmp_path / "quantized").model(text).logits)
 
     @EVERY_ENCODER
     def test_coded_embeddings_are_refused_before_any_work(
