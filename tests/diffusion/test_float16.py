@@ -145,7 +145,7 @@ def work(lm: DiffusionLM, calibration: Calibration) -> dict[str, Callable[[], ob
     harness = HarnessLM.__new__(HarnessLM)  # around this model, instead of one in a folder
     TemplateLM.__init__(harness)
     sampling = {"sampler": "maskgit_plus", "temperature": 0.0, "alg_temp": 0.0}
-    settings = {"lm": lm, "mc_num": 4, "seed": 0, "steps": 1, "batch_size": 4, "sampling": sampling}
+    settings = {"lm": lm, "mc_num": 4, "seed": 0, "steps": 1, "batch_size": 4, "sampling": sampling, "rules": {}}
     vars(harness).update(
         settings, timesteps=None, block_length=None, max_length=64, max_new_tokens=4, check_greedy=True
     )
