@@ -14,7 +14,7 @@ from torch import Tensor
 from thermo_lib.diffusion.path_kl import path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import Calibration, trajectory_states
-from thermo_lib.diffusion.tokens import sample_tokens
+from thermo_lib.diffusion.tokens import Sampling, sample_tokens
 from thermo_lib.evaluation.scores import masked_token_scores
 from thermo_lib.integrations.lm_eval import HarnessLM
 from thermo_lib.models.lm import DiffusionLM, check_logits
@@ -144,7 +144,7 @@ def work(lm: DiffusionLM, calibration: Calibration) -> dict[str, Callable[[], ob
     ids, states = torch.full((1, 6), lm.mask_token_id), calibration.parts[0]
     harness = HarnessLM.__new__(HarnessLM)  # around this model, instead of one in a folder
     TemplateLM.__init__(harness)
-    sampling = {"sampler": "maskgit_plus", "temperature": 0.0, "alg_temp": 0.0}
+    sampling = vars(Sampling("maskgit_plus", 0.0, None, None, 0.0))
     settings = {"lm": lm, "mc_num": 4, "seed": 0, "steps": 1, "batch_size": 4, "sampling": sampling, "rules": {}}
     vars(harness).update(
         settings, timesteps=None, block_length=None, max_length=64, max_new_tokens=4, check_greedy=True

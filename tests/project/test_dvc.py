@@ -79,7 +79,7 @@ ALL_BUT_TRAINING = {
     "report",
     "smoothing_study",
 }
-COMMITTED_WHOLE = ("train", "peers", "cluster", "speed")
+COMMITTED_WHOLE = ("train", "peers", "cluster", "speed", "second_model")
 
 
 REACHED = {
