@@ -53,7 +53,7 @@ PUBLIC = (
 )
 TIMESTEPS = 16
 SEEDS = (0, 1, 2)
-PRECISIONS = (None, 4, 8)  # bits of activations
+PRECISIONS = (4, None, 8)  # bits of activations
 METHODS = (None, "linear", "cubic", "sigmoid")
 COLUMNS = {
     "method": ("method", "{}"),
@@ -266,13 +266,14 @@ NORMS: tuple[tuple[int, str | None], ...] = (
 
 def plan() -> list[list[Point]]:
     """Everything that is measured of the witness, in its order: a run that is stopped leaves the first of it."""
-    methods = [method_points(name) for name in _FIRST if "sequential" not in name]
-    trained = [method_points(name, SEEDS[:1]) for name in _FIRST if "sequential" in name]
-    found = [*methods, _norms("GPTQ", NORMS[:3], 0)]
+    plain = [p for name in _FIRST if "sequential" not in name for p in method_points(name)]
+    trained = [p for name in _FIRST if "sequential" in name for p in method_points(name, SEEDS[:1])]
+    found = []
     for seed in SEEDS:
+        found += [[p for p in plain if p.calibration_seed == seed], _norms("GPTQ", NORMS[:3], seed)]
         for bits in PRECISIONS:
             found.append([p for points in question_points(bits, (seed,)).values() for p in points])
-        found += trained if seed == SEEDS[0] else []
+        found.append([p for p in trained if p.calibration_seed == seed])
     return found + norms_plan()
 
 
