@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from layouts import MASK_TOKEN_ID, SDAR
 from pretend import DEVICE, OnDevice, PretendedDevice, moved
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from thermo_lib import Calibration, ThermoConfig, calibrate, generate, path_kl, quantize
@@ -249,6 +251,21 @@ def test_left_padding_and_blocks(tiny: DiffusionLM, there: DiffusionLM) -> None:
     expected = generate(tiny, ids, attention_mask=visible, **how)
     with PretendedDevice():
         found = generate(there, ids.to(DEVICE), attention_mask=visible.to(DEVICE), **how)
+    assert torch.equal(plain(found), expected)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"threshold": 0.3}], ids=["drawn", "sure"])
+def test_block_by_block(tmp_path: Path, tokenizer: Tokenizer, options: dict[str, float]) -> None:
+    lm = load_model(str(SDAR.write(tmp_path / "sdar", tokenizer, mask_token_id=MASK_TOKEN_ID)))
+    ids = torch.full((3, 14), lm.mask_token_id)
+    ids[0, :5], ids[1, 9:] = 20, 21
+    visible = torch.ones_like(ids, dtype=torch.bool)
+    visible[2, :5] = False
+    how = {"timesteps": 9, "block_length": 4, "sampler": "low_confidence", "end_tokens": range(40, 90), **options}
+    expected = generate(lm, ids, attention_mask=visible, **how)
+    moved(lm.model)
+    with PretendedDevice():
+        found = generate(lm, ids.to(DEVICE), attention_mask=visible.to(DEVICE), **how)
     assert torch.equal(plain(found), expected)
 
 

@@ -41,7 +41,11 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--end-tokens", **some_ids, help="ids that end a text (those of the model's configuration)")
     parser.add_argument("--suppress-end", action="store_true", help="write no end")
     parser.add_argument("--end-last", action="store_true", help="write ends only where nothing else can be filled")
-    parser.add_argument("--stop-at-end", action="store_true", help="stop once all before an end is written")
+    parser.add_argument(
+        "--stop-at-end",
+        action=argparse.BooleanOptionalAction,
+        help="stop once all before an end is written (with the block length of a block-causal model)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
 
 

@@ -32,7 +32,7 @@ class TokenRules:
     end_tokens: Sequence[int] | int | None = None
     suppress_end: bool = False
     end_last: bool = False
-    stop_at_end: bool = False
+    stop_at_end: bool | None = None
 
     def __post_init__(self) -> None:
         for name in ("suppress_tokens", "begin_suppress_tokens", "end_tokens"):
@@ -48,8 +48,14 @@ class TokenRules:
         names = ("suppress_end", "end_last", "stop_at_end")
         return next((name for name in names if getattr(self, name)), None)
 
-    def resolved(self, lm: DiffusionLM, sampler: str) -> "TokenRules":
+    def resolved(self, lm: DiffusionLM, sampler: str, *, block_by_block: bool = False) -> "TokenRules":
         """The rules for a model: with its ``end_token_ids`` where none are given, ``suppress_end`` as its tokens.
+
+        Args:
+            lm: the model.
+            sampler: see ``generate``.
+            block_by_block: whether blocks of block-causal attention are filled one after the other. A
+                ``stop_at_end`` of None is True then where an end is known, else False.
 
         Raises:
             ValueError: ids outside the vocabulary, rules that leave no token, no known end where a rule is about it, or
@@ -57,14 +63,13 @@ class TokenRules:
         """
         if self.end_last and sampler == "origin":
             raise ValueError("sampler: found 'origin', allowed with end_last are the others, which have a confidence")
-        ends = self.end_tokens
-        if self._asks_for_end is not None:
-            ends = lm.end_token_ids if ends is None else ends
-            if not ends:
-                allowed = (
-                    f"allowed is at least one id with {self._asks_for_end}, since the model's configuration has none"
-                )
-                raise ValueError(f"end_tokens: found none, {allowed}")
+        ends, stops = self.end_tokens, block_by_block if self.stop_at_end is None else self.stop_at_end
+        if ends is None and (stops or self._asks_for_end is not None):
+            ends = lm.end_token_ids
+        if self._asks_for_end is not None and not ends:
+            allowed = f"allowed is at least one id with {self._asks_for_end}, since the model's configuration has none"
+            raise ValueError(f"end_tokens: found none, {allowed}")
+        stops = bool(stops and ends and not self.suppress_end)
         suppressed = (*self.suppress_tokens, *(ends if self.suppress_end else ()))
         for name, ids in (
             ("suppress_tokens", suppressed),
@@ -78,7 +83,7 @@ class TokenRules:
         if ruled_out and not set(lm.writable.tolist()) - ruled_out:
             found = "found every id that the model may write, allowed is to leave at least one"
             raise ValueError(f"suppress_tokens, begin_suppress_tokens: {found}")
-        return TokenRules(suppressed, self.begin_suppress_tokens, ends, False, self.end_last, self.stop_at_end)
+        return TokenRules(suppressed, self.begin_suppress_tokens, ends, False, self.end_last, stops)
 
     def rule_out(self, logits: Tensor, is_first: Tensor) -> Tensor:
         """Give tokens that mustn't be written no probability.

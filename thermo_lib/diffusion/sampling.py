@@ -2,7 +2,8 @@
 
 At timestep ``i`` of ``T`` a fraction ``t_i = 1 - i/T`` of the tokens is masked; one denoising step goes
 from ``t_i`` to ``s_i = t_{i+1}`` (arXiv 2406.07524, section 3; arXiv 2502.09992, section 2). The samplers are in
-``tokens``, a step in ``step``, blocks in ``schedule``, and what is never written in ``rules``.
+``tokens``, a step in ``step``, blocks in ``schedule``, those of block-causal models in ``blockwise``, and what is never
+written in ``rules``.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from thermo_lib.diffusion.blockwise import CachedBatch, check_blocks, is_block_by_block
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.schedule import Schedule, check_count
 from thermo_lib.diffusion.step import Batch, LogitsHook, TokensHook, same_shape
@@ -106,7 +108,7 @@ def generate(
     end_tokens: Sequence[int] | int | None = None,
     suppress_end: bool = False,
     end_last: bool = False,
-    stop_at_end: bool = False,
+    stop_at_end: bool | None = None,
     seed: int = 0,
     batch_size: int = 64,
     on_state: Callable[[int, slice, Tensor], None] | None = None,
@@ -127,7 +129,8 @@ def generate(
     Args:
         lm: the model, also one of ``transformers``' Auto classes; its time-aware layers are told each timestep. A row
             with several blocks, and every row with a ``threshold``, is told the timestep that belongs to its own mask
-            ratio: of ``n`` positions to fill, ``m`` of them still masked, ``floor((1 - m / n) T)``.
+            ratio: of ``n`` positions to fill, ``m`` of them still masked, ``floor((1 - m / n) T)``. Blocks of a
+            block-causal model have timesteps of their own, see ``blockwise``.
         ids: integers ``(batch, length)`` with mask tokens where text is wanted, on any device. All work is done on the
             model's device, where also the hooks' tensors are; logits never leave it.
         timesteps: number of denoising steps ``T``.
@@ -142,20 +145,24 @@ def generate(
             ``origin`` each with that chance. ``low_confidence`` has no ``eps``.
         block_length: fill blocks of that many masked positions one after the other, left to right, each in its
             share of the timesteps (arXiv 2502.09992, section 2.4); None fills all together. Each row has blocks of its
-            own, the last of which may be shorter; where the timesteps don't divide, the first blocks have one more.
+            own, the last of which may be shorter; where the timesteps don't divide, the first blocks have one more. A
+            block-causal model takes its own, ``model.block_length``, and fills the blocks of its attention, of which
+            those without masks don't count; keys and values of earlier ones are kept, see ``blockwise``.
         threshold: fill every position of the block whose confidence is above it, instead of the scheduled number
             (Fast-dLLM, arXiv 2505.22618): at least one a row, and as many as fill the block by the end of its share of
             the timesteps. The next block begins as soon as one is full, so that rows end early; they aren't run any
             more. For ``maskgit_plus`` and ``low_confidence``, whose confidence is a probability; above 0, at most 1.
         suppress_tokens: ids that are never written.
         begin_suppress_tokens: ids that aren't written at the first masked position of a row.
-        end_tokens: ids that end a text; None for those of the model's configuration.
+        end_tokens: ids that end a text; None for those of the model's configuration and ``generation_config.json``.
         suppress_end: never write them (``logits_eos_inf`` of LLaDA's published loop).
         end_last: fill the positions last, of a block, where one of them is predicted, so that ends that are sure far on
             the right don't crowd out the text (``confidence_eos_eot_inf`` of LLaDA's loop; arXiv 2502.09992, appendix
             B.4). Not for ``origin``, which has no confidence.
         stop_at_end: a row is finished once an end was written with nothing masked on its left: that end is written on
-            at all positions on its right that were to be filled, and the row isn't run any more.
+            at all positions on its right that were to be filled, and the row isn't run any more. None for True where a
+            block-causal model is given a ``block_length``, as in its published loops, an end is known and
+            ``suppress_end`` isn't asked for; else False.
         seed: equal seeds give equal texts, whatever the batch size. Random numbers are drawn on the CPU, so that they
             are the same on every device. Without padding they depend on the shape of ``ids`` and on a position's place
             in it. With padding row ``r`` has those that it has alone, without its padding, with seed
@@ -164,7 +171,8 @@ def generate(
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
             those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook, for
-            finished rows too. What isn't to be written is ruled out after it.
+            finished rows too. What isn't to be written is ruled out after it. None where a block-causal model is given
+            a ``block_length``, as ``on_tokens``: its steps compute a block alone.
         on_tokens: called with ``(None, ids, None)`` before the first step, and with ``(timestep, ids, logits)`` after
             every step; returns the ids to go on with, which may have other mask tokens. Blocks are numbered after the
             first call; logits are those that ``on_logits`` returned.
@@ -182,10 +190,13 @@ def generate(
     lm = as_lm(lm, with_tokenizer=False)
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold)
     rules = TokenRules(suppress_tokens, begin_suppress_tokens, end_tokens, suppress_end, end_last, stop_at_end)
-    rules = rules.resolved(lm, sampler)
+    by_block = is_block_by_block(lm, block_length)
+    rules = rules.resolved(lm, sampler, block_by_block=by_block)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
     check_count("batch_size", batch_size)
     _check_ids(ids)
+    if by_block:
+        check_blocks(lm, ids, block_length, on_logits=on_logits, on_tokens=on_tokens)
     device = lm.device
     result = ids.to(device, torch.int64, copy=True)
     is_text = _is_text(attention_mask, ids)
@@ -196,21 +207,23 @@ def generate(
         for rows in batches:
             result[rows] = same_shape("on_tokens", on_tokens(None, result[rows].clone(), None), result[rows])
     start = (result == lm.mask_token_id) & is_text
-    schedule = Schedule.of(start, block_length, timesteps)
+    schedule = Schedule.of(start, block_length, timesteps, is_text.cumsum(1) - 1 if by_block else None)
     end = 0.0 if sampler == "low_confidence" else eps
     rates = {count: unmask_probabilities(count, end).to(device) for count in schedule.counts()}
     visible = None if lengths is None else is_text
     every = Batch(lm, sampling, rules, schedule, rates, start, visible, on_logits, on_tokens)
-    parts = [every[rows] for rows in batches]
     with tqdm(total=len(batches) * timesteps, desc=progress, disable=progress is None, leave=False) as bar:
-        for timestep in range(timesteps):
-            lm.set_timestep(timestep, timesteps)
-            uniform = _random_numbers(seed, timestep, ids.shape, lengths).to(device)
-            for rows, part in zip(batches, parts, strict=True):
-                if on_state is not None:
-                    on_state(timestep, rows, result[rows])
-                result[rows] = part.step(result[rows], timestep, uniform[:, rows])
-                bar.update()
+        # Keys and values are held of one batch at a time; without them all batches are at the same timestep.
+        for together in [[rows] for rows in batches] if by_block else [batches]:
+            parts = [CachedBatch(every[rows]) if by_block else every[rows] for rows in together]
+            for timestep in range(timesteps):
+                lm.set_timestep(timestep, timesteps)
+                uniform = _random_numbers(seed, timestep, ids.shape, lengths).to(device)
+                for rows, part in zip(together, parts, strict=True):
+                    if on_state is not None:
+                        on_state(timestep, rows, result[rows])
+                    result[rows] = part.step(result[rows], timestep, uniform[:, rows])
+                    bar.update()
     return result.to(ids.device)
 
 

@@ -37,13 +37,15 @@ class Schedule:
     is_divided: bool = False
 
     @classmethod
-    def of(cls, is_masked: Tensor, block_length: int | None, timesteps: int) -> "Schedule":
+    def of(cls, is_masked: Tensor, block_length: int | None, timesteps: int, place: Tensor | None = None) -> "Schedule":
         """Divide the masked positions of each row, left to right.
 
         Args:
             is_masked: bool ``(batch, length)``.
             block_length: masked positions in a block, the last may have fewer; None for a single block.
             timesteps: ``T``.
+            place: number of each position in its text, int64 ``(batch, length)``: blocks are then those of a
+                block-causal model, of all positions, and those without masks don't count.
 
         Raises:
             ValueError: an empty block, or fewer timesteps than a row has blocks.
@@ -52,8 +54,10 @@ class Schedule:
         if block_length is None:
             return cls(timesteps, torch.zeros_like(is_masked, dtype=torch.int64), masked, torch.ones_like(masked))
         check_count("block_length", block_length)
-        block = (is_masked.cumsum(1) - 1).clamp(min=0) // block_length
-        blocks = ((masked + block_length - 1) // block_length).clamp(min=1)
+        number = (is_masked.cumsum(1) - 1 if place is None else place) // block_length
+        before = torch.nn.functional.pad(number.masked_fill(~is_masked, -1), (1, 0), value=-1)[:, :-1]
+        begins = is_masked & (number > before.cummax(1).values)
+        block, blocks = (begins.cumsum(1) - 1).clamp(min=0), begins.sum(1).clamp(min=1)
         most = int(blocks.max()) if len(blocks) else 1
         if timesteps < most:
             allowed = f"allowed is at least {most}, one for each block of {block_length} positions"

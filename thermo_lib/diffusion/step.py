@@ -48,15 +48,15 @@ class Batch:
 
     def step(self, x: Tensor, timestep: int, uniform: Tensor) -> Tensor:
         """The ids ``(batch, length)`` after a step; ``uniform`` is ``(2, batch, length)``, for positions and tokens."""
-        is_left = self._is_left(x)
-        is_open, rate = self._open(is_left, timestep)
+        is_left = self.left(x)
+        is_open, rate = self.opened(is_left, timestep)
         visible = () if self.is_text is None else (self.is_text,)
         if self.on_logits is not None or self.on_tokens is not None:
             with self._told(is_left, timestep):
                 everywhere = self.lm.logits(x, torch.ones_like(is_open), *visible).unflatten(0, x.shape)
             if self.on_logits is not None:
                 everywhere = same_shape("on_logits", self.on_logits(timestep, x, everywhere), everywhere)
-            x = self._filled(x, [everywhere[is_open]], is_open, rate, uniform)
+            x = self.filled(x, [everywhere[is_open]], is_open, rate, uniform)
             return x if self.on_tokens is None else same_shape("on_tokens", self.on_tokens(timestep, x, everywhere), x)
         runs = is_open.any(1)
         if not runs.any():
@@ -65,14 +65,14 @@ class Batch:
             rows = runs.nonzero().flatten()  # the others are finished
             return x.index_copy(0, rows, self[rows].step(x[rows], timestep, uniform[:, rows]))
         with self._told(is_left, timestep):
-            return self._filled(x, self.lm.logit_parts(x, is_open, *visible), is_open, rate, uniform)
+            return self.filled(x, self.lm.logit_parts(x, is_open, *visible), is_open, rate, uniform)
 
-    def _is_left(self, x: Tensor) -> Tensor:
+    def left(self, x: Tensor) -> Tensor:
         """Where a position is still masked, bool ``(batch, length)``."""
         is_masked = x == self.lm.mask_token_id
         return is_masked if self.is_text is None else is_masked & self.is_text
 
-    def _open(self, is_left: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
+    def opened(self, is_left: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """The positions of each row's block, bool ``(batch, length)``, and the share to fill, float64 ``(batch,)``."""
         schedule = self.schedule
         if self.sampling.threshold is None:
@@ -92,16 +92,10 @@ class Batch:
             yield
             return
         told = self.schedule.told(timestep, is_left.sum(1), follows=self.sampling.threshold is None)
-        timesteps = self.schedule.timesteps
-        if len(set(told)) > 1:
-            with denoising(CALL.step, rows=(torch.tensor(told), timesteps)):
-                yield
-        else:
-            self.lm.set_timestep(told[0], timesteps)
+        with computing_for(self.lm, told, timestep, self.schedule.timesteps):
             yield
-            self.lm.set_timestep(timestep, timesteps)
 
-    def _filled(self, x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+    def filled(self, x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
         """Fill a share of the open positions by parts of their logits, each ``(n, vocabulary)``."""
         if not is_open.any():
             return x
@@ -126,7 +120,7 @@ class Batch:
         else:
             chosen = self._surest(torch.cat(scores), is_open, rate, for_position)
         x = torch.where(chosen, filled, x)
-        return rules.ended(x, self.start, self._is_left(x)) if rules.stop_at_end else x
+        return rules.ended(x, self.start, self.left(x)) if rules.stop_at_end else x
 
     def _surest(self, scores: Tensor, is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
         """The positions to fill of those that are open, by their confidence ``(n,)``; bool ``(batch, length)``."""
@@ -144,6 +138,24 @@ class Batch:
             count = _scheduled(still_open, rate, early=True)
             count = torch.maximum(count, (score > sampling.threshold).sum(1))
         return is_open & (rank < count[:, None])
+
+
+@contextmanager
+def computing_for(lm: DiffusionLM, told: Sequence[int], timestep: int, timesteps: int) -> Iterator[None]:
+    """While it is entered (``with``), time-aware layers compute for a timestep of each row; then for that of the run.
+
+    Args:
+        lm: the model.
+        told: a timestep for each row that is run, or a single one for all.
+        timestep, timesteps: of the run.
+    """
+    if len(set(told)) > 1:
+        with denoising(CALL.step, rows=(torch.tensor(told), timesteps)):
+            yield
+    else:
+        lm.set_timestep(told[0], timesteps)
+        yield
+        lm.set_timestep(timestep, timesteps)
 
 
 def _scheduled(still_open: Tensor, rate: Tensor, *, early: bool) -> Tensor:

@@ -100,8 +100,10 @@ def generate(
             - ``generation_tokens_hook_func``, ``generation_logits_hook_func``: ``on_tokens`` and ``on_logits`` of
               ``thermo_lib.generate``.
             - ``mask_token_id``, LLaDA's ``mask_id``: may only be the model's.
-            - ``use_cache`` and the ids of other special tokens, which change nothing: a text always has all its
-              tokens, and what follows an end token is part of it.
+            - ``use_cache`` and the ids of other special tokens, which change nothing. A text always has all its tokens,
+              and what follows an end token is part of it. But with ``block_length``, which is the model's own then, a
+              text of a block-causal model stops at the first end token that is written, of those in its
+              configuration and ``generation_config.json``, and all later tokens are that one.
 
     Returns:
         int64 ``(batch, length)`` on the device of ``inputs``, row by row the prompt and what was filled in; a

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from thermo_lib.diffusion.blockwise import is_block_by_block
 from thermo_lib.diffusion.inputs import SeenEnough
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.sampling import generate
@@ -102,7 +103,7 @@ class HarnessLM(TemplateLM):
         end_tokens: int | str | Sequence[int] | None = None,
         suppress_end: bool = False,
         end_last: bool = False,
-        stop_at_end: bool = False,
+        stop_at_end: bool | None = None,
         max_length: int | None = None,
         seed: int = 0,
         family: str | None = None,
@@ -127,7 +128,8 @@ class HarnessLM(TemplateLM):
         self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold))
         ids = [_listed(some) for some in (suppress_tokens, begin_suppress_tokens, end_tokens)]
         rules = TokenRules(*ids, suppress_end, end_last, stop_at_end)
-        rules.resolved(self.lm, sampler)  # refuses wrong ones before the work
+        by_block = is_block_by_block(self.lm, block_length)
+        rules.resolved(self.lm, sampler, block_by_block=by_block)  # refuses wrong ones before the work
         self.rules = vars(rules)
         # Of the timesteps that layers tell apart.
         grouped = isinstance(self.lm, QuantizedLM) and self.lm.config.num_time_groups > 1

@@ -61,7 +61,7 @@ class KeyValues:
         if all(filled == longest for filled in self.filled):
             return every[:, :, : max(after)]
         place = torch.arange(max(after), device=every.device)
-        filled = torch.tensor(self.filled, device=every.device)[:, None]
+        filled = torch.tensor(self.filled).to(every.device)[:, None]
         place = torch.where(place < filled, place, place - filled + longest).clamp(max=every.shape[2] - 1)
         return every.gather(2, place[:, None, :, None].expand(-1, every.shape[1], -1, every.shape[3]))
 
@@ -119,7 +119,7 @@ class BlockByBlock:
             if filled % block_length and count:
                 allowed = f"allowed are whole blocks of {block_length} before more tokens"
                 raise ValueError(f"cache: found a text of {filled} tokens, {allowed}")
-        filled = torch.tensor(cache.filled, device=input_ids.device)
+        filled = torch.tensor(cache.filled).to(input_ids.device)
         positions = filled[:, None] + torch.arange(length, device=input_ids.device)
         cache._counts = counts if store else None
         try:
@@ -149,8 +149,8 @@ def _bias(filled: list[int], counts: list[int], length: int, block_length: int, 
         return None
     device = hidden.device
     place = torch.arange(length, device=device)
-    unfinished = torch.arange(longest, device=device) >= torch.tensor(filled, device=device)[:, None]
-    beyond = place >= torch.tensor(counts, device=device)[:, None]
+    unfinished = torch.arange(longest, device=device) >= torch.tensor(filled).to(device)[:, None]
+    beyond = place >= torch.tensor(counts).to(device)[:, None]
     later = place // block_length > place[:, None] // block_length
     is_hidden = torch.cat([unfinished[:, None].expand(-1, length, -1), beyond[:, None] | later], 2)
     return hiding(is_hidden[:, None], hidden.dtype)
@@ -158,7 +158,7 @@ def _bias(filled: list[int], counts: list[int], length: int, block_length: int, 
 
 def _finish(cache: KeyValues, states: Tensor, counts: list[int]) -> None:
     """Count what a pass has added, and keep the states of the last tokens."""
-    ends = torch.tensor(counts, device=states.device)
+    ends = torch.tensor(counts).to(states.device)
     last = states[torch.arange(len(states), device=states.device), (ends - 1).clamp(min=0)]
     cache.last = last if cache.last is None else torch.where(ends[:, None] > 0, last, cache.last)
     cache.filled = [filled + count for filled, count in zip(cache.filled, counts, strict=True)]

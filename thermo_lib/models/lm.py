@@ -45,7 +45,7 @@ from thermo_lib.models.tokenization import (
     read_tokenizer,
     save_tokenizer,
 )
-from thermo_lib.models.vocabulary import NO_PROBABILITY, Vocabulary, check_known
+from thermo_lib.models.vocabulary import NO_PROBABILITY, Vocabulary, check_known, end_token_ids
 from thermo_lib.quant.time_norms import check_plain_norms
 
 REFERENCE_DIR = Path(__file__).resolve().parent.parent / "reference"
@@ -112,9 +112,8 @@ class DiffusionLM:
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """All ids that end a text, by the model's configuration."""
-        found = self.model.config.eos_token_id
-        return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+        """All ids that end a text, by the model's configuration and, after those, ``generation_config.json``."""
+        return end_token_ids(self.model, self.carried)
 
     @property
     def vocab_size(self) -> int:

@@ -1,10 +1,13 @@
-"""Which of a model's ids may be written."""
+"""Which of a model's ids may be written, and which of them end a text."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
@@ -42,6 +45,32 @@ class Vocabulary:
             self._between = self._between.to(logits.device)
             logits[:, self._between] = NO_PROBABILITY
         return logits
+
+
+def end_token_ids(model: PreTrainedModel, carried: Mapping[str, str]) -> tuple[int, ...]:
+    """All ids that end a text: those of ``config.json``, then those that only ``generation_config.json`` names.
+
+    Instruct models have the end of an answer in the second one.
+
+    Args:
+        model: the model; what ``transformers`` read of its generation counts where no file is carried.
+        carried: see ``DiffusionLM``.
+
+    Raises:
+        ValueError: what ``generation_config.json`` says isn't an id or a list of ids of the model.
+    """
+    found = json.loads(carried.get("generation_config.json", "{}")).get("eos_token_id")
+    if found is None:
+        found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    more, size = _listed(found), model.config.vocab_size
+    if not all(type(i) is int and 0 <= i < size for i in more):
+        allowed = f"allowed is an id, or a list of ids, in 0..{size - 1}"
+        raise ValueError(f"generation_config.json: eos_token_id: found {found!r:.80}, {allowed}")
+    return tuple(dict.fromkeys([*_listed(model.config.eos_token_id), *more]))
+
+
+def _listed(found: Any) -> Sequence[Any]:
+    return found if isinstance(found, list | tuple) else [] if found is None else [found]
 
 
 def check_known(ids: Tensor, vocab_size: int) -> None:
