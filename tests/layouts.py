@@ -352,13 +352,14 @@ OPEN_DCODER = replace(
     family="open-dcoder",
     tokenizer_config={"mask_token": "<|mask|>"},
 )
-# config.json of JetLM/SDAR-4B-Chat and of Efficient-Large-Model/Fast_dLLM_v2_7B, at a small size.
+# config.json of JetLM/SDAR-4B-Chat, which has no block_size, and of Efficient-Large-Model/Fast_dLLM_v2_7B, at a small
+# size.
 SDAR = replace(
     A2D_QWEN3,
     config=_PLAIN
     | {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "attention_bias": False, "head_dim": 16}
     | {"attn_implementation": "flex_attention", "debug": False, "ep_size": 1, "fuse_cross_entropy": True}
-    | {"max_window_layers": 2, "sliding_window": None, "use_sliding_window": False},
+    | {"max_window_layers": 2, "sliding_window": None, "use_sliding_window": False, "block_size": 4},
     block_length=4,
     tokenizer_config={"mask_token": "<|mask|>"},
 )

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,18 +109,30 @@ class TestBlockLength:
     def test_the_caller_says_it_and_what_is_written_says_it(
         self, write: Callable[..., Path], tmp_path: Path, text: Tensor
     ) -> None:
-        source = write(SDAR)
+        source = write(SDAR, block_size=None)
         lm = load_model(str(source), block_length=8)
-        assert not torch.allclose(lm.model.hidden(text), load_model(str(source)).model.hidden(text), atol=1e-3)
+        with pytest.warns(UserWarning, match="block_length: found none"):
+            assert not torch.allclose(lm.model.hidden(text), load_model(str(source)).model.hidden(text), atol=1e-3)
         save_model(lm, tmp_path / "saved")
         quantize_checkpoint(source, tmp_path / "quantized", FAST, block_length=8)
         assert load_model(str(tmp_path / "saved")).model.block_length == 8
         assert load_quantized(tmp_path / "quantized").model.block_length == 8
         assert json.loads((tmp_path / "quantized" / "config.json").read_text())["block_size"] == 8
-        streamed = [load_streamed(str(source), block_length=length) for length in (None, 8)]
+        streamed = [load_streamed(str(source), block_length=length) for length in (4, 8)]
         assert torch.equal(streamed[1].model.hidden(text), lm.model.hidden(text))
         assert streamed[0].identity() != streamed[1].identity()
         assert copy.deepcopy(lm.model).block_length == 8
+
+    def test_one_that_is_assumed_is_said_once(self, write: Callable[..., Path]) -> None:
+        folder = write(SDAR, block_size=None)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("default")
+            lengths = [load_model(str(folder), block_length=length).model.block_length for length in (None, None, 32)]
+        assert lengths == [4, 4, 32]
+        (warning,) = found
+        assert str(warning.message) == (
+            f"block_length: found none in {folder}, 4 is assumed; load_model takes another one"
+        )
 
     @pytest.mark.parametrize(
         ("layout", "changes", "asked", "message"),
@@ -128,7 +141,7 @@ class TestBlockLength:
             (FAST_DLLM, {}, 4, "block_length: found 4, allowed is 5, which is bd_size of config.json"),
             (FAST_DLLM, {"bd_size": None}, None, "missing bd_size"),
             (SDAR, {"block_size": 0}, None, "block_size: found 0, allowed are whole numbers from 1 to 16777216"),
-            (SDAR, {}, 2.0, "block_size: found 2.0, allowed are whole numbers from 1 to 16777216"),
+            (SDAR, {"block_size": None}, 2.0, "block_size: found 2.0, allowed are whole numbers from 1 to 16777216"),
         ],
         ids=str,
     )

@@ -7,6 +7,7 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 """
 
 import json
+import warnings
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -354,6 +355,9 @@ def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> 
     key = architecture.block_key
     if key is not None:
         if content.get(key) is None and architecture.block_length is not None:
+            assumed = f"found none in {folder or 'config.json'}, {architecture.block_length} is assumed"
+            # From one place, so that Python shows it once for a folder.
+            warnings.warn(f"block_length: {assumed}; load_model takes another one", stacklevel=1)
             content = content | {key: architecture.block_length}
         architecture = replace(architecture, sizes=architecture.sizes | {key: "block_length"})
     return parse(architecture, architecture.flat(content))
