@@ -275,7 +275,10 @@ class TestCommand:
             (["--raw", "--sampler", "best"], "sampler: found 'best', allowed are origin"),
             (["--raw", "--timesteps", 0], "timesteps: found 0, allowed is at least 1"),
             (["--raw", "--dense"], "dense: found .*, which isn't quantized"),
-            (["--raw", "--block-length", 4], "timesteps: found 3, allowed are multiples of the 2 blocks"),
+            (
+                ["--raw", "--block-length", 4, "--timesteps", 1],
+                "timesteps: found 1, allowed is at least 2, one for each block",
+            ),
         ],
         ids=str,
     )

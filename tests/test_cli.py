@@ -150,7 +150,7 @@ class TestGenerate:
         first, last = own.id_to_token(5), own.id_to_token(6)
         own.post_processor = TemplateProcessing(single=f"{first} $A {last}", special_tokens=[(first, 5), (last, 6)])
         own.save(str(source / "tokenizer.json"))
-        lm = load_model(str(source))
+        lm = load_model(str(source), dtype=torch.bfloat16)  # as it is stored
         known = tokenizer.encode("for i").ids
         filled = generate(lm, torch.tensor([[5, *known, *[lm.mask_token_id] * 4, 6]]), timesteps=4)
         arguments = ("--prompt", "for i", "--max-new-tokens", 4, "--timesteps", 4)

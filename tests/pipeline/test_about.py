@@ -30,6 +30,8 @@ def test_a_full_precision_folder(write: Callable[..., Path], layout: AnyLayout, 
     assert found["shift"].startswith("by one" if layout.is_shifted else "none")
     heads = f"{layout.heads} heads of {layout.head_size}, {layout.kv_heads} of keys and values"
     seen = "full in one block of 2, of tokens at most 4 away in others" if layout is MODERNBERT else "full"
+    if lm.model.block_length is not None:
+        seen = f"block-causal in blocks of {lm.model.block_length}"
     assert found["attention"] == f"{seen}, {heads}"
     assert (found["norms"], found["quantized"]) == ("bfloat16", "no")
     assert found["bits per weight"] == "16.000 of the linears in blocks"

@@ -187,7 +187,7 @@ def generate(
             that isn't known, ids or a mask of another kind, a hook's result of another shape or NaN, or what
             ``DiffusionLM.logits`` raises.
     """
-    lm = as_lm(lm, with_tokenizer=False)
+    lm = as_lm(lm)
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold)
     rules = TokenRules(suppress_tokens, begin_suppress_tokens, end_tokens, suppress_end, end_last, stop_at_end)
     by_block = is_block_by_block(lm, block_length)

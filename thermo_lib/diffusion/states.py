@@ -309,7 +309,7 @@ def calibrate(
     """
     if source not in SOURCES:
         raise ValueError(f"calibration.source: found {source!r}, allowed are {', '.join(SOURCES)}")
-    lm = as_lm(lm, with_tokenizer=batches is None)
+    lm = as_lm(lm)
     if batches is None:
         batches = calibration_batches(lm, seed)
     if not batches or any(not len(ids) for ids, _ in batches):

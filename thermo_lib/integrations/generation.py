@@ -173,7 +173,7 @@ def _generate(
     ids = torch.nn.functional.pad(inputs, (0, count), value=mask_token_id)
     before: list[Tensor] = []
     filled = sampling.generate(
-        as_lm(model, with_tokenizer=False),
+        as_lm(model),
         ids.repeat_interleave(copies, 0),
         timesteps=count if found["steps"] is None else found["steps"],
         attention_mask=None if visible is None else visible.repeat_interleave(copies, 0),

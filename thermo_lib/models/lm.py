@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,16 +216,15 @@ class DiffusionLM:
         return self.model.hidden(ids.to(device), visible)[at.to(device)]
 
 
-def as_lm(model: DiffusionLM | MaskPredictor, *, with_tokenizer: bool = True) -> DiffusionLM:
+def as_lm(model: DiffusionLM | MaskPredictor) -> DiffusionLM:
     """A model that ``transformers`` has loaded, as this library's functions take it.
 
     Args:
         model: of ``AutoModel.from_pretrained``, full precision or quantized; a ``DiffusionLM`` is returned as it is.
-        with_tokenizer: read the tokenizer and the chat template of the folder that it was loaded from, if that has a
-            tokenizer; without, and where there is none, both are None.
 
     Returns:
-        The model, not a copy of it, with what belongs to it; a ``QuantizedLM`` of a quantized one.
+        The model, not a copy of it, with the tokenizer and the chat template of the folder that it was loaded from;
+        both are None where that has no tokenizer. A ``QuantizedLM`` of a quantized model.
 
     Raises:
         ValueError: a model of another kind, or a damaged tokenizer.
@@ -237,14 +237,17 @@ def as_lm(model: DiffusionLM | MaskPredictor, *, with_tokenizer: bool = True) ->
     found = getattr(getattr(model, "hf_quantizer", None), "lm", None)
     lm = found or DiffusionLM(model, None, model.config.mask_token_id, model.config.name_or_path)
     folder = model.folder
-    if not with_tokenizer or folder is None or not has_tokenizer(folder):
+    if folder is None or not has_tokenizer(folder):
         return lm
-    return replace(
-        lm,
-        tokenizer=read_tokenizer(folder, model.config.vocab_size),
-        chat_template=read_chat_template(folder),
-        carried=read_carried(folder),
-    )
+    written = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.*")) if path.suffix != ".safetensors")
+    tokenizer, chat_template, carried = _beside(folder, model.config.vocab_size, written)
+    return replace(lm, tokenizer=tokenizer, chat_template=chat_template, carried=carried)
+
+
+@lru_cache(maxsize=4)  # a tokenizer takes up to a second to read, and every generation asks
+def _beside(folder: Path, vocab_size: int, written: tuple[int, ...]) -> tuple[Tokenizer, ChatTemplate | None, Any]:
+    """Tokenizer, chat template and carried settings of a folder whose files were written at these times."""
+    return read_tokenizer(folder, vocab_size), read_chat_template(folder), read_carried(folder)
 
 
 def check_logits(logits: Tensor) -> None:

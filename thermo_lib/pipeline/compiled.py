@@ -40,7 +40,7 @@ def compile(lm: DiffusionLM | MaskPredictor, graphs: int = 8) -> None:
     """
     if type(graphs) is not int or graphs < 1:
         raise ValueError(f"graphs: found {graphs!r}, allowed are whole numbers from 1")
-    lm = as_lm(lm, with_tokenizer=False)
+    lm = as_lm(lm)
     if lm.device.type == "cuda":
         lm.model.hidden = GraphedPass(lm.model, graphs)
     elif isinstance(lm, QuantizedLM):
