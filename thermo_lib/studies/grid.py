@@ -191,7 +191,8 @@ class Grid:
     def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Any = Inputs()):
         self.path, self.reference, self.inputs = Path(path), reference, inputs
         self._models = _Models(self.reference, self.inputs)
-        self.made_of = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
+        about = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
+        self.made_of = json.loads(json.dumps(about))  # as the file has it
         self.rows: dict[str, PointRow] = {}
         self.current = True
         if self.path.is_file():
