@@ -130,7 +130,7 @@ class TestGenerate:
     def test_origin_fills_each_position_with_the_scheduled_probability(
         self, timesteps: int, seed: int, eps: float
     ) -> None:
-        rows, length = 200, 50
+        rows, length = 80, 50
         counts: list[int] = []
         generate(
             TableLM(torch.zeros(length, 4)),
