@@ -161,6 +161,13 @@ class TestAsLM:
 class TestGenerate:
     """The prompt, and what the library's generate fills in after it."""
 
+    def test_tokens_can_be_suppressed(self, dream: MaskPredictor) -> None:
+        first = dream.generate(PROMPTS, max_new_tokens=4)[:, 3:]
+        never = first.unique().tolist()
+        assert not torch.isin(dream.generate(PROMPTS, max_new_tokens=4, suppress_tokens=never)[:, 3:], first).any()
+        config = GenerationConfig(begin_suppress_tokens=never, max_new_tokens=4)
+        assert not torch.isin(dream.generate(PROMPTS, config)[:, 3], first).any()
+
     def test_the_defaults(self, model: MaskPredictor) -> None:
         found = model.generate(PROMPTS, max_new_tokens=4)
         assert found[:, :3].equal(PROMPTS)

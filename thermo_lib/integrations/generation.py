@@ -24,7 +24,7 @@ _NEW_TOKENS = 20  # where nobody says how many; as in transformers
 _DREAM = {"alg": "origin", "steps": 512}  # the defaults of Dream's published method
 _ALIASES = {"gen_length": "max_new_tokens", "remasking": "alg", "mask_id": "mask_token_id", "input_ids": "inputs"}
 _TOKENS = ("max_new_tokens", "max_length")
-_SAMPLING = ("top_p", "top_k", "alg_temp", "eps", "block_length")
+_SAMPLING = ("top_p", "top_k", "alg_temp", "eps", "block_length", "threshold", "suppress_tokens", "begin_suppress_tokens")
 _HOOKS = {"generation_tokens_hook_func": "on_tokens", "generation_logits_hook_func": "on_logits"}
 _SETTINGS = (
     *_TOKENS,
@@ -91,8 +91,8 @@ def generate(
               ``remasking``.
             - ``do_sample``, ``temperature``: True draws tokens at ``temperature`` (1), False takes the likeliest, and
               without it ``temperature`` (0) says it, 0 being the likeliest.
-            - ``top_p``, ``top_k`` (0 for none), ``alg_temp``, ``eps``, ``block_length``: as for
-              ``thermo_lib.generate``.
+            - ``top_p``, ``top_k`` (0 for none), ``alg_temp``, ``eps``, ``block_length``, ``threshold``,
+              ``suppress_tokens``, ``begin_suppress_tokens``: as for ``thermo_lib.generate``.
             - ``num_return_sequences`` (1): texts for each prompt.
             - ``seed``: of what is drawn; by default one that torch's generator draws, which ``torch.manual_seed`` sets.
             - ``return_dict_in_generate``, ``output_history``: see ``DiffusionOutput``.
