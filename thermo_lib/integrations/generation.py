@@ -24,7 +24,8 @@ _NEW_TOKENS = 20  # where nobody says how many; as in transformers
 _DREAM = {"alg": "origin", "steps": 512}  # the defaults of Dream's published method
 _ALIASES = {"gen_length": "max_new_tokens", "remasking": "alg", "mask_id": "mask_token_id", "input_ids": "inputs"}
 _TOKENS = ("max_new_tokens", "max_length")
-_SAMPLING = ("top_p", "top_k", "alg_temp", "eps", "block_length", "threshold", "suppress_tokens", "begin_suppress_tokens")
+_SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
+_SAMPLING = ("top_p", "top_k", "alg_temp", "eps", "block_length", "threshold", *_SUPPRESSED)
 _HOOKS = {"generation_tokens_hook_func": "on_tokens", "generation_logits_hook_func": "on_logits"}
 _SETTINGS = (
     *_TOKENS,
