@@ -127,9 +127,9 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) 
         for place, mean, factor in zip(places, means, factors, strict=True):
             ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
             ax.annotate(f"{mean:.1%}", (max(found[factor]), place), (6, 0), textcoords="offset points", va="center")
-    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, None))
+    largest = max(share for found in models.values() for values in found.values() for share in values)
+    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.15 * largest))
     ax.set_ylim(len(factors) - 0.5, -0.5)
-    ax.margins(x=0.12)
     ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 
