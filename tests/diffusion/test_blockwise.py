@@ -353,7 +353,7 @@ class TestRefused:
             (SDAR, {"on_logits": lambda *_: None}, "on_logits: found a hook, allowed is None with a block_length of"),
             (SDAR, {"on_tokens": lambda *_: None}, "on_tokens: found a hook, allowed is None with a block_length of"),
         ],
-        ids=str,
+        ids=["another length", "too few timesteps", "on_logits", "on_tokens"],
     )
     def test_an_argument(self, load: Any, layout: Layout, given: dict[str, Any], message: str) -> None:
         ids = torch.full((1, 10), MASK_TOKEN_ID)
