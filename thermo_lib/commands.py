@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from thermo_lib.chat import Chat, converse
 from thermo_lib.data.texts import read_texts
-from thermo_lib.diffusion.sampling import Sampling, generate, mask_ratios
+from thermo_lib.diffusion.sampling import generate, mask_ratios
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
+from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.scores import build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
