@@ -113,7 +113,7 @@ class TestTraining:
     def test_before_training_it_is_the_model_bit_for_bit(
         self, quantized: Quantize, outputs: Outputs, train: Train, settings: dict[str, Any]
     ) -> None:
-        untrained = train(**settings, steps=1, norm_lr=1e-30)
+        untrained = train(**settings, steps=1, norm_lr=1e-30, group_lr=1e-30)
         assert len(time_norms(untrained.model)) == NORMS
         assert torch.equal(outputs(untrained), outputs(quantized()))
 
@@ -128,6 +128,12 @@ class TestTraining:
         assert one.bits_per_weight == start.bits_per_weight
         assert total(tiny, one, calibration) < total(tiny, start, calibration)
         assert one.config.time_norms.smoothing is one.config.time_norms.window is None
+
+    def test_groups_that_do_not_deviate_stay_equal(self, quantized: Quantize, train: Train) -> None:
+        start = quantized()
+        for name, norm in time_norms(train(count=3, group_lr=1e-30).model).items():
+            assert norm.time_weight.equal(norm.time_weight[:1].expand_as(norm.time_weight))
+            assert not norm.time_weight[0].equal(start.model.get_submodule(name).weight)
 
     def test_fresh_chains_need_only_prompts(
         self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, outputs: Outputs

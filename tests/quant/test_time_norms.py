@@ -151,6 +151,30 @@ def test_training_is_seen_at_once_and_later_after_a_refresh(make: Make) -> None:
 
 
 @every_kind
+@pytest.mark.parametrize("smoothing", [None, "linear"])
+def test_what_groups_share_is_added_to_each(make: Make, smoothing: str | None) -> None:
+    aware, x = spread(TimeNorm(drawn(make), matrix(3, smoothing))), inputs(2, 4)
+    before, groups = aware(x), aware.time_weight.clone()
+    shared = aware.share()
+    aware.requires_grad_()
+    assert torch.allclose(aware(x), before, rtol=1e-6)
+    for parameter in shared:
+        parameter.data += 0.5
+    trained = aware(x).detach()
+    aware.requires_grad_(False)
+    aware.merge()
+    assert torch.equal(aware.time_weight, groups + 0.5)
+    assert torch.allclose(aware(x), trained, rtol=1e-6)
+    assert set(aware.state_dict()) <= {"time_weight", "time_bias"}
+
+
+def test_one_group_shares_nothing() -> None:
+    aware = TimeNorm(drawn(nn.LayerNorm), matrix(1))
+    assert not aware.share()
+    assert len(list(aware.parameters())) == 2
+
+
+@every_kind
 def test_it_is_stored_cast_and_copied(make: Make) -> None:
     aware, x = spread(TimeNorm(drawn(make), matrix(3))), inputs(2, 4)
     stored = aware.state_dict()

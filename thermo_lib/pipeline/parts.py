@@ -362,13 +362,15 @@ class TimeNorms(_OnPathKL, _Grouping):
         what: train the ``norms`` alone, or with them the rest of the ``network``: what
             ``PathKL(what="network")`` trains.
         states, num_texts, num_prompts, steps, batch, own_share: see ``_OnPathKL``.
-        norm_lr: learning rate of the norms at the start.
+        norm_lr: learning rate of the norms at the start; with several groups of what they share.
+        group_lr: that of what each group deviates by.
         scale_lr, zero_point_lr, range_lr, network_lr: those of the rest with ``what="network"``; all fall to zero.
     """
 
     phase: Literal["time_norms"] = "time_norms"
     what: Literal["norms", "network"] = "norms"
     norm_lr: Rate = 0.003
+    group_lr: Rate = 0.001
 
 
 Weights = Annotated[RoundToNearest | LeastSquares | GPTQ | Trellis, Field(discriminator="method")]

@@ -376,11 +376,16 @@ def train_time_norms(
     run = PhaseRun.of(phase, config, reference, calibration, name="time_norms", start=lm, **how)
     changed = copied(lm, config, lm.activation_params, in_place=in_place)
     install_time_norms(changed.model, config)
-    norms = [p for norm in time_norms(changed.model).values() for p in norm.parameters()]
+    norms = time_norms(changed.model).values()
+    of_groups = [p for norm in norms for p in norm.parameters()]
+    shared = [p for norm in norms for p in norm.share()]
     is_network = phase.what == "network"
     network = dict.fromkeys(_network(changed), phase.network_lr) if is_network else {}
-    network |= dict.fromkeys(norms, phase.norm_lr)
+    network |= dict.fromkeys(of_groups, phase.group_lr if shared else phase.norm_lr)
+    network |= dict.fromkeys(shared, phase.norm_lr)
     changed.losses["time_norms"] = fit_quantized(changed, run, network, "time norms", parameters=is_network)
+    for norm in norms:
+        norm.merge()
     return changed
 
 

@@ -45,6 +45,9 @@ class TimeNorm(nn.Module):
     parameters where they are, ``refresh`` makes them anew. While a parameter is trained (``requires_grad``) the rows
     are computed at every call, with gradients.
 
+    Several groups are trained as what they share and what each deviates from it: between ``share`` and ``merge`` the
+    parameters ``shared_weight`` and ``shared_bias``, ``(features,)``, are added to every group's.
+
     Args:
         norm: the module to replace: every group starts with its weight and bias.
         matrix: smoothing, ``(timesteps, groups)``, each row sums to 1.
@@ -73,6 +76,8 @@ class TimeNorm(nn.Module):
 
         self.time_weight = of_groups(norm.weight)
         self.time_bias = of_groups(getattr(norm, "bias", None))
+        self.shared_weight: nn.Parameter | None = None
+        self.shared_bias: nn.Parameter | None = None
         self.register_buffer("table", None, persistent=False)
         self.register_buffer("bias_table", None, persistent=False)
         self.refresh()
@@ -122,6 +127,28 @@ class TimeNorm(nn.Module):
         if self.time_bias is not None:
             self.bias_table = _replaced(self.bias_table, self._smoothed(self.time_bias))
 
+    def share(self) -> list[nn.Parameter]:
+        """Give all groups something in common to train, zero at first, see the class.
+
+        Returns:
+            The new parameters, none with one group.
+        """
+        if self.groups == 1:
+            return []
+        self.shared_weight = nn.Parameter(torch.zeros_like(self.time_weight[0]))
+        if self.time_bias is not None:
+            self.shared_bias = nn.Parameter(torch.zeros_like(self.time_bias[0]))
+        return [p for p in (self.shared_weight, self.shared_bias) if p is not None]
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add what the groups share to each of them, and make the tables of it."""
+        for parameter, shared in ((self.time_weight, self.shared_weight), (self.time_bias, self.shared_bias)):
+            if shared is not None:
+                parameter += shared
+        self.shared_weight = self.shared_bias = None
+        self.refresh()
+
     @property
     def is_current(self) -> bool:
         """Whether the tables are those of the groups' parameters."""
@@ -142,14 +169,16 @@ class TimeNorm(nn.Module):
     def _tables(self) -> tuple[Tensor, Tensor | None]:
         """Rows of weights and biases; of parameters that are trained, as they are now and with gradients."""
         found = []
-        for table, parameter in ((self.table, self.time_weight), (self.bias_table, self.time_bias)):
+        weights = (self.table, self.time_weight, self.shared_weight)
+        for table, parameter, shared in (weights, (self.bias_table, self.time_bias, self.shared_bias)):
             if parameter is not None and parameter.requires_grad:
+                groups = parameter if shared is None else parameter + shared
                 if self.matrix is None:
-                    table = parameter
+                    table = groups
                 else:
                     if self.matrix.device != parameter.device:
                         self.matrix = self.matrix.to(parameter.device)
-                    table = (self.matrix @ parameter.double()).to(parameter.dtype)
+                    table = (self.matrix @ groups.double()).to(parameter.dtype)
             found.append(table)
         return found[0], found[1]
 
