@@ -371,12 +371,22 @@ FAST_DLLM = replace(
     block_length=5,
     tokenizer_config={"mask_token": "<|mask|>"},
 )
+# Stable-DiffCoder is plain Llama to its config.json, which has neither of the two that are named here for the tests.
+STABLE_DIFFCODER = replace(
+    A2D_QWEN2,
+    config=_PLAIN
+    | {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama", "attention_bias": False}
+    | {"block_length": 4, "head_dim": 8, "mask_token_id": MASK_TOKEN_ID, "mlp_bias": False, "pretraining_tp": 1},
+    family="stable-diffcoder",
+    has_bias=False,
+    block_length=4,
+)
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
 KINDS = pytest.mark.parametrize("layout", [DREAM, LLADA, A2D_QWEN3], ids=["Qwen2", "Llama", "Qwen3"])  # of blocks
 BLOCK_CAUSAL = pytest.mark.parametrize("layout", [SDAR, FAST_DLLM], ids=["SDAR", "Fast-dLLM"])
 _SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SDAR, FAST_DLLM]
 NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])
-_EVERY = [*_SAYING, OPEN_DCODER]
+_EVERY = [*_SAYING, OPEN_DCODER, STABLE_DIFFCODER]
 EVERY = pytest.mark.parametrize("layout", _EVERY, ids=[layout.model_type for layout in _EVERY])
 
 

@@ -49,11 +49,18 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
 
 
+def _add_kind(parser: argparse.ArgumentParser) -> None:
+    """What the files of a full-precision model may leave open."""
+    plain = "of a full-precision model whose config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"
+    parser.add_argument("--family", help=plain)
+    blocks = "of block-causal attention, where config.json doesn't say it"
+    parser.add_argument("--attention-block", type=int, metavar="TOKENS", help=blocks)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
-    families = {"help": "of a full-precision model whose config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"}
     devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
     dtypes = {
         "choices": ["stored", "float32", "bfloat16", "float16"],
@@ -65,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
 
     writer = commands.add_parser("quantize", help="write a quantized folder")
     writer.add_argument("--model", **some_model)
-    writer.add_argument("--family", **families)
+    _add_kind(writer)
     writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
     writer.add_argument(
         "--layerwise",
@@ -101,11 +108,11 @@ def _parser() -> argparse.ArgumentParser:
 
     informer = commands.add_parser("info", help="say what a model folder holds, full precision or quantized")
     informer.add_argument("model", nargs="?", **some_model)
-    informer.add_argument("--family", **families)
+    _add_kind(informer)
 
     teller = commands.add_parser("generate", help="let a model, full precision or quantized, continue a text")
     teller.add_argument("--model", **some_model)
-    teller.add_argument("--family", **families)
+    _add_kind(teller)
     teller.add_argument("--prompt", required=True, help="the text")
     teller.add_argument("--chat", action="store_true", help="the prompt is a user's message to an instruct model")
     _add_sampling(teller)
@@ -115,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 
     talker = commands.add_parser("chat", help="talk to an instruct model, line by line; /clear starts over, /exit ends")
     talker.add_argument("--model", **some_model)
-    talker.add_argument("--family", **families)
+    _add_kind(talker)
     talker.add_argument("--system", metavar="TEXT", help="what the model is told before all")
     talker.add_argument("--raw", action="store_true", help="continue each line as plain text, without a chat template")
     _add_sampling(talker)
@@ -125,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
 
     judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)
-    judge.add_argument("--family", **families)
+    _add_kind(judge)
     judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
     judge.add_argument(
         "--data",
@@ -148,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     methods = ["linear", "cubic", "sigmoid", "spline"]
     which.add_argument("--smoothing-method", choices=methods, help="only this one")
     benchmark.add_argument("--model", **some_model)
-    benchmark.add_argument("--family", **families)
+    _add_kind(benchmark)
     benchmark.add_argument("--bits", type=int, default=2, help="weight bits (%(default)s)")
     benchmark.add_argument("--activation-bits", type=int, default=16, help="16 for none (%(default)s)")
     for flag, value, text in (

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3, DREAM, EVERY, LLADA, OPEN_DCODER, Layout, stored
+from layouts import A2D_LLAMA, A2D_QWEN2, A2D_QWEN3, DREAM, EVERY, LLADA, OPEN_DCODER, STABLE_DIFFCODER, Layout, stored
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModel
 
@@ -65,6 +65,15 @@ class TestMaskToken:
         with pytest.raises(ValueError, match=re.escape(message)):
             load_model(str(folder))
 
+    def test_published_code_may_give_it(self, write: Callable[..., Path]) -> None:
+        folder = write(STABLE_DIFFCODER)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        published = {key: value for key, value in content.items() if key not in ("mask_token_id", "block_length")}
+        (folder / "config.json").write_text(json.dumps(published), encoding="utf-8")
+        with pytest.warns(UserWarning, match="block_length: found none in .*, 4 is assumed"):
+            config = read_config(folder, "stable-diffcoder")
+        assert (config.mask_token_id, config.block_length) == (5, 4)
+
     def test_a_configuration_without_a_folder_must_have_it(self) -> None:
         with pytest.raises(ValueError, match="mask_token_id: found none, and no tokenizer in None"):
             MODELS["a2d-qwen2"].config_class.from_dict(dict(A2D_QWEN2.config))
@@ -78,7 +87,7 @@ class TestFamily:
         [
             ("qwen2", "Dream, a2d-qwen2, open-dcoder, Fast_dLLM_Qwen"),
             ("qwen3", "a2d-qwen3, sdar"),
-            ("llama", "a2d-llama"),
+            ("llama", "a2d-llama, stable-diffcoder"),
         ],
     )
     def test_it_is_asked_for(self, tmp_path: Path, model_type: str, allowed: str) -> None:

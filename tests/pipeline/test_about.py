@@ -9,7 +9,7 @@ import pytest
 import torch
 from configurations import Quantize
 from encoder_layouts import ANY, MODERNBERT, AnyLayout
-from layouts import OPEN_DCODER, stored
+from layouts import FAST_DLLM, OPEN_DCODER, stored
 from safetensors.torch import save_file
 from small_runs import Run
 
@@ -107,6 +107,16 @@ def test_another_quantization_is_refused(run: Run, write: Callable[..., Path]) -
     assert status == 2
     assert "config.json: " in err
     assert "quantization_config: found {'quant_method': 'gptq'}, expected an object with quant_method 'thermo'" in err
+
+
+def test_the_command_takes_the_length_of_blocks(run: Run, write: Callable[..., Path]) -> None:
+    folder = write(FAST_DLLM, bd_size=None)
+    status, _, err = run("info", folder)
+    assert status == 2
+    assert "bd_size" in err
+    status, out, _ = run("info", folder, "--attention-block", 8)
+    assert status == 0
+    assert "blocks of 8" in out
 
 
 def test_the_command_prints_it(run: Run, write: Callable[..., Path]) -> None:

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 from thermo_lib.files.text import read_object
 from thermo_lib.models.encoders import ENCODERS
 from thermo_lib.models.settings import TOKEN_IDS, Architecture, parse, same
+from thermo_lib.models.unsupported import check_supported
 
 T = TypeVar("T")
 
@@ -136,6 +137,17 @@ class FastDLLMConfig(Published, Qwen2Config):
     is_causal = False
     mask_token_id: int | None = None
     block_length: int = 32
+
+
+class StableDiffCoderConfig(Published, LlamaConfig):
+    """Llama's configuration with a mask token and the length of blocks (Stable-DiffCoder, arXiv 2601.15892)."""
+
+    model_type = "stable-diffcoder"
+    is_causal = False
+    mask_token_id: int | None = None
+    block_length: int = 4
+    bos_token_id: int | None = None  # as for LLaDA
+    eos_token_id: int | list[int] | None = None
 
 
 # What transformers writes for Qwen2, Qwen3 and Llama.
@@ -283,18 +295,21 @@ _FAST_DLLM = Architecture(
     attention="block-causal",
     block_key="bd_size",
 )
-_ALL = (_DREAM, _LLADA, _A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA, _OPEN_DCODER, _SDAR, _FAST_DLLM, *ENCODERS)
+_STABLE_DIFFCODER = replace(
+    _A2D_LLAMA,
+    config=StableDiffCoderConfig,
+    published_as="StableDiffcoderForCausalLM",
+    mask_token=None,
+    mask_token_id=5,  # of the published code; neither config.json nor the tokenizer says it
+    attention="block-causal",
+    block_key="block_length",  # as above: its own config.json doesn't have it
+    block_length=4,
+)
+_A2D = (_A2D_QWEN2, _A2D_QWEN3, _A2D_LLAMA)
+_ALL = (_DREAM, _LLADA, *_A2D, _OPEN_DCODER, _SDAR, _FAST_DLLM, _STABLE_DIFFCODER, *ENCODERS)
 ARCHITECTURES = {architecture.config.model_type: architecture for architecture in _ALL}
 # The others are families of transformers' own, whose Auto classes stay as they are.
 PUBLISHED = {name: entry for name, entry in ARCHITECTURES.items() if issubclass(entry.config, Published)}
-
-_EXPERTS = "a mixture of experts"
-_UNSUPPORTED = {
-    "llada2_moe": f"{_EXPERTS} (LLaDA2) with block-causal attention",
-    "sdar_moe": f"{_EXPERTS} (SDAR) with block-causal attention",
-    "rnd1": f"{_EXPERTS} (RND1)",
-}
-_OF_QWEN3 = ("block_size", "head_dim", "attention_bias", "use_qk_norm", "qk_norm")  # not in Dream's own config.json
 
 
 def tensor_name(config: PreTrainedConfig, name: str) -> str:
@@ -327,25 +342,12 @@ def used(found: Mapping[str, T], config: PreTrainedConfig) -> dict[str, T]:
     return {name: thing for name, thing in found.items() if not any(part in name for part in unused)}
 
 
-def _check_supported(model_type: Any, content: dict[str, Any]) -> None:
-    """Raise ValueError for a model that is known to compute something else than the modules here do."""
-    if isinstance(model_type, str) and model_type in _UNSUPPORTED:
-        raise ValueError(f"model_type: found {model_type!r}, {_UNSUPPORTED[model_type]}, which isn't supported yet")
-    experts = [key for key in content if "expert" in key and content[key]]
-    if experts:
-        found = f"{experts[0]}: found {content[experts[0]]!r:.80}"
-        raise ValueError(f"{found}, a mixture of experts, which isn't supported yet")
-    if model_type == "Dream":
-        for key in _OF_QWEN3:
-            if content.get(key) is not None:
-                what = "a Dream model with Qwen3 blocks and block-causal attention (DreamReasoner)"
-                raise ValueError(f"{key}: found {content[key]!r:.80}, {what}, which isn't supported yet")
-
-
 def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
     """The attributes of a family's configuration, from ``config.json`` and, of the mask token, the tokenizer."""
     architecture = ARCHITECTURES[family]
-    _check_supported(family, content)
+    check_supported(family, content)
+    if content.get("mask_token_id") is None and architecture.mask_token_id is not None:
+        content = content | {"mask_token_id": architecture.mask_token_id}
     if content.get("mask_token_id") is None and architecture.mask_token is not None:
         from thermo_lib.models.tokenization import read_mask_token_id  # it takes a second to import
 
@@ -383,7 +385,7 @@ def _family(content: dict[str, Any], asked: str | None) -> str:
     else:
         fitting = [name for name, entry in ARCHITECTURES.items() if entry.blocks == found and not entry.tensors]
     if not fitting:
-        _check_supported(found, content)
+        check_supported(found, content)
         plain = sorted({entry.blocks for entry in ARCHITECTURES.values()})
         supported = f"supported are {', '.join(ARCHITECTURES)}, and with a family {', '.join(plain)}"
         raise ValueError(f"model_type: found {found!r}, {supported}")

@@ -381,10 +381,10 @@ def load_model(
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 
 
-def stored_dtype(name: str, family: str | None = None) -> torch.dtype:
+def stored_dtype(name: str, family: str | None = None, block_length: int | None = None) -> torch.dtype:
     """The type in which a model's files hold what isn't quantized; raises what ``load_model`` raises of files."""
     folder = model_folder(name)
-    config = read_config(folder, family)
+    config = read_config(folder, family, block_length)
     found = read_headers(weight_files(folder))
     key = last_norm(config, found)
     if key not in found:

@@ -60,6 +60,7 @@ class Architecture:
         tensors: part of a module's name to what stands for it in a tensor's name, where they differ.
         mask_token: text of the mask token, whose id the tokenizer knows where ``config.json`` doesn't say it, unless
             ``tokenizer_config.json`` names another; None where ``config.json`` must say it.
+        mask_token_id: the mask token's id where neither ``config.json`` nor the tokenizer says it.
         parts: what the model calls its parts.
         older: part of a tensor's name to what old checkpoints have in its place.
         unused: parts of the names of tensors that checkpoints may hold and the model doesn't use.
@@ -77,6 +78,7 @@ class Architecture:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     tensors: Mapping[str, str] = field(default_factory=dict)
     mask_token: str | None = None
+    mask_token_id: int | None = None
     parts: Parts = field(default_factory=Parts)
     older: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()

@@ -17,12 +17,12 @@ from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.storage import check_stored, is_quantized, read_quantization
 
 
-def about(name: str, family: str | None = None) -> dict[str, str]:
+def about(name: str, family: str | None = None, block_length: int | None = None) -> dict[str, str]:
     """What a model is, full precision or quantized.
 
     Args:
         name: ``"reference"`` for the embedded model, a folder, or a hub id.
-        family: see ``load_model``.
+        family, block_length: see ``load_model``.
 
     Returns:
         Title to text, in the order to show them.
@@ -31,7 +31,7 @@ def about(name: str, family: str | None = None) -> dict[str, str]:
         ValueError: what ``load_model`` and ``load_quantized`` raise but for the numbers in tensors, which aren't read.
     """
     folder = model_folder(name)
-    config = read_config(folder, family)
+    config = read_config(folder, family, block_length)
     entry, model = ARCHITECTURES[config.model_type], skeleton(config)
     tokens = read_tokenizer(folder, config.vocab_size).get_vocab_size()
     paths = weight_files(folder)

@@ -189,9 +189,13 @@ def is_quantized(name: str) -> bool:
     return path.is_file() and "quantization_config" in read_object(path)
 
 
-def load_any(name: str, *, family: str | None = None, dtype: torch.dtype = torch.float32) -> DiffusionLM:
-    """A model, full precision or quantized, which says its family; raises what the two functions for them raise."""
-    return load_quantized(name, dtype=dtype) if is_quantized(name) else load_model(name, family=family, dtype=dtype)
+def load_any(
+    name: str, *, family: str | None = None, block_length: int | None = None, dtype: torch.dtype = torch.float32
+) -> DiffusionLM:
+    """A model, full precision or quantized, which says what it is; raises what the two functions for them raise."""
+    if is_quantized(name):
+        return load_quantized(name, dtype=dtype)
+    return load_model(name, family=family, block_length=block_length, dtype=dtype)
 
 
 def expected_tensors(
