@@ -48,7 +48,7 @@ from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
-from thermo_lib.studies.grid import Grid, point
+from thermo_lib.studies.grid import MIX_FIELDS, Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
@@ -89,6 +89,11 @@ def _device(asked: str | None) -> str:
     return wanted
 
 
+def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``load_model`` takes where a model's files don't say what it is."""
+    return {"family": arguments.family, "block_length": arguments.attention_block}
+
+
 def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
     """A model, full precision or quantized, on the device asked for.
 
@@ -96,9 +101,9 @@ def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
         ValueError: there is no such device, or what loading the model raises.
     """
     device = _device(arguments.device)
-    family = None if is_quantized(name) else arguments.family
-    dtype = stored_dtype(name, family) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
-    lm = load_any(name, family=family, dtype=dtype)
+    kind = {} if is_quantized(name) else _kind(arguments)
+    dtype = stored_dtype(name, **kind) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
+    lm = load_any(name, dtype=dtype, **kind)
     lm.model.to(device)
     return lm
 
@@ -187,14 +192,14 @@ def run_quantize(arguments: argparse.Namespace) -> None:
 
 def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
     """Write the folder, in the way that was asked for."""
-    how = {"family": arguments.family, "device": device, "progress": True}
+    how = {**_kind(arguments), "device": device, "progress": True}
     write = partial(quantize_checkpoint, arguments.model, arguments.output, config, **how)
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_streamed(arguments.model, family=arguments.family, device=device)
+        lm = load_streamed(arguments.model, **_kind(arguments), device=device)
         calibration = _states(lm, config, arguments)
         if arguments.layerwise != "all":
             calibration = calibration.thinned(int(arguments.layerwise))
@@ -202,7 +207,7 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_model(arguments.model, family=arguments.family)
+        lm = load_model(arguments.model, **_kind(arguments))
         lm.model.to(device)
         save_quantized(quantize(lm, config, _states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
@@ -215,7 +220,7 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Print what a model folder holds."""
-    lines = about(arguments.model, arguments.family)
+    lines = about(arguments.model, **_kind(arguments))
     width = max(map(len, lines))
     print("\n".join(f"{title:{width}}  {text}" for title, text in lines.items()))
 
@@ -299,7 +304,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         resmoothed(config, method, arguments.smoothing_window)  # refuses a wrong window before the work
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
-        lm = load_model(arguments.model, family=arguments.family)
+        lm = load_model(arguments.model, **_kind(arguments))
         calibration = calibrate(lm, timesteps=config.timesteps)
         bar.update()
         suite = build_suite(lm, timesteps=config.timesteps, progress=True)
@@ -332,7 +337,7 @@ def run_study(arguments: argparse.Namespace) -> None:
 
 def run_point(arguments: argparse.Namespace) -> None:
     """Measure one configuration and print its scores, averaged over the seeds."""
-    fields = _read_fields("point", arguments.fields, ["method", "recipe"])
+    fields = _read_fields("point", arguments.fields, ["method", "recipe", *MIX_FIELDS])
     points = [point(seed, **fields) for seed in arguments.seeds]
     reproducible()
     grid = Grid(arguments.output, load_model("reference"))

@@ -51,6 +51,9 @@ def points() -> list[Point]:
         point(**DYNAMIC, **TRAINED, **{"path_kl.what": "codes"}),
         point(**DYNAMIC, **FRESH, **{"path_kl.own_share": 0.5}),
         point(seed=1, **STATIC, **{"activations.by_token_state": True}),
+        point(**STATIC),
+        point(**STATIC, **{"mix.code_sequences": 3}),
+        point(**STATIC, **{"mix.source": "forward"}),
     ]
 
 

@@ -7,7 +7,7 @@ can be compared sequence by sequence.
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,34 @@ RECIPE_WINDOWS = (1, 2, 3, 5)
 
 
 @dataclass(frozen=True)
+class Mix:
+    """Which states a point is calibrated on where they aren't the grid's; None leaves what the grid has.
+
+    Attributes:
+        code_sequences, puzzles: see ``calibration_batches``.
+        source: see ``calibrate``.
+    """
+
+    code_sequences: int | None = None
+    puzzles: int | None = None
+    source: Literal["forward", "trajectory"] | None = None
+
+    def of(self, inputs: "Inputs") -> "Inputs":
+        """A grid's inputs with what this names in the place of theirs."""
+        return replace(inputs, **{name: value for name, value in vars(self).items() if value is not None})
+
+
+MIX_FIELDS = ("mix.code_sequences", "mix.puzzles", "mix.source")
+
+
+@dataclass(frozen=True)
 class Point:
     """A configuration on the grid.
 
     Attributes:
         config: how the model is quantized.
         calibration_seed: seed of the calibration data.
+        mix: what it is calibrated on; None for what the grid has.
         recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every layer
             choose method and window on the calibration states for its output's error, ``best per layer by path KL`` for
             the model's path KL.
@@ -50,21 +72,24 @@ class Point:
     config: ThermoConfig
     calibration_seed: int = 0
     recipe: Recipe | None = None
+    mix: Mix | None = None
 
     @property
     def key(self) -> str:
         """A text that is equal for points that mean the same."""
-        return json.dumps([self.config.digest(), self.calibration_seed, self.recipe])
+        return json.dumps([self.config.digest(), self.calibration_seed, self.recipe, self.mix and vars(self.mix)])
 
     def to_dict(self) -> dict[str, Any]:
         """As the JSON file holds it."""
+        mix = {} if self.mix is None else {"mix": vars(self.mix)}
         seeds = {"calibration_seed": self.calibration_seed, "recipe": self.recipe}
-        return {"config": self.config.model_dump(mode="json"), **seeds}
+        return {"config": self.config.model_dump(mode="json"), **seeds, **mix}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Point":
         """The inverse of ``to_dict``."""
-        return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"])
+        mix = Mix(**content["mix"]) if "mix" in content else None
+        return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"], mix)
 
 
 def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None, **fields: Any) -> Point:
@@ -74,8 +99,10 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
         seed: seed of the calibration data.
         method: smoothing method, None for none.
         recipe: see ``Point``.
-        fields: of ``ThermoConfig``, nested or flat, or dotted as in ``{"activations.fit_to": "output"}``.
+        fields: of ``ThermoConfig``, nested or flat, or dotted as in ``{"activations.fit_to": "output"}``; those of
+            ``Mix`` as ``mix.puzzles`` and so on.
     """
+    mix = {name.partition(".")[2]: fields.pop(name) for name in MIX_FIELDS if name in fields}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "time_groups.window")  # the study asks for windows that are cut
         config = ThermoConfig(**fields)
@@ -87,7 +114,7 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
             config = config.replace(
                 time_groups=TimeGrouping(count=groups.count, starts=groups.starts, smoothing=method, window=window)
             )
-    return Point(config, seed, recipe)
+    return Point(config, seed, recipe, Mix(**mix) if mix else None)
 
 
 @dataclass(frozen=True)
@@ -170,7 +197,7 @@ class Inputs:
     def calibration(self, reference: DiffusionLM, timesteps: int, seed: int) -> Calibration:
         """What points of a seed are calibrated on."""
         size = {"sequences": self.code_sequences, "puzzles": self.puzzles}
-        batches = calibration_batches(reference, seed, **size)
+        batches = [pair for pair in calibration_batches(reference, seed, **size) if len(pair[0])]
         how = {"timesteps": timesteps, "source": self.source, "seed": seed, "progress": False}
         return calibrate(reference, batches, **how)
 
@@ -232,7 +259,8 @@ def _shared(point: Point) -> tuple[str, ...]:
     """Sorts points so that neighbours share calibration data, weights and ranges."""
     config = point.config.model_dump(mode="json")
     parts = (config[name] for name in ("timesteps", "weights", "training", "activations"))
-    return (*map(json.dumps, parts), str(point.calibration_seed), str(point.recipe), json.dumps(config["time_groups"]))
+    data = str(point.mix), str(point.calibration_seed)
+    return (*map(json.dumps, parts), *data, str(point.recipe), json.dumps(config["time_groups"]))
 
 
 @dataclass
@@ -254,8 +282,9 @@ class _Models:
 
     def calibration(self, p: Point) -> Calibration:
         """See ``Inputs``."""
+        inputs = self.inputs if p.mix is None else p.mix.of(self.inputs)
         about = p.config.timesteps, p.calibration_seed
-        return self._once("calibration", about, lambda: self.inputs.calibration(self.reference, *about))
+        return self._once("calibration", (inputs, about), lambda: inputs.calibration(self.reference, *about))
 
     def build(self, p: Point) -> QuantizedLM:
         """The model of a point."""
@@ -265,12 +294,12 @@ class _Models:
             config = p.config.replace(
                 training=tuple(before), time_groups=p.config.time_groups and p.config.time_groups.model_copy()
             )
-            start = self.build(Point(config, p.calibration_seed, p.recipe))
+            start = self.build(replace(p, config=config))
             train = optimize_transitions if isinstance(phase, PathKL) else train_time_norms
             return train(start, self.reference, self.calibration(p), **phase.model_dump(exclude={"phase"}))
         calibration, groups = self.calibration(p), p.config.time_groups
         unsmoothed = p.config.replace(enable_boundary_smoothing=False) if groups else p.config
-        seed = p.calibration_seed
+        seed = p.calibration_seed, p.mix
 
         def make(config: ThermoConfig) -> QuantizedLM:
             return quantize(self.reference, config, calibration)

@@ -190,6 +190,11 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         "quantizer": cross(
             seeds=side, activation_bits=[low], quantizer=axes["quantizers"], num_time_groups=few, method=linear
         ),
+        "calibration mix": [
+            p
+            for mix in axes["mixes"]
+            for p in cross(activation_bits=[16, low], **{name: [value] for name, value in mix.items()})
+        ],
         "recipe": [
             *cross(activation_bits=[low], recipe=["best starts"], num_time_groups=axes["recipe_groups"], method=linear),
             *cross(
