@@ -83,7 +83,7 @@ peers: .venv/.stamp .venv-peers/.stamp
 
 # What the reports have already is kept, and a run that was stopped goes on. For a new one delete reports/*_points.json.
 witness: .venv/.stamp
-	$(KEEP_MEMORY) .venv/bin/python -m thermo_lib.studies.witness
+	$(KEEP_MEMORY) .venv/bin/python -m thermo_lib.studies.second_model
 
 # Not a stage of the pipeline: it writes 18 GB and takes 12 minutes. The random checkpoint stays in artifacts/.
 dream-7b: .venv/.stamp

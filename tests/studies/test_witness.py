@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ from transformers import BertConfig, BertForMaskedLM
 
 from thermo_lib import load_model
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.studies import witness
-from thermo_lib.studies.grid import Grid, Point
+from thermo_lib.studies import second_model, witness
+from thermo_lib.studies.grid import Grid, Point, PointRow
 
 LETTERS = [*witness._SPECIAL, "[MASK]", *"ACDEFGHIKLMNPQRSTVWY"]
 SMALL = witness.WitnessInputs(
@@ -118,7 +119,7 @@ def measured(lm: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
 class TestReport:
     @pytest.fixture(scope="class")
     def found(self, measured: Grid) -> dict[str, Any]:
-        return witness.report(measured, Grid("none.json", measured.reference), {})
+        return second_model.report(measured, Grid("none.json", measured.reference), {})
 
     def test_rows_are_those_that_are_measured(self, found: dict[str, Any]) -> None:
         names = [row["method"] for row in found["rows"]]
@@ -136,8 +137,8 @@ class TestReport:
         assert {row["verdict"] for row in targets} <= {"met", "not met", "inconclusive"}
 
     def test_a_seed_counts_when_all_of_it_is_measured(self, measured: Grid) -> None:
-        assert witness._complete(measured, None) == (0,)
-        assert witness._complete(measured, 4) == ()
+        assert second_model._complete(measured, None) == (0,)
+        assert second_model._complete(measured, 4) == ()
 
     def test_norms_are_compared_with_one_set_of_the_same_seed(self, measured: Grid) -> None:
         (three,), (one,) = witness.norm_points("GPTQ", 3, "linear", (1,)), witness.norm_points("GPTQ", 1, None, (1,))
@@ -148,9 +149,28 @@ class TestReport:
 
         grid = SimpleNamespace(rows={three.key: of(three, 2.0), one.key: of(one, 5.0)}, __getitem__=None)
         table = type("Table", (SimpleNamespace,), {"__getitem__": lambda self, p: self.rows[p.key]})
-        (found,) = witness._norm_rows(table(**vars(grid)), "m", "GPTQ", 3, "linear")
+        (found,) = second_model._norm_rows(table(**vars(grid)), "m", "GPTQ", 3, "linear")
         assert (found["change"], found["change_ci"], found["seeds"]) == (-3.0, [-3.0, -3.0], 1)
-        assert witness._norm_rows(table(rows={}), "m", "GPTQ", 3, "linear") == []
+        assert second_model._norm_rows(table(rows={}), "m", "GPTQ", 3, "linear") == []
+
+    @pytest.mark.parametrize(
+        ("accuracy", "verdict"), [(0.55, "met"), (0.505, "not met"), (None, None)], ids=["met", "not met", "missing"]
+    )
+    def test_smoothed_norms_have_a_verdict_of_their_own(
+        self, measured: Grid, accuracy: float | None, verdict: str | None
+    ) -> None:
+        row = next(iter(measured.rows.values()))
+        (smooth,), (rough,) = (witness.norm_points("GPTQ", 3, s, (2,)) for s in ("linear", None))
+
+        def of(p: Point, share: float) -> PointRow:
+            return replace(row, point=p, accuracy_per_sequence=[share, share])
+
+        grid = Grid("none.json", measured.reference, SMALL)
+        grid.rows = {rough.key: of(rough, 0.5)} | ({smooth.key: of(smooth, accuracy)} if accuracy else {})
+        found = second_model._norm_target(grid, "m", "GPTQ", "linear")
+        assert [(t["verdict"], t["smoothing_method"], t["target"]) for t in found] == (
+            [(verdict, "linear", 0.02)] if accuracy else []
+        )
 
 
 def test_both_models_are_compared_by_share() -> None:
@@ -159,10 +179,10 @@ def test_both_models_are_compared_by_share() -> None:
         {"method": "thermo_lib GPTQ", "setting": "group 128", "path_kl": 20.0},
     ]
     rows = [{"method": "round-to-nearest", "path_kl": 150.0}, {"method": "GPTQ", "path_kl": 30.0}]
-    found = witness.both_models(peers, rows, "round-to-nearest")
+    found = second_model.both_models(peers, rows, "round-to-nearest")
     assert [(row["method"], row["reference_share"], row["witness_share"]) for row in found] == [
         ("round-to-nearest", 1.0, 1.0),
         ("GPTQ", 0.25, 0.2),
     ]
     with pytest.raises(ValueError, match=r"^baseline: found 'AWQ', allowed are round-to-nearest, GPTQ$"):
-        witness.both_models(peers, rows, "AWQ")
+        second_model.both_models(peers, rows, "AWQ")

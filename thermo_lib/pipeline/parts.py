@@ -370,7 +370,7 @@ class TimeNorms(_OnPathKL, _Grouping):
     phase: Literal["time_norms"] = "time_norms"
     what: Literal["norms", "network"] = "norms"
     norm_lr: Rate = 0.003
-    group_lr: Rate = 0.001
+    group_lr: Rate = 0.0003
 
 
 Weights = Annotated[RoundToNearest | LeastSquares | GPTQ | Trellis, Field(discriminator="method")]

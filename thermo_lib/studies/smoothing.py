@@ -193,7 +193,7 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
         "calibration mix": [
             p
             for mix in axes["mixes"]
-            for p in cross(activation_bits=[16, low], **{name: [value] for name, value in mix.items()})
+            for p in cross(activation_bits=[low], **{name: [value] for name, value in mix.items()})
         ],
         "recipe": [
             *cross(activation_bits=[low], recipe=["best starts"], num_time_groups=axes["recipe_groups"], method=linear),

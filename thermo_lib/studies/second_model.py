@@ -1,0 +1,260 @@
+"""What was measured of the second model and of time-aware norms: ``reports/witness.json``.
+
+``python -m thermo_lib.studies.second_model`` measures what is missing in ``reports/witness_points.json`` and, of
+time-aware norms of the reference model, in ``reports/norms_points.json``, one point after the other, and writes the
+report. A run that is stopped goes on where it was.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from thermo_lib.evaluation.report import versions
+from thermo_lib.evaluation.smoothing import CLAIMED, target_row
+from thermo_lib.evaluation.statistics import interval
+from thermo_lib.files.text import write_json
+from thermo_lib.models.lm import DiffusionLM, load_model
+from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow
+from thermo_lib.studies.smoothing import gain, path_kl_change, verdicts
+from thermo_lib.studies.variance import FACTORS, variance_shares
+from thermo_lib.studies.witness import (
+    FIRST,
+    METHODS,
+    NORMS,
+    NORMS_OF,
+    PRECISIONS,
+    SEEDS,
+    TIMESTEPS,
+    WHEEL,
+    WitnessInputs,
+    at_precision,
+    fetch,
+    method_points,
+    norm_points,
+    norms_plan,
+    plan,
+    question_points,
+)
+
+POINTS = Path("reports/witness_points.json")
+NORMS_POINTS = Path("reports/norms_points.json")
+REPORT = Path("reports/witness.json")
+COLUMNS = {
+    "method": ("method", "{}"),
+    "bpw": ("bits_per_weight", "{:.3f}"),
+    "A": ("activation_bits", "{}"),
+    "seeds": ("seeds", "{}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "95 %": ("accuracy_ci", "{0[0]:.3f}..{0[1]:.3f}"),
+    "path KL": ("path_kl", "{:.1f}"),
+    "path KL, 95 %": ("path_kl_ci", "{0[0]:.1f}..{0[1]:.1f}"),
+    "gain": ("gain", "{:+z.1%}"),
+    "change": ("change", "{:+z.2f}"),
+    "change, 95 %": ("change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
+}
+BOTH_COLUMNS = {
+    "method": ("method", "{}"),
+    "reference": ("reference", "{:.1f}"),
+    "witness": ("witness", "{:.1f}"),
+    "reference, share": ("reference_share", "{:.3f}"),
+    "witness, share": ("witness_share", "{:.3f}"),
+}
+NORM_COLUMNS = {
+    "model": ("model", "{}"),
+    "weights": ("quantizer", "{}"),
+    "sets": ("count", "{}"),
+    "smoothing": ("smoothing", "{}"),
+    "seeds": ("seeds", "{}"),
+    "bpw": ("bits_per_weight", "{:.3f}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "path KL": ("path_kl", "{:.2f}"),
+    "change": ("change", "{:+z.3f}"),
+    "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
+}
+# Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
+_ON_REFERENCE = {
+    "round-to-nearest": ("round-to-nearest", "group 128"),
+    "GPTQ": ("thermo_lib GPTQ", "group 128"),
+    "trellis, even": ("thermo_lib trellis", "2 bits a column"),
+    "trellis, spread": ("thermo_lib trellis", "spread bits"),
+    "trellis, sequential": ("thermo_lib trellis", "spread bits, sequential"),
+    "trellis, sequential, network": ("thermo_lib trellis", "all phases"),
+}
+
+
+def _complete(grid: Grid, bits: int | None) -> tuple[int, ...]:
+    """The seeds with which everything was measured at one precision."""
+    every = {seed: question_points(bits, (seed,)).values() for seed in SEEDS}
+    return tuple(s for s, found in every.items() if all(p.key in grid.rows for points in found for p in points))
+
+
+def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[str, Any]:
+    """A row of ``witness.json``: means over seeds, intervals over sequences."""
+    accuracies, paths = (
+        np.mean([getattr(row, name) for row in rows], axis=0)
+        for name in ("accuracy_per_sequence", "path_kl_per_sequence")
+    )
+    return {
+        "method": method,
+        "bits_per_weight": rows[0].bits_per_weight,
+        "activation_bits": activation_bits,
+        "seeds": len(rows),
+        "accuracy": float(accuracies.mean()),
+        "accuracy_ci": list(interval(lambda index: float(accuracies[index].mean()), len(accuracies))),
+        "path_kl": float(paths.mean()),
+        "path_kl_ci": list(interval(lambda index: float(paths[index].mean()), len(paths))),
+    }
+
+
+def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
+    return [grid[p] for p in points if p.key in grid.rows]
+
+
+def report(grid: Grid, reference: Grid, variance: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of ``reports/witness.json``, of what has been measured.
+
+    Args:
+        grid: of the witness.
+        reference: of time-aware norms of the reference model.
+        variance: model to what ``variances`` returns.
+    """
+    rows, targets, norms = [], [], []
+    for name in FIRST:
+        if found := _available(grid, method_points(name)):
+            rows.append(_row(found, name, 16))
+    for bits in PRECISIONS:
+        if seeds := _complete(grid, bits):
+            question = {name: [grid[p] for p in points] for name, points in question_points(bits, seeds).items()}
+            for name, found in question.items():
+                rows.append(_row(found, f"GPTQ, {name}", bits or 16) | _against(question["one"], found))
+            rough = at_precision(bits, time_groups={"count": 3, "smoothing": None})
+            targets += verdicts(grid, rough, METHODS[1:], seeds)
+    for model, measured in {"reference": reference, WHEEL: grid}.items():
+        for weights in NORMS_OF:
+            for setting in NORMS:
+                norms += _norm_rows(measured, model, weights, *setting)
+            for smoothing in ("linear", "sigmoid", "spline"):
+                targets += _norm_target(measured, model, weights, smoothing)
+    return {
+        "model": WHEEL,
+        "versions": versions(),
+        "seeds": list(SEEDS),
+        "timesteps": TIMESTEPS,
+        "rows": rows,
+        "targets": targets,
+        "time_norms": norms,
+        "variance": variance,
+    }
+
+
+def variances(lm: DiffusionLM, inputs: Inputs | WitnessInputs) -> dict[str, Any]:
+    """Where the variance of activations' ranges lies, see ``variance_shares``.
+
+    Returns:
+        ``shares``: factor to its share with each seed; ``tokens``: layer to what time and token state explain of a
+        token's range, mean over seeds.
+    """
+    found = [variance_shares(lm, inputs.calibration(lm, TIMESTEPS, seed)) for seed in SEEDS]
+    layers = {
+        layer: {factor: float(np.mean([one["tokens"][layer][factor] for one in found])) for factor in factors}
+        for layer, factors in found[0]["tokens"].items()
+    }
+    return {"shares": {factor: [one["shares"][factor] for one in found] for factor in FACTORS}, "tokens": layers}
+
+
+def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str, Any]:
+    """What differs from one range or scale for all timesteps, relative accuracy and nats, paired by sequence."""
+    if found == one:
+        return {}
+    gained, gained_ci = gain(found, one)
+    change, change_ci = path_kl_change(found, one)
+    return {"gain": gained, "gain_ci": list(gained_ci), "change": change, "change_ci": list(change_ci)}
+
+
+def _norm_rows(grid: Grid, model: str, weights: str, count: int, smoothing: str | None) -> list[dict[str, Any]]:
+    """A row of ``time_norms``, of the seeds that were measured; none without any."""
+    found, twins = _norm_pairs(grid, weights, (count, smoothing), (1, None))
+    if not found:
+        return []
+    change, change_ci = (0.0, (0.0, 0.0)) if count == 1 else path_kl_change(found, twins)
+    return [
+        {
+            "model": model,
+            "quantizer": weights,
+            "activation_bits": 16,
+            "count": count,
+            "smoothing": smoothing,
+            "seeds": len(found),
+            "bits_per_weight": found[0].bits_per_weight,
+            "accuracy": float(np.mean([row.accuracy for row in found])),
+            "path_kl": float(np.mean([row.path_kl for row in found])),
+            "change": change,
+            "change_ci": list(change_ci),
+        }
+    ]
+
+
+def _norm_target(grid: Grid, model: str, weights: str, smoothing: str) -> list[dict[str, Any]]:
+    """The earlier project's claim of accuracy about smoothed norms against as many sets that aren't smoothed."""
+    smooth, rough = _norm_pairs(grid, weights, (3, smoothing), (3, None))
+    if not smooth:
+        return []
+    value, ci = gain(smooth, rough)
+    name = f"relative accuracy gain, norms of {weights} ({model})"
+    return [target_row(name, smooth[0].point.config, smoothing, CLAIMED.accuracy_gain, value, ci)]
+
+
+def _norm_pairs(
+    grid: Grid, weights: str, setting: tuple[int, str | None], twin: tuple[int, str | None]
+) -> tuple[list[PointRow], list[PointRow]]:
+    """The rows of two settings of time-aware norms, of the seeds with which both were measured."""
+    pairs = zip(norm_points(weights, *setting), norm_points(weights, *twin), strict=True)
+    both = [(grid[a], grid[b]) for a, b in pairs if a.key in grid.rows and b.key in grid.rows]
+    return [a for a, _ in both], [b for _, b in both]
+
+
+def both_models(
+    peers: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], baseline: str
+) -> list[dict[str, Any]]:
+    """Path KL of the methods that were measured on both models, in nats and as a share of a baseline's.
+
+    Args:
+        peers: the rows of ``reports/peers.json``, of the reference model.
+        rows: of ``reports/witness.json``.
+        baseline: a method that was measured on both.
+    """
+    by_name = {(row["method"], row["setting"]): row["path_kl"] for row in peers}
+    ours = {row["method"]: row["path_kl"] for row in rows}
+    both = {m: (by_name[named], ours[m]) for m, named in _ON_REFERENCE.items() if named in by_name and m in ours}
+    if baseline not in both:
+        raise ValueError(f"baseline: found {baseline!r}, allowed are {', '.join(both)}")
+    return [
+        {
+            "method": method,
+            "reference": reference,
+            "witness": witness,
+            "reference_share": reference / both[baseline][0],
+            "witness_share": witness / both[baseline][1],
+        }
+        for method, (reference, witness) in both.items()
+    ]
+
+
+def main() -> None:
+    """Measure what is missing, and write the report after each part of the plan."""
+    grid = Grid(POINTS, load_model(str(fetch())), WitnessInputs())
+    reference = Grid(NORMS_POINTS, load_model("reference"))
+    variance = {
+        "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
+        WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
+    }
+    work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
+    for measured, points in work:
+        measured.run(points)
+        write_json(REPORT, report(grid, reference, variance))
+
+
+if __name__ == "__main__":
+    main()
