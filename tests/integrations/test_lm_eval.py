@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoder_layouts import EVERY_ENCODER, ROBERTA, EncoderLayout
-from layouts import OPEN_DCODER
+from layouts import BLOCK_CAUSAL, OPEN_DCODER, Layout
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -321,6 +321,23 @@ def test_a_plain_configuration_needs_its_family(folders: dict[str, Path], tmp_pa
     with pytest.raises(ValueError, match="family: found None, allowed with 'qwen2' blocks"):
         HarnessLM(str(source))
     assert HarnessLM(str(source), family="open-dcoder").lm.model.config.model_type == "open-dcoder"
+
+
+@BLOCK_CAUSAL
+def test_block_causal_answers_are_bounded_block_after_block(
+    layout: Layout, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    source = layout.write(tmp_path / "source", load_model(str(folders["full"])).tokenizer)
+    harness = HarnessLM(str(source), mc_num=1)  # parts of one token are exact
+    size = layout.block_length
+    text = list(range(7, 7 + 3 * size + 1))
+    pairs = [(text[: size - 1], text[size - 1 : size + 1]), (text[: 2 * size], text[2 * size : 2 * size + 1])]
+    parts = [[(text[: size - 1], [text[size - 1]]), (text[:size], [text[size]])], [pairs[1]]]
+    expected = [sum(exact_bound(harness.lm, *part) for part in some) for some in parts]
+    assert harness._bounds(pairs) == pytest.approx(expected, rel=1e-5)
+    cuts = [len(answer) for _, answer in harness._pieces(text[:3], text[3:])]
+    assert cuts == [size - 3, size, size, 1]
+    assert harness._pieces(text[:size], text[size : size + 1]) == [(text[:size], text[size : size + 1])]
 
 
 @EVERY_ENCODER

@@ -20,12 +20,14 @@ from thermo_lib.data import corpus
 from thermo_lib.data.corpus import held_out_sequences
 from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.data.texts import text_sequences
+from thermo_lib.diffusion.cut import cut_to_blocks
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, as_lm
 
 Source = Literal["forward", "trajectory"]
 SOURCES: tuple[Source, ...] = ("forward", "trajectory")
+_BLOCKS = 4  # of a block-causal model's texts that are denoised: as many lengths of states
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Draw calibration states.
+    """Draw calibration states; of a block-causal model each is of one block after finished text, see ``diffusion.cut``.
 
     Args:
         lm: the full-precision model, also one of ``transformers``' Auto classes.
@@ -314,8 +316,9 @@ def calibrate(
         batches = calibration_batches(lm, seed)
     if not batches or any(not len(ids) for ids, _ in batches):
         raise ValueError("calibration: found an empty calibration set, allowed is at least one sequence")
+    cut = {"count": _BLOCKS, "own": source == "trajectory", "timesteps": timesteps, "seed": seed}
     parts = []
-    for ids, allowed in batches:
+    for ids, allowed in (pair for some, where in batches for pair in cut_to_blocks(lm, some, where, **cut)):
         if source == "forward":
             parts.append(forward_states(ids, allowed, timesteps, lm.mask_token_id, seed))
         else:

@@ -31,6 +31,7 @@ from thermo_lib.data.puzzles import (
     read_jsonl,
 )
 from thermo_lib.data.texts import text_sequences
+from thermo_lib.diffusion.cut import cut_to_blocks
 from thermo_lib.diffusion.path_kl import PathKLEstimate, path_kl, reference_logits
 from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
@@ -92,7 +93,7 @@ class Evaluation:
         correct: float64 ``(sequences, timesteps)``, masked tokens whose likeliest token is right.
         masked: float64, same shape, masked tokens.
         nll: float64, same shape, summed negative log-likelihood of the masked tokens in nats.
-        length: tokens of a sequence.
+        length: tokens of a sequence that are denoised.
         path: path KL and output similarity to the full-precision model.
         puzzles: the Sudoku puzzles; None where the suite has none.
         resamples: number of bootstrap samples of its intervals.
@@ -138,7 +139,7 @@ def build_suite(
     seed: int = 0,
     progress: bool = False,
 ) -> Suite:
-    """The project's evaluation inputs for a reference model.
+    """The project's evaluation inputs for a reference model; of a block-causal one the last block of each text.
 
     Args:
         reference: the full-precision model, also one of ``transformers``' Auto classes.
@@ -158,18 +159,15 @@ def build_suite(
         code = held_out_sequences(corpus.load_corpus("test"), reference.tokenizer, sequences, length, seed)
     else:
         code = text_sequences(texts, reference.tokenizer, sequences, length, seed, reference.end_token_id)
-    paths = trajectory_states(
-        reference,
-        torch.full((trajectories, length), reference.mask_token_id),
-        None,
-        timesteps,
-        seed + 1,
-        progress="trajectories" if progress else None,
-    )
+    empty, cut = torch.full((trajectories, length), reference.mask_token_id), {"count": 1, "timesteps": timesteps}
+    ((code, scored),) = cut_to_blocks(reference, code, None, own=False, seed=seed, **cut)
+    ((empty, drawn),) = cut_to_blocks(reference, empty, None, own=True, seed=seed + 1, **cut)
+    label = "trajectories" if progress else None
+    paths = trajectory_states(reference, empty, drawn, timesteps, seed + 1, progress=label)
     puzzles = sudoku if knows_tasks(reference.tokenizer) else 0
     return Suite(
         reference=reference,
-        held_out=forward_states(code, None, timesteps, reference.mask_token_id, seed),
+        held_out=forward_states(code, scored, timesteps, reference.mask_token_id, seed),
         trajectories=paths,
         puzzles=make_puzzles("sudoku", puzzles, seed, test=True),
         timesteps=timesteps,
@@ -355,7 +353,7 @@ def evaluate(lm: DiffusionLM | MaskPredictor, suite: Suite, *, progress: bool = 
         correct=correct,
         masked=masked,
         nll=nll,
-        length=suite.held_out.ids.shape[1],
+        length=int(suite.held_out.is_masked[0].sum()),
         path=path_kl(
             suite.reference,
             lm,

@@ -177,8 +177,9 @@ class HarnessLM(TemplateLM):
                 allowed = f"allowed are 1..{self.max_length}"
                 raise ValueError(f"loglikelihood: found an answer of {len(answer)} tokens, {allowed}")
             pairs.append((context[max(0, len(context) + len(answer) - self.max_length) :], answer))
-        draws = sum(map(self._draws, pairs))
-        tokens = sum(self._draws(pair) * sum(map(len, pair)) for pair in pairs)
+        pieces = [piece for pair in pairs for piece in self._pieces(*pair)]
+        draws = sum(map(self._draws, pieces))
+        tokens = sum(self._draws(piece) * sum(map(len, piece)) for piece in pieces)
         _log.info("loglikelihood: %d texts, %d masked copies of them, %d tokens", len(pairs), draws, tokens)
         found: list[tuple[float, bool]] = [(0.0, False)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda i: -sum(map(len, pairs[i])))
@@ -200,7 +201,24 @@ class HarnessLM(TemplateLM):
         return 1 if len(pair[1]) == 1 else self.mc_num
 
     def _bounds(self, pairs: Sequence[Pair]) -> list[float]:
-        """The estimated bounds of ``log p(answer | context)``; draws of several pairs share a forward pass."""
+        """The estimated bounds of ``log p(answer | context)``, of a block-causal model block after block."""
+        pieces = [(number, piece) for number, pair in enumerate(pairs) for piece in self._pieces(*pair)]
+        totals = [0.0] * len(pairs)
+        for (number, _), bound in zip(pieces, self._bounds_at_once([piece for _, piece in pieces]), strict=True):
+            totals[number] += bound
+        return totals
+
+    def _pieces(self, context: Sequence[int], answer: Sequence[int]) -> list[Pair]:
+        """An answer as parts that are masked together, each after all before it: those in a block of the model's."""
+        length = self.lm.model.block_length
+        if length is None:
+            return [(context, answer)]
+        text, end = [*context, *answer], len(context) + len(answer)
+        starts = [len(context), *range((len(context) // length + 1) * length, end, length)]
+        return [(text[:a], text[a:b]) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+
+    def _bounds_at_once(self, pairs: Sequence[Pair]) -> list[float]:
+        """``_bounds`` of what is masked together; draws of several pairs share a forward pass."""
         totals = [0.0] * len(pairs)
         for step, batch in self._batches(pairs):
             ids, visible = _padded([copy.ids for copy in batch])
@@ -266,6 +284,7 @@ class HarnessLM(TemplateLM):
                 raise SeenEnough
 
         how = {"timesteps": count, "sampler": "maskgit_plus", "eps": 0.0, "batch_size": len(pairs)}
+        how["block_length"] = self.lm.model.block_length
         with suppress(SeenEnough):
             compare(count, slice(None), generate(self.lm, ids, attention_mask=visible, on_state=compare, **how))
         return same
