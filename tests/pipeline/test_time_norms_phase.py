@@ -113,7 +113,8 @@ class TestTraining:
     def test_before_training_it_is_the_model_bit_for_bit(
         self, quantized: Quantize, outputs: Outputs, train: Train, settings: dict[str, Any]
     ) -> None:
-        untrained = train(**settings, steps=1, norm_lr=1e-30, group_lr=1e-30)
+        rates = {"norm_lr": 1e-30} | ({} if settings.get("count") == 1 else {"group_lr": 1e-30})
+        untrained = train(**settings, steps=1, **rates)
         assert len(time_norms(untrained.model)) == NORMS
         assert torch.equal(outputs(untrained), outputs(quantized()))
 
@@ -329,6 +330,7 @@ class TestConfiguration:
         config = ThermoConfig(**{"time_norms.count": 4, "path_kl.steps": 7})
         assert [phase.phase for phase in config.training] == ["path_kl", "time_norms"]
         assert config.time_norms.count == 4
+        assert config.time_norms.group_lr == 0.0003
         assert config.time_norms.window == 2, "the one that acts, at most half of a group"
         twice = ThermoConfig(training=(PathKL(steps=1), TimeNorms(), PathKL(steps=2)))
         changed = twice.replace(**{"time_norms.steps": 9, "weights.bits": 4})
@@ -340,10 +342,12 @@ class TestConfiguration:
         [
             ({"count": 1, "smoothing": "linear"}, "smoothing: found 'linear', allowed is None with count=1"),
             ({"count": 1, "window": 2}, "window: found 2, allowed is None with count=1"),
+            ({"count": 1, "group_lr": 0.1}, r"group_lr: found 0\.1, allowed is None with count=1"),
             ({"count": 0}, "count: found 0, allowed is greater than or equal to 1"),
             ({"smoothing": "spline", "window": 2}, "window: found 2, allowed is None with smoothing='spline'"),
             ({"what": "codes"}, "what: found 'codes', allowed is 'norms' or 'network'"),
             ({"states": "fresh", "batch": 8}, "batch: found 8, allowed is None with states='fresh'"),
+            ({"count": 1, "group_lr": 0.1}, "group_lr: found 0.1, allowed is None with count=1"),
             ({"own_share": 0.5}, r"own_share: found 0\.5, allowed is 0\.0 with states='calibration'"),
             ({"norm_lrs": 1}, "norm_lrs: found 1, allowed are the fields .*; did you mean 'norm_lr'"),
         ],

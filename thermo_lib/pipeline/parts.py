@@ -363,14 +363,21 @@ class TimeNorms(_OnPathKL, _Grouping):
             ``PathKL(what="network")`` trains.
         states, num_texts, num_prompts, steps, batch, own_share: see ``_OnPathKL``.
         norm_lr: learning rate of the norms at the start; with several groups of what they share.
-        group_lr: that of what each group deviates by.
+        group_lr: that of what each group deviates by, 0.0003; None with one group.
         scale_lr, zero_point_lr, range_lr, network_lr: those of the rest with ``what="network"``; all fall to zero.
     """
 
     phase: Literal["time_norms"] = "time_norms"
     what: Literal["norms", "network"] = "norms"
     norm_lr: Rate = 0.003
-    group_lr: Rate = 0.0003
+    group_lr: Rate | None = None
+
+    @model_validator(mode="after")
+    def _groups_deviate(self) -> Self:
+        if self.count == 1:
+            self._refuse("count=1, which deviates from nothing", group_lr=None)
+        self._fill(group_lr=None if self.count == 1 else 0.0003)
+        return self
 
 
 Weights = Annotated[RoundToNearest | LeastSquares | GPTQ | Trellis, Field(discriminator="method")]

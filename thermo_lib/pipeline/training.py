@@ -381,7 +381,7 @@ def train_time_norms(
     shared = [p for norm in norms for p in norm.share()]
     is_network = phase.what == "network"
     network = dict.fromkeys(_network(changed), phase.network_lr) if is_network else {}
-    network |= dict.fromkeys(of_groups, phase.group_lr if shared else phase.norm_lr)
+    network |= dict.fromkeys(of_groups, phase.norm_lr if phase.group_lr is None else phase.group_lr)
     network |= dict.fromkeys(shared, phase.norm_lr)
     changed.losses["time_norms"] = fit_quantized(changed, run, network, "time norms", parameters=is_network)
     for norm in norms:
