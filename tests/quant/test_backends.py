@@ -61,7 +61,7 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     extreme=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_planes_are_the_plain_weight(
     interpreted: Interpreted, dtype: torch.dtype, rows: int, group: tuple[int, int], bits: int, extreme: bool, seed: int
 ) -> None:
@@ -81,7 +81,7 @@ def test_planes_are_the_plain_weight(
     most=st.sampled_from([1, 2, MOST_BITS]),
     seed=st.integers(0, 2**31),
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_streams_are_the_plain_weight(
     interpreted: Interpreted, dtype: torch.dtype, rows: int, columns: int, group_size: int, most: int, seed: int
 ) -> None:
@@ -91,7 +91,7 @@ def test_streams_are_the_plain_weight(
     torch.testing.assert_close(found.float(), layer.weight(), rtol=CLOSE[dtype], atol=1e-6 if CLOSE[dtype] else 0)
 
 
-@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("tokens", [0, 1, 31, 129])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["planes", "trellis"])
 def test_products_are_the_plain_ones(interpreted: Interpreted, tokens: int, dtype: torch.dtype, kind: str) -> None:

@@ -32,10 +32,9 @@ BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: 
 SMALL = Tuning(threads=64, resident=1, unrolled=1, least=2)
 # What CUDA has and C++ doesn't. A block's threads run twice, so that the second time all of its table is there.
 SHIM = """
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
-using std::max;
+template <class T> static T max(T x, T y) { return x < y ? y : x; }
 #define __device__
 #define __global__
 #define __forceinline__ inline

@@ -98,7 +98,9 @@ class TestStorage:
     @pytest.mark.parametrize("how", ["least_squares", "gptq", "trellis"])
     def test_a_model(self, tiny: DiffusionLM, calibration: Calibration, tmp_path, how: str) -> None:
         """Its rows are 32 and 48 wide."""
-        settings = {"bit_width": 4, "num_time_groups": 1, "timesteps": 6, "embedding_bits": 8}
+        settings: dict[str, object] = {"bit_width": 4, "num_time_groups": 1, "timesteps": 6, "embedding_bits": 8}
+        if how == "trellis":
+            settings |= {"weights": {"beam": 8}}
         wide, row = (
             quantize(tiny, ThermoConfig(quantizer=how, group_size=size, **settings), calibration)
             for size in (10**6, 48)

@@ -118,9 +118,9 @@ def check_tokens(case: Case, dtype: torch.dtype, backend: str, counts: tuple[int
 
 
 def shapes() -> Iterator[tuple[tuple[int, int, int], tuple[int, ...]]]:
-    """Rows, columns and group size, and for how many tokens: all numbers at the largest layers."""
-    for rows, columns, group_size in itertools.product(OUT_FEATURES, IN_FEATURES, GROUPS):
-        yield (rows, columns, group_size), ALL_TOKENS if (rows, columns) == (50, 768) else SOME_TOKENS
+    """Rows, columns and group size, and for how many tokens: all numbers at one of the largest layers."""
+    for shape in itertools.product(OUT_FEATURES, IN_FEATURES, GROUPS):
+        yield shape, ALL_TOKENS if shape == (50, 768, 32) else SOME_TOKENS
     for columns, group_size in ((100, 100), (100, 20), (8, 8), (768, 768), (768, 128)):  # their codes lie in planes
         yield (50, columns, group_size), SOME_TOKENS
 
@@ -148,7 +148,7 @@ def test_triton(interpreted: object, nothing_is_known: None) -> None:
     for columns, group_size in ((100, 20), (768, 768)):
         for dtype in (BF16, F16):
             for case in (planes_case(48, columns, group_size, 2), trellis_case(48, columns, group_size)):
-                check_tokens(case, dtype, "triton", (0, 1, 65, 129), (columns, group_size))
+                check_tokens(case, dtype, "triton", (0, 65), (columns, group_size))
                 assert case.layer.chosen == "triton"
 
 
