@@ -382,7 +382,8 @@ STABLE_DIFFCODER = replace(
     block_length=4,
 )
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
-KINDS = pytest.mark.parametrize("layout", [DREAM, LLADA, A2D_QWEN3], ids=["Qwen2", "Llama", "Qwen3"])  # of blocks
+BLOCKS = {"Qwen2": DREAM, "Llama": LLADA, "Qwen3": A2D_QWEN3}
+KINDS = pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
 BLOCK_CAUSAL = pytest.mark.parametrize("layout", [SDAR, FAST_DLLM], ids=["SDAR", "Fast-dLLM"])
 _SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SDAR, FAST_DLLM]
 NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])

@@ -1,10 +1,13 @@
 """``python -m thermo_lib quantize``: a checkpoint becomes a quantized folder, or one line says why not."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
+import distributed
 import pytest
 import torch
+from distributed import LocalCluster
 from layouts import OPEN_DCODER
 from small_runs import Run, small_calibration
 from tokenizers import Tokenizer
@@ -74,7 +77,11 @@ class TestQuantize:
         assert run("quantize", "--model", folder, "--output", "small", *words)[0] == 2
         assert asked == [ThermoConfig.preset(preset, **changes)]
 
-    def test_on_a_cluster_it_writes_the_same_bytes(self, run: Run, folder: Path) -> None:
+    def test_on_a_cluster_it_writes_the_same_bytes(
+        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of threads: ``test_streaming_cluster`` has one of processes, which import everything anew."""
+        monkeypatch.setattr(distributed, "LocalCluster", functools.partial(LocalCluster, processes=False))
         assert run("quantize", "--model", folder, "--output", "alone", *FAST)[0] == 0
         status, out, _ = run("quantize", "--model", folder, "--output", "many", "--scheduler", "local", *FAST)
         assert status == 0

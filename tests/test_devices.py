@@ -170,7 +170,6 @@ def test_a_model_is_saved_from_the_device(there: DiffusionLM, tmp_path: Path) ->
 @pytest.mark.parametrize(
     "fields",
     [
-        {"weights": GPTQ(group_size=16)},
         {"weights": LeastSquares(group_size=16)},
         {"weights": Trellis(bits=2.2, beam=4), "training": (Sequential(**SHORT), PathKL(what="network", **SHORT))},
     ],

@@ -1,5 +1,6 @@
 """Generating block by block with keys and values kept is what computing everything anew at each step is."""
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -40,14 +41,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> C
 
 @pytest.fixture(scope="module")
 def load(folders: Callable[[Layout], Path]) -> Callable[[Layout], DiffusionLM]:
-    """Loads a model of a layout."""
-    return lambda layout: load_model(str(folders(layout)))
+    """Loads a model of a layout, which tests don't change."""
+    return functools.cache(lambda layout: load_model(str(folders(layout))))
 
 
 @pytest.fixture(scope="module")
 def quantized(load: Callable[[Layout], DiffusionLM]) -> Callable[[Layout], DiffusionLM]:
     """A model whose activations have other ranges in each group of timesteps, and for masked tokens."""
 
+    @functools.cache
     def make(layout: Layout) -> DiffusionLM:
         lm = load(layout)
         text = torch.randint(5, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -169,9 +171,10 @@ class TestResult:
     """Texts are those of a loop that keeps nothing."""
 
     @BLOCK_CAUSAL
-    @pytest.mark.parametrize("time_aware", [False, True], ids=["full precision", "time-aware"])
     @pytest.mark.parametrize(
-        "options", [{}, {"threshold": 0.3}, {"suppress_tokens": range(5, VOCABULARY, 2)}], ids=["", "sure", "odd"]
+        ("time_aware", "options"),
+        [(False, {}), (True, {}), (True, {"threshold": 0.3}), (True, {"suppress_tokens": range(5, VOCABULARY, 2)})],
+        ids=["full precision", "time-aware", "sure", "odd"],
     )
     def test_texts_are_those_of_computing_everything_anew(
         self,

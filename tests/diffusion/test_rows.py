@@ -1,6 +1,7 @@
 """A row of a batch gets the text that it gets alone, whatever rows are beside it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,8 +20,9 @@ HOW = {
     "one block": {"timesteps": 5},
     "blocks": {"timesteps": 5, "block_length": 4},
     "one step a block": {"timesteps": 4, "block_length": 4},
-    "a threshold": {"timesteps": 9, "block_length": 4, "threshold": 0.3, "sampler": "maskgit_plus"},
+    "a threshold": {"timesteps": 9, "block_length": 4, "threshold": 0.3},
 }
+KINDS = ("full", "ranges", "weights")
 EVERY_STEP = {"timesteps": TIMESTEPS, "num_time_groups": TIMESTEPS, "enable_boundary_smoothing": False}
 
 
@@ -53,13 +55,22 @@ def padded(rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     return batch, torch.arange(longest) >= longest - torch.tensor([row.shape[1] for row in rows])[:, None]
 
 
-@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-@pytest.mark.parametrize("kind", ["full", "ranges", "weights"])
-@pytest.mark.parametrize("sampler", CONFIDENCE_SAMPLERS)
+def cases() -> list[Any]:
+    """Every sampler in every way, the kinds of models in turn; a threshold is for one sampler, with every kind."""
+    found = [
+        (sampler, KINDS[(i + j) % len(KINDS)], how)
+        for i, how in enumerate(name for name in HOW if name != "a threshold")
+        for j, sampler in enumerate(CONFIDENCE_SAMPLERS)
+    ]
+    found += [("maskgit_plus", kind, "a threshold") for kind in KINDS]
+    return [pytest.param(sampler, kind, HOW[how], id=f"{sampler}-{kind}-{how}") for sampler, kind, how in found]
+
+
+@pytest.mark.parametrize(("sampler", "kind", "how"), cases())
 def test_beside_rows_of_other_lengths(
     models: dict[str, DiffusionLM], rows: list[Tensor], sampler: str, kind: str, how: dict[str, object]
 ) -> None:
-    how = {"sampler": sampler} | how
+    how = {"sampler": sampler, **how}
     batch, is_text = padded(rows)
     alone = [generate(models[kind], row, **how)[0] for row in rows]
     for order in ([0, 1, 2, 3], [2, 0, 3, 1]):
@@ -68,7 +79,7 @@ def test_beside_rows_of_other_lengths(
             assert torch.equal(text[place, -rows[number].shape[1] :], alone[number])
 
 
-@pytest.mark.parametrize("kind", ["full", "ranges", "weights"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sampler", CONFIDENCE_SAMPLERS)
 def test_a_row_of_4_masks_beside_one_of_12(
     models: dict[str, DiffusionLM], random_ids: RandomIds, sampler: str, kind: str
@@ -92,9 +103,14 @@ def test_the_timesteps_matter(models: dict[str, DiffusionLM], rows: list[Tensor]
         assert not torch.allclose(first, lm.logits(ids, is_masked), atol=0.1)
 
 
-@pytest.mark.parametrize("block_length", [None, 4])
-@pytest.mark.parametrize(("temperature", "alg_temp"), [(0.0, 0.5), (1.0, 0.0), (1.0, 0.5)])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "temperature", "alg_temp", "block_length"),
+    [
+        (sampler, *temperatures, (None, 4)[(i + j) % 2])
+        for i, sampler in enumerate(SAMPLERS)
+        for j, temperatures in enumerate([(0.0, 0.5), (1.0, 0.0), (1.0, 0.5)])
+    ],
+)
 def test_random_numbers_of_a_padded_row_are_those_it_has_alone(
     tiny: DiffusionLM, rows: list[Tensor], sampler: str, temperature: float, alg_temp: float, block_length: int | None
 ) -> None:

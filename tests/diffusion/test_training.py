@@ -5,8 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from killed import ended_by
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -101,15 +100,7 @@ class TestResume:
     def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(self, whole: Training, tmp_path: Path) -> None:
         # It saves after steps 2 and 4; killed in the second save it has done four steps and goes on from the second.
         checkpoint = tmp_path / "c.safetensors"
-        code = f"import pathlib, test_training as t; t.be_killed_while_saving(pathlib.Path({str(checkpoint)!r}), 2)"
-        here = Path(__file__).resolve().parent
-        run = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))},
-            capture_output=True,
-            timeout=300,
-        )
-        assert run.returncode == -signal.SIGKILL, run.stderr.decode()
+        assert ended_by(lambda: be_killed_while_saving(checkpoint, 2)) == signal.SIGKILL
         assert checkpoint.with_suffix(".tmp").exists()
         resumed = start_training(checkpoint)
         assert resumed.step == 2

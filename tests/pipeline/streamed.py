@@ -15,7 +15,8 @@ ALL_IN_TWO = 2**12  # bytes of a shard: every checkpoint here takes several
 
 
 def configured(**fields: Any) -> ThermoConfig:
-    return ThermoConfig(**(SMALL | {"quantizer": "least_squares"} | fields))
+    few = {"weights.beam": 4} if fields.get("quantizer") == "trellis" else {}
+    return ThermoConfig(**(SMALL | {"quantizer": "least_squares"} | few | fields))
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import KINDS, Layout
+from layouts import BLOCKS, Layout
 from streamed import _stop_at_second, configured, state, states_of, unfinished
 
 from thermo_lib import Calibration, load_model, quantize, save_quantized
@@ -19,38 +19,45 @@ FRESH = {"num_texts": 2, "num_prompts": 2}
 
 pytestmark = pytest.mark.usefixtures("several_shards")
 
+FIELDS: list[dict[str, Any]] = [
+    {"quantizer": "gptq"},
+    {"quantizer": "gptq", "embedding_bits": 8, "activation_bits": 4, "activation_ranges": "dynamic"},
+    {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
+    {"quantizer": "least_squares", "num_time_groups": 2},
+    {"quantizer": "trellis", "bit_width": 2, "weights.token_weights": "uniform"},
+    {"quantizer": "trellis", "average_bits": 2.2},
+    {"quantizer": "gptq", "hessian": "transition"},
+    {"quantizer": "gptq", "activation_bits": 4, "num_time_groups": 2},
+    {"training": ({"phase": "blocks", **SHORT}, {"phase": "path_kl", **SHORT})},
+    {  # states of two lengths in a step, each at its own timesteps
+        "quantizer": "rtn",
+        "activation_bits": 4,
+        "num_time_groups": 2,
+        "training": ({"phase": "path_kl", "states": "fresh", **FRESH, "steps": 3},),
+    },
+    {
+        "quantizer": "trellis",
+        "average_bits": 2.2,
+        "training": (
+            {"phase": "sequential", "states": "fresh", **FRESH, **SHORT},
+            {"phase": "path_kl", "what": "network", "states": "fresh", **FRESH, "steps": 3},
+        ),
+    },
+]
+WITH_EVERY_KIND = (FIELDS[1], FIELDS[-1])  # which reach the most
+
+
+def cases() -> list[Any]:
+    """Each configuration with one kind of blocks, the kinds in turn, and some with every kind."""
+    return [
+        pytest.param(BLOCKS[kind], fields, id=f"{fields}-{kind}")
+        for number, fields in enumerate(FIELDS)
+        for kind in (BLOCKS if fields in WITH_EVERY_KIND else [list(BLOCKS)[number % len(BLOCKS)]])
+    ]
+
 
 class TestResult:
-    @KINDS
-    @pytest.mark.parametrize(
-        "fields",
-        [
-            {"quantizer": "gptq"},
-            {"quantizer": "gptq", "embedding_bits": 8, "activation_bits": 4, "activation_ranges": "dynamic"},
-            {"quantizer": "gptq", "num_time_groups": 2, "enable_boundary_smoothing": True},
-            {"quantizer": "least_squares", "num_time_groups": 2},
-            {"quantizer": "trellis", "bit_width": 2, "weights.token_weights": "uniform"},
-            {"quantizer": "trellis", "average_bits": 2.2},
-            {"quantizer": "gptq", "hessian": "transition"},
-            {"quantizer": "gptq", "activation_bits": 4, "num_time_groups": 2},
-            {"training": ({"phase": "blocks", **SHORT}, {"phase": "path_kl", **SHORT})},
-            {  # states of two lengths in a step, each at its own timesteps
-                "quantizer": "rtn",
-                "activation_bits": 4,
-                "num_time_groups": 2,
-                "training": ({"phase": "path_kl", "states": "fresh", **FRESH, "steps": 3},),
-            },
-            {
-                "quantizer": "trellis",
-                "average_bits": 2.2,
-                "training": (
-                    {"phase": "sequential", "states": "fresh", **FRESH, **SHORT},
-                    {"phase": "path_kl", "what": "network", "states": "fresh", **FRESH, "steps": 3},
-                ),
-            },
-        ],
-        ids=str,
-    )
+    @pytest.mark.parametrize(("layout", "fields"), cases())
     def test_block_by_block_it_is_the_model_that_is_calibrated_in_memory(
         self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any]
     ) -> None:

@@ -36,12 +36,19 @@ class TestQuantize:
                 assert torch.equal(state[name], tensor), name
 
     @every_configuration
-    def test_the_given_model_stays_as_it_was(
-        self, build_tiny: Callable[[int], DiffusionLM], calibration: Calibration, changes: dict[str, Any]
+    def test_equal_inputs_give_equal_models_and_stay_as_they_were(
+        self,
+        build_tiny: Callable[[int], DiffusionLM],
+        calibration: Calibration,
+        quantized: Quantize,
+        changes: dict[str, Any],
     ) -> None:
         lm = build_tiny(0)
         before = {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
-        quantize(lm, config_of(**changes), calibration)
+        first, again = quantized(**changes), quantize(lm, config_of(**changes), calibration)
+        a, b = first.model.state_dict(), again.model.state_dict()
+        assert list(a) == list(b)
+        assert all(torch.equal(a[name], b[name]) for name in a)
         after = lm.model.state_dict()
         assert list(after) == list(before)
         assert all(torch.equal(after[name], before[name]) for name in before)
@@ -71,15 +78,6 @@ class TestQuantize:
                 logits = model(ids, attention_mask=ids != 0).logits
             assert logits.shape[:2] == ids.shape
             assert (logits.device.type, logits.dtype) == ("meta", dtype)
-
-    @every_configuration
-    def test_equal_inputs_give_equal_models(
-        self, tiny: DiffusionLM, calibration: Calibration, quantized: Quantize, changes: dict[str, Any]
-    ) -> None:
-        first, again = quantized(**changes), quantize(tiny, config_of(**changes), calibration)
-        a, b = first.model.state_dict(), again.model.state_dict()
-        assert list(a) == list(b)
-        assert all(torch.equal(a[name], b[name]) for name in a)
 
     @pytest.mark.parametrize("quantizer", ["rtn", "least_squares", "gptq"])
     def test_eight_bits_are_close_and_two_bits_are_not(

@@ -1,17 +1,19 @@
 """Several processes stream the files that one process streams, whichever of them dies."""
 
+import asyncio
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import dask
 import pytest
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Scheduler, Worker
+from distributed.utils import get_mp_context
 from safetensors.torch import load_file, save_file
 from streamed import configured, files, shard_of, states_of, unfinished
 
@@ -21,8 +23,17 @@ from thermo_lib.pipeline.streaming import quantize_checkpoint
 pytestmark = pytest.mark.usefixtures("several_shards")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[BaseContext]:
+    """Processes begin as copies of one that has imported the library: each would take seconds to import it anew."""
+    with dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}):
+        context = get_mp_context()
+        context.set_forkserver_preload(["distributed", "thermo_lib.pipeline.streaming"])
+        yield context
+
+
 @pytest.fixture(scope="class")
-def cluster() -> Iterator[LocalCluster]:
+def cluster(processes: BaseContext) -> Iterator[LocalCluster]:
     once = {"distributed.scheduler.allowed-failures": 1}  # other than 3, so that giving up takes less time
     with (
         dask.config.set(once),
@@ -96,32 +107,27 @@ class TestCluster:
         assert files(output) == {"config.json": b"earlier"}
 
     def test_a_scheduler_that_is_lost_is_an_error(
-        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+        self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It dies while the second shard is worked on."""
-        source, address = write(), tmp_path / "scheduler.json"
-        parts = {"dask_scheduler": ["--port", "0", "--no-dashboard"], "dask_worker": ["--no-nanny", "--no-dashboard"]}
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", f"distributed.cli.{part}", "--scheduler-file", str(address), *options],
-                stderr=subprocess.DEVNULL,
-                cwd=tmp_path,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-            )
-            for part, options in parts.items()
-        ]
-        monkeypatch.setattr(streaming, "_write_shard", KillsOther(processes[0].pid))
+        source, (here, there) = write(), processes.Pipe()
+        started = [processes.Process(target=scheduler, args=(there,))]
+        started[0].start()
+        address = here.recv()
+        started.append(processes.Process(target=worker, args=(address,)))
+        started[1].start()
+        monkeypatch.setattr(streaming, "_write_shard", KillsOther(started[0].pid))
         try:
             with (
                 dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
-                Client(scheduler_file=str(address), timeout="30s") as client,
+                Client(address, timeout="30s") as client,
                 pytest.raises(OSError, match="scheduler: the scheduler was lost"),
             ):
                 quantize_checkpoint(source, output, configured(), client=client)
         finally:
-            for process in processes:
+            for process in started:
                 process.kill()
-                process.wait()
+                process.join()
         monkeypatch.undo()
         assert files(output) == {"config.json": b"earlier"}
 
@@ -133,6 +139,27 @@ class TestCluster:
             quantize_checkpoint(
                 source, output, configured(quantizer="gptq", timesteps=8), states_of(source), client=client
             )
+
+
+def scheduler(connection: Connection) -> None:
+    """Runs a scheduler, and sends its address."""
+
+    async def run() -> None:
+        async with Scheduler(port=0, dashboard=False) as running:
+            connection.send(running.address)
+            await running.finished()
+
+    asyncio.run(run())
+
+
+def worker(address: str) -> None:
+    """Runs a worker of the scheduler at an address."""
+
+    async def run() -> None:
+        async with Worker(address, nthreads=1, dashboard=False) as running:
+            await running.finished()
+
+    asyncio.run(run())
 
 
 class KillsOnce:

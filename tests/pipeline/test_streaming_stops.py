@@ -6,8 +6,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +13,9 @@ from typing import Any
 
 import pytest
 import torch
+from killed import ended_by
 from safetensors.torch import load_file, save_file
-from streamed import ALL_IN_TWO, _stop_at_second, configured, files, shard_of, states_of, unfinished
+from streamed import _stop_at_second, configured, files, shard_of, states_of, unfinished
 from torch import Tensor
 
 from thermo_lib import ThermoConfig
@@ -34,28 +33,23 @@ pytestmark = pytest.mark.usefixtures("several_shards")
 
 class TestInterrupted:
     def test_killed_after_a_shard_it_goes_on_with_the_same_bytes(
-        self, write: Callable[..., Path], tmp_path: Path, output: Path
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         source = write()
         quantize_checkpoint(source, tmp_path / "whole", configured())
-        # The process kills itself in the middle of its third shard, with half a file written.
-        script = f"""
-import os, signal
-from thermo_lib import ThermoConfig
-from thermo_lib.pipeline import streaming
-streaming._SHARD_BYTES, streaming._ROWS_BYTES = {ALL_IN_TWO}, {2**10}
-save, calls = streaming.save_file, []
-def killed(tensors, path, **more):
-    calls.append(path)
-    if len(calls) == 3:
-        path.write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(tensors, path, **more)
-streaming.save_file = killed
-streaming.quantize_checkpoint({str(source)!r}, {str(output)!r}, ThermoConfig(**{configured().model_dump()!r}))
-"""
-        process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-        assert process.returncode == -signal.SIGKILL, process.stderr
+        save, calls = streaming.save_file, []
+
+        def killed(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+            """The process kills itself in the middle of its third shard, with half a file written."""
+            calls.append(path)
+            if len(calls) == 3:
+                path.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            save(tensors, path, **more)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "save_file", killed)
+            assert ended_by(lambda: quantize_checkpoint(source, output, configured())) == signal.SIGKILL
         assert files(output) == {"config.json": b"earlier"}
         kept = {path.name: path.stat().st_mtime_ns for path in unfinished(output).glob("*.safetensors")}
         assert len(kept) == 2

@@ -4,8 +4,6 @@ import ast
 import contextlib
 import json
 import shutil
-import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,10 @@ STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages
 
 # Stands in for a stage's notebook: every output depends on the parameters, so a change reaches what is downstream.
 STAND_IN = """
-import pathlib, sys
-text = pathlib.Path("params.yaml").read_text()
-for name in sys.argv[1:]:
-    path = pathlib.Path(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(name + text)
+for name in "$@"; do
+    mkdir -p "$(dirname "$name")"
+    { echo "$name"; cat params.yaml; } > "$name"
+done
 """
 
 
@@ -41,18 +37,18 @@ def repro(folder: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project's stages, dependencies and parameters with a stand-in for each notebook, run once."""
+    """The project's stages and parameters with a stand-in for each notebook and each other file, run once."""
     folder = tmp_path_factory.mktemp("pipeline")
-    (folder / "stand_in.py").write_text(STAND_IN)
+    (folder / "stand_in.sh").write_text(STAND_IN)
     shutil.copy(ROOT / "params.yaml", folder)
     written = {path for stage in STAGES.values() for path in outputs(stage)}
     stages = {}
     for name, stage in STAGES.items():
-        stages[name] = {**stage, "cmd": f'"{sys.executable}" stand_in.py {" ".join(outputs(stage))}'}
+        stages[name] = {**stage, "cmd": f"sh stand_in.sh {' '.join(outputs(stage))}"}
         for dep in set(stage["deps"]) - written:
-            (folder / dep).parent.mkdir(parents=True, exist_ok=True)
-            copy = partial(shutil.copytree, dirs_exist_ok=True) if (ROOT / dep).is_dir() else shutil.copy
-            copy(ROOT / dep, folder / dep)
+            file = folder / dep / "file" if (ROOT / dep).is_dir() else folder / dep
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(dep)
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     Repo.init(str(folder), no_scm=True).close()
     assert repro(folder) == set(STAGES)
@@ -117,14 +113,11 @@ def test_a_parameter_reaches_the_stages_that_depend_on_it(key: str, expected: se
     assert reached(key) == expected
 
 
-@pytest.mark.parametrize("key", ["quant.smoothing_window", "study.reduced.seeds", "quant.timesteps"])
+@pytest.mark.parametrize("key", ["study.reduced.seeds", "quant.timesteps"])
 def test_a_changed_parameter_reruns_the_stages_that_depend_on_it(pipeline: Path, key: str) -> None:
+    """And then nothing."""
     (pipeline / "params.yaml").write_text(change((pipeline / "params.yaml").read_text(), key))
     assert repro(pipeline) == REACHED[key]
-
-
-def test_where_nothing_changed_nothing_runs(pipeline: Path) -> None:
-    repro(pipeline)
     assert repro(pipeline) == set()
 
 

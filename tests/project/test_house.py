@@ -186,20 +186,55 @@ def extra_modules() -> set[str]:
     return modules - {"thermo_lib", "thermo_lm_eval"} | {"IPython", "pandas", "nbconvert", "tornado", "datasets"}
 
 
-def test_import_brings_nothing_of_the_extras() -> None:
-    """What torch, transformers and the other dependencies import themselves isn't the library's doing."""
-    code = """
+# Its ``__init__`` runs while Python still looks for the module that ``-m`` names.
+PROGRAM = {
+    "__init__.py": """
 import json, sys
-import jinja2.sandbox, numpy, pydantic, safetensors.torch, scipy, tokenizers, torch, tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
-from transformers import LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+import torch
+from transformers import AutoConfig, BertConfig, EsmConfig, LlamaConfig
+from transformers import ModernBertConfig, Qwen2Config, Qwen3Config, RobertaConfig
 before = set(sys.modules)
+import thermo_lib
+alone = set(sys.modules) - before
+""",
+    "main.py": """
+from program import alone, json, sys, thermo_lib
+assert "quantize" in dir(thermo_lib)
+import jinja2.sandbox, numpy, pydantic, safetensors.torch, scipy, tokenizers, tqdm
+from transformers import AutoModel, AutoModelForMaskedLM, LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+before = set(sys.modules)
+name = thermo_lib.quantize.__name__
 from thermo_lib import *
-print(json.dumps(sorted(set(sys.modules) - before)))
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    new = json.loads(run.stdout)
-    assert {"thermo_lib.pipeline.config", "thermo_lib.quant.codes"} < set(new)
+print(json.dumps([name, sorted(alone), sorted(set(sys.modules) - before)]))
+from transformers.quantizers.auto import AutoHfQuantizer
+assert AutoHfQuantizer.supports_quant_method({"quant_method": "thermo"})
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def brought(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, set[str], set[str]]:
+    """The name of a function that another package's program got, and the modules that came with ``thermo_lib`` alone
+    and with all of its names, without what torch, transformers and the other dependencies import themselves."""
+    folder = tmp_path_factory.mktemp("another")
+    (folder / "program").mkdir()
+    for name, text in PROGRAM.items():
+        (folder / "program" / name).write_text(text)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
+    command = [sys.executable, "-m", "program.main"]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=True)
+    name, alone, everything = json.loads(run.stdout)
+    return name, set(alone), set(everything)
+
+
+def test_program_of_another_package_gets_all_names(brought: tuple[str, set[str], set[str]]) -> None:
+    assert brought[0] == "quantize"
+
+
+def test_import_brings_nothing_of_the_extras(brought: tuple[str, set[str], set[str]]) -> None:
+    _, alone, everything = brought
+    new = alone | everything
+    assert {"thermo_lib.pipeline.config", "thermo_lib.quant.codes"} < new
     extras = extra_modules()
     assert {"matplotlib", "yaml", "dvc", "papermill", "distributed", "lm_eval", "nbformat", "hypothesis"} < extras
     assert {name for name in new if name.partition(".")[0] in extras} == set()
@@ -207,25 +242,9 @@ print(json.dumps(sorted(set(sys.modules) - before)))
     assert {name for name in new if name in ("scipy.stats", "scipy.interpolate", PARAMS)} == set()
 
 
-def test_import_brings_no_model_of_transformers() -> None:
+def test_import_brings_no_model_of_transformers(brought: tuple[str, set[str], set[str]]) -> None:
     """They take a second; what they are needed for comes with the first use of a name or of a configuration."""
-    code = """
-import json, sys
-import torch
-from transformers import AutoConfig, BertConfig, EsmConfig, LlamaConfig
-from transformers import ModernBertConfig, Qwen2Config, Qwen3Config, RobertaConfig
-before = set(sys.modules)
-import thermo_lib
-print(json.dumps(sorted(set(sys.modules) - before)))
-assert "quantize" in dir(thermo_lib)
-thermo_lib.quantize
-from transformers.quantizers.auto import AutoHfQuantizer
-assert AutoHfQuantizer.supports_quant_method({"quant_method": "thermo"})
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    new = set(json.loads(run.stdout))
+    _, new, _ = brought
     assert {"thermo_lib", "thermo_lib.models.families", "thermo_lib.integrations.auto"} <= new
     assert {
         name for name in new if name.startswith(("transformers.mod", "scipy", "pydantic", "numpy", "tqdm"))
@@ -252,18 +271,6 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert {"argparse", "thermo_lib.pipeline.presets"} < names
     heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "tokenizers", "safetensors"}
     assert {name for name in names if name.partition(".")[0] in heavy} == set()
-
-
-def test_program_of_another_package_gets_all_names(tmp_path: Path) -> None:
-    """Its ``__init__`` runs while Python still looks for the module that ``-m`` names."""
-    (tmp_path / "program").mkdir()
-    (tmp_path / "program" / "__init__.py").write_text("import thermo_lib\n")
-    main = "from program import thermo_lib\nprint(thermo_lib.quantize.__name__)\n"
-    (tmp_path / "program" / "main.py").write_text(main)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "program.main"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "quantize"
 
 
 if __name__ == "__main__":
