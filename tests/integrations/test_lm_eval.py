@@ -1,9 +1,10 @@
 """lm_eval's own evaluator and command line on full-precision and quantized models, with tasks that need no download."""
 
+import ast
+import importlib.metadata
 import itertools
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -267,25 +268,44 @@ def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: s
     assert found["writing"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
-def test_lm_eval_knows_the_model(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_command_line_of_lm_eval(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "data.json").write_text(
         json.dumps({"question": "x = ", "options": ["1", "2"], "label": 0, "written": ""}), encoding="utf-8"
     )
     (tmp_path / "choices.yaml").write_text(CHOICES.format(data=tmp_path / "data.json"), encoding="utf-8")
     options = ["--model", "thermo", "--model_args", f"pretrained={folders['quantized']},mc_num=2"]
     options += ["--tasks", "choices", "--include_path", str(tmp_path)]
-    found = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environ = {**os.environ, "PATH": found, "HF_HOME": str(tmp_path)}
-    run = subprocess.run(["lm_eval", *options], cwd=tmp_path, capture_output=True, text=True, env=environ)
-    assert run.returncode == 0, run.stderr
-    assert "|choices|" in run.stdout
-    assert "thermo (" in run.stdout
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="lm_eval")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *options])
+    command.load()()
+    printed = capsys.readouterr().out
+    assert "|choices|" in printed
+    assert "thermo (" in printed
 
 
-def test_python_starts_without_what_the_plugin_waits_for() -> None:
-    loaded = "import sys; print(sorted({'thermo_lm_eval', 'lm_eval', 'thermo_lib', 'torch'} & sys.modules.keys()))"
-    run = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "['thermo_lm_eval']"
+def test_lm_eval_knows_the_model_and_python_starts_without_what_the_plugin_waits_for() -> None:
+    code = """
+import sys
+def loaded():
+    return sorted({"thermo_lm_eval", "lm_eval", "thermo_lib", "torch"} & sys.modules.keys())
+print(loaded())
+import lm_eval.models
+from lm_eval.api.registry import model_registry
+print("thermo" in model_registry, loaded())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == ["['thermo_lm_eval']", "True ['lm_eval', 'thermo_lm_eval']"]
+
+
+def test_the_class_that_lm_eval_finds_is_the_librarys() -> None:
+    plugin = ast.parse(Path(sys.modules["thermo_lm_eval"].__file__).read_text(encoding="utf-8"))
+    (target,) = (
+        node.value.value for node in ast.walk(plugin) if isinstance(node, ast.keyword) and node.arg == "target"
+    )
+    assert f"{HarnessLM.__module__}:{HarnessLM.__qualname__}" == target
 
 
 @pytest.mark.parametrize(

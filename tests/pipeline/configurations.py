@@ -79,7 +79,7 @@ Quantize = Callable[..., QuantizedLM]
 Outputs = Callable[[DiffusionLM], Tensor]
 
 
-FEW = 40  # steps of training, which take a second
+FEW = 20  # steps of training
 
 
 def config_of(**changes: Any) -> ThermoConfig:

@@ -16,8 +16,8 @@ MODELS = ("dense", "int2 w2a16", "int2 w2a8 static", "trellis")
 SMALL = gpu.Extent(
     DreamConfig(
         vocab_size=1100,
-        hidden_size=128,
-        intermediate_size=128,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=9,
         num_attention_heads=4,
         num_key_value_heads=2,
