@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-library test-notebooks lab peers witness docs dream-7b clean check-platform
+.PHONY: help repro test test-fast test-library test-notebooks lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -25,7 +25,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # What is published can be computed without a network; the other targets may download the model that they are given.
-repro test test-library test-notebooks: export HF_HUB_OFFLINE := 1
+repro test test-fast test-library test-notebooks: export HF_HUB_OFFLINE := 1
 
 # Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
@@ -37,17 +37,20 @@ ALONE = $(filter-out $(IN_A_ROW),$(wildcard notebooks/executed/*.ipynb))
 PIP_MODULE = -m pip --disable-pip-version-check --no-input
 PIP = .venv/bin/python $(PIP_MODULE)
 PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
+# A worker has all tests of a file, whose models are then made once.
+TEST_LIBRARY = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile --ignore=tests/project/test_notebooks.py
 
 help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
+	@echo "make test-fast  run the linter and the tests that take a second or less"
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
 	@echo "make witness ask the study's questions of a second model, which is downloaded: reports/witness.json"
 	@echo "make dream-7b  quantize and run a checkpoint of Dream 7B's size (MODEL=random, a folder or a hub id)"
 	@echo "make clean   remove .venv, .venv-peers, the caches of the tools and the build leftovers; results stay"
-	@echo "Each of the first seven makes .venv from requirements.lock first, where it is missing or out of date."
+	@echo "Each of the first eight makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
@@ -59,7 +62,11 @@ test: .venv/.stamp
 
 # Side by side, since each leaves a core idle at times; a thread that waits for another leaves its core to the rest.
 test-library: .venv/.stamp
-	$(IN_VENV) OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --ignore=tests/project/test_notebooks.py
+	$(IN_VENV) $(TEST_LIBRARY)
+
+test-fast: .venv/.stamp
+	$(IN_VENV) .venv/bin/ruff check .
+	$(IN_VENV) $(TEST_LIBRARY) -m "not slow"
 
 test-notebooks: export OMP_WAIT_POLICY := PASSIVE
 test-notebooks: .venv/.stamp

@@ -39,6 +39,7 @@ def row_keys(lm: DiffusionLM) -> set[str]:
     return set(summarize("any", lm, Evaluation(counts, counts, counts, 1, path, PuzzleResult(["x"], [True]))))
 
 
+@pytest.mark.slow
 class TestBenchmark:
     """The whole comparison, on a model of 20 000 parameters."""
 

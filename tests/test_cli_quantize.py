@@ -77,6 +77,7 @@ class TestQuantize:
         assert run("quantize", "--model", folder, "--output", "small", *words)[0] == 2
         assert asked == [ThermoConfig.preset(preset, **changes)]
 
+    @pytest.mark.slow
     def test_on_a_cluster_it_writes_the_same_bytes(
         self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -175,6 +176,7 @@ class TestQuantize:
         assert "model: found 'small', which is quantized, allowed is a full-precision model" in err
 
 
+@pytest.mark.slow
 class TestFamily:
     """A plain configuration needs ``--family`` in every command; what is quantized from it doesn't."""
 

@@ -16,6 +16,8 @@ from thermo_lib.studies import smoothing as study
 from thermo_lib.studies.grid import Inputs
 from thermo_lib.studies.params import default, grid_inputs
 
+pytestmark = pytest.mark.slow
+
 SMALL = Inputs(sequences=4, trajectories=2, code_sequences=2, puzzles=1)
 
 

@@ -40,6 +40,8 @@ from thermo_lib.pipeline.parts import TimeGrouping as Groups
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
+pytestmark = pytest.mark.slow
+
 TIMESTEPS = 6
 SHORT = {"steps": 2, "batch": 4}
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -143,6 +143,7 @@ def load_copy(lm: DiffusionLM, folder: Path, is_tied: bool) -> DiffusionLM:
     return load_model(str(folder / "model"))
 
 
+@pytest.mark.slow
 def test_hidden_states_in_the_hosts_memory(
     folder: Path, random_ids: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -169,6 +170,7 @@ def test_a_gpu_with_room_holds_many_hidden_states(monkeypatch: pytest.MonkeyPatc
     assert [blocks._home(card, size * 2**30).type for size in (2, 3)] == ["cuda", "cpu"]
 
 
+@pytest.mark.slow
 def test_memory_doesnt_grow_with_the_blocks(
     tiny: DiffusionLM, tmp_path: Path, random_ids: Callable[..., Tensor]
 ) -> None:

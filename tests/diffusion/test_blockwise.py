@@ -1,6 +1,5 @@
 """Generating block by block with keys and values kept is what computing everything anew at each step is."""
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -39,17 +38,28 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> C
     return make
 
 
+def made_once(make: Callable[[Layout], DiffusionLM]) -> Callable[[Layout], DiffusionLM]:
+    """A function that makes a model of each layout once."""
+    made: dict[str, DiffusionLM] = {}
+
+    def get(layout: Layout) -> DiffusionLM:
+        if layout.model_type not in made:
+            made[layout.model_type] = make(layout)
+        return made[layout.model_type]
+
+    return get
+
+
 @pytest.fixture(scope="module")
 def load(folders: Callable[[Layout], Path]) -> Callable[[Layout], DiffusionLM]:
     """Loads a model of a layout, which tests don't change."""
-    return functools.cache(lambda layout: load_model(str(folders(layout))))
+    return made_once(lambda layout: load_model(str(folders(layout))))
 
 
 @pytest.fixture(scope="module")
 def quantized(load: Callable[[Layout], DiffusionLM]) -> Callable[[Layout], DiffusionLM]:
     """A model whose activations have other ranges in each group of timesteps, and for masked tokens."""
 
-    @functools.cache
     def make(layout: Layout) -> DiffusionLM:
         lm = load(layout)
         text = torch.randint(5, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(1))
@@ -64,7 +74,7 @@ def quantized(load: Callable[[Layout], DiffusionLM]) -> Callable[[Layout], Diffu
         )
         return quantize(lm, config, calibration)
 
-    return make
+    return made_once(make)
 
 
 @pytest.fixture
@@ -170,6 +180,7 @@ def passes(lm: DiffusionLM, ids: Tensor, **options: Any) -> list[tuple[int, ...]
 class TestResult:
     """Texts are those of a loop that keeps nothing."""
 
+    @pytest.mark.slow
     @BLOCK_CAUSAL
     @pytest.mark.parametrize(
         ("time_aware", "options"),

@@ -125,6 +125,7 @@ class TestGenerate:
         expected = (torch.tensor([0.9, 0.7, 0.5], dtype=torch.float64) / alg_temp).softmax(-1) * count
         assert chisquare(first[:, 1].bincount(minlength=3), expected).pvalue > 1e-3
 
+    @pytest.mark.slow
     @given(timesteps=st.integers(2, 8), seed=st.integers(0, 1000), eps=st.sampled_from([0.0, 1e-3, 0.4]))
     @settings(max_examples=10)
     def test_origin_fills_each_position_with_the_scheduled_probability(
@@ -278,6 +279,7 @@ class TestLowConfidence:
             kept.append(int(probability.argmax()))
         assert len(set(kept)) > 2
 
+    @pytest.mark.slow
     @given(masked=st.integers(1, 60), steps=st.integers(1, 60))
     def test_the_numbers_of_llada(self, masked: int, steps: int) -> None:
         # Algorithm 5 of arXiv 2502.09992 as released: n // T at every step, one more at each of the first n % T.

@@ -68,6 +68,7 @@ class TestPuzzlePrompts:
     def text(self, tokenizer: Tokenizer, row: Tensor) -> str:
         return tokenizer.decode(row.tolist(), skip_special_tokens=False)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("count", [1, 2, 5, 6])
     def test_they_are_training_puzzles_of_all_tasks_without_answers(self, tokenizer: Tokenizer, count: int) -> None:
         prompts = PuzzlePrompts(tokenizer)

@@ -66,6 +66,7 @@ def cases() -> list[Any]:
     return [pytest.param(sampler, kind, HOW[how], id=f"{sampler}-{kind}-{how}") for sampler, kind, how in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "kind", "how"), cases())
 def test_beside_rows_of_other_lengths(
     models: dict[str, DiffusionLM], rows: list[Tensor], sampler: str, kind: str, how: dict[str, object]

@@ -85,6 +85,7 @@ def same(a: Training, b: Training) -> bool:
 class TestResume:
     """What a run computes doesn't depend on interruptions."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stops", [[2], [3], [1, 4, 5]])
     def test_a_resumed_run_ends_as_an_uninterrupted_one(
         self, whole: Training, tmp_path: Path, stops: list[int]
@@ -97,6 +98,7 @@ class TestResume:
         assert same(resumed, whole)
         assert len(whole.losses) == 6
 
+    @pytest.mark.slow
     def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(self, whole: Training, tmp_path: Path) -> None:
         # It saves after steps 2 and 4; killed in the second save it has done four steps and goes on from the second.
         checkpoint = tmp_path / "c.safetensors"
@@ -191,6 +193,7 @@ class TestSchedules:
 class TestRun:
     """What a run learns, and what is left of it."""
 
+    @pytest.mark.slow
     def test_the_loss_falls(self, tmp_path: Path) -> None:
         training = start_training(tmp_path / "c.safetensors", steps=40, decay_steps=10, code_batch=8)
         training.run()

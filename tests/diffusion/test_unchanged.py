@@ -37,6 +37,7 @@ def digest(sampler: str) -> str:
     return found.hexdigest()[:16]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_texts_are_those_of_the_commit_before(sampler: str) -> None:
     assert digest(sampler) == DIGESTS[sampler]

@@ -237,6 +237,7 @@ def test_rules_are_those_of_generate(folders: dict[str, Path]) -> None:
             assert HarnessLM(model, dtype="float32", **arguments).generate_until([wanted], True) == [expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "quantized"])
 def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: str, tmp_path: Path) -> None:
     lm = HarnessLM(str(folders[kind]), mc_num=8)
@@ -268,6 +269,7 @@ def test_lm_eval_scores_what_the_model_answers(folders: dict[str, Path], kind: s
     assert found["writing"]["exact_match,none"] == pytest.approx(2 / 3)
 
 
+@pytest.mark.slow
 def test_the_command_line_of_lm_eval(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -252,6 +252,7 @@ def test_a_text_longer_than_the_table_of_positions(
 class TestQuantized:
     """They are quantized, trained, saved, streamed and sampled as the other families are."""
 
+    @pytest.mark.slow
     @EVERY_ENCODER
     def test_block_by_block_it_is_the_model_that_is_quantized_in_memory(
         self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout, text: Tensor

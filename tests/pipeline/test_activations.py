@@ -147,6 +147,7 @@ class TestRequantizeActivations:
             requantize_activations(quantized(), activation_bits=8)
 
 
+@pytest.mark.slow
 class TestRangeObjectives:
     """Static ranges fitted to more than the activations' own error."""
 

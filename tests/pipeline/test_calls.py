@@ -25,6 +25,7 @@ def time_aware(tiny: DiffusionLM, calibration: Calibration, fields: dict[str, An
     return quantize(tiny, config, calibration)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", TIME_AWARE.values(), ids=TIME_AWARE)
 def test_two_threads_write_what_each_writes_alone(
     tiny: DiffusionLM, calibration: Calibration, fields: dict[str, Any]

@@ -115,6 +115,7 @@ def test_a_copy_has_graphs_of_its_own(tiny: DiffusionLM, random_ids: Callable[..
     assert torch.equal(lm.model(ids).logits, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_on_a_cpu_the_linears_are_compiled(quantized: Quantize, tiny: DiffusionLM) -> None:
     lm = copy.deepcopy(quantized())

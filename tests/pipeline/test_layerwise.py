@@ -57,6 +57,7 @@ def cases() -> list[Any]:
 
 
 class TestResult:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("layout", "fields"), cases())
     def test_block_by_block_it_is_the_model_that_is_calibrated_in_memory(
         self, write: Callable[..., Path], tmp_path: Path, layout: Layout, fields: dict[str, Any]

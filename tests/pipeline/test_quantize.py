@@ -35,6 +35,7 @@ class TestQuantize:
             if name.removesuffix(".weight") not in names:
                 assert torch.equal(state[name], tensor), name
 
+    @pytest.mark.slow
     @every_configuration
     def test_equal_inputs_give_equal_models_and_stay_as_they_were(
         self,

@@ -20,7 +20,7 @@ from streamed import configured, files, shard_of, states_of, unfinished
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
-pytestmark = pytest.mark.usefixtures("several_shards")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("several_shards")]
 
 
 @pytest.fixture(scope="module", autouse=True)

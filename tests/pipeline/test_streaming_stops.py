@@ -28,7 +28,7 @@ TRAINING = (
     {"phase": "sequential", "steps": 2, "batch": 4},
     {"phase": "path_kl", "what": "network", "steps": 2, "batch": 4},
 )
-pytestmark = pytest.mark.usefixtures("several_shards")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("several_shards")]
 
 
 class TestInterrupted:

@@ -66,6 +66,7 @@ def total(reference: DiffusionLM, lm: DiffusionLM, calibration: Calibration) -> 
     return path_kl(reference, lm, states, TIMESTEPS).total
 
 
+@pytest.mark.slow
 class TestTraining:
     """Norms of time groups, trained for least path KL."""
 

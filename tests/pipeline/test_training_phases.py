@@ -16,6 +16,8 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.training import optimize_transitions, reconstruct_blocks
 from thermo_lib.transition import fit
 
+pytestmark = pytest.mark.slow
+
 
 class TestOptimizeTransitions:
     """Weights' parameters, ranges and codes trained together for least path KL."""

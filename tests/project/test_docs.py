@@ -11,6 +11,8 @@ import pytest
 
 import thermo_lib
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -113,6 +113,7 @@ def test_a_parameter_reaches_the_stages_that_depend_on_it(key: str, expected: se
     assert reached(key) == expected
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_reruns_the_stages_that_depend_on_it_and_then_nothing(pipeline: Path) -> None:
     key = "quant.timesteps"
     (pipeline / "params.yaml").write_text(change((pipeline / "params.yaml").read_text(), key))

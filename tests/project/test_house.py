@@ -227,10 +227,12 @@ def brought(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, set[str], se
     return name, set(alone), set(everything)
 
 
+@pytest.mark.slow
 def test_program_of_another_package_gets_all_names(brought: tuple[str, set[str], set[str]]) -> None:
     assert brought[0] == "quantize"
 
 
+@pytest.mark.slow
 def test_import_brings_nothing_of_the_extras(brought: tuple[str, set[str], set[str]]) -> None:
     _, alone, everything = brought
     new = alone | everything
@@ -242,6 +244,7 @@ def test_import_brings_nothing_of_the_extras(brought: tuple[str, set[str], set[s
     assert {name for name in new if name in ("scipy.stats", "scipy.interpolate", PARAMS)} == set()
 
 
+@pytest.mark.slow
 def test_import_brings_no_model_of_transformers(brought: tuple[str, set[str], set[str]]) -> None:
     """They take a second; what they are needed for comes with the first use of a name or of a configuration."""
     _, new, _ = brought

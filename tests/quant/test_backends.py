@@ -53,6 +53,7 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.randn((tokens, columns), generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", CLOSE)
 @given(
     rows=st.sampled_from(OUT_FEATURES),
@@ -73,6 +74,7 @@ def test_planes_are_the_plain_weight(
     torch.testing.assert_close(found.float(), layer.weight(), rtol=CLOSE[dtype], atol=1e-6 if CLOSE[dtype] else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", CLOSE)
 @given(
     rows=st.sampled_from(OUT_FEATURES),
@@ -91,6 +93,7 @@ def test_streams_are_the_plain_weight(
     torch.testing.assert_close(found.float(), layer.weight(), rtol=CLOSE[dtype], atol=1e-6 if CLOSE[dtype] else 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [0, 1, 31, 129])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["planes", "trellis"])

@@ -144,6 +144,7 @@ def check(found: Tensor, layer: TrellisLinear, case: object) -> None:
     assert torch.equal(found.view(BITS[found.dtype]), expected.view(BITS[found.dtype])), case
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_streams_are_bit_for_bit_the_plain_weight(emulated, dtype: torch.dtype) -> None:

@@ -95,6 +95,7 @@ class TestStorage:
         trainable = TrainableWeight(linear, weight_and_hessian()[0])
         assert torch.equal(trainable.packed(), linear.packed)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("how", ["least_squares", "gptq", "trellis"])
     def test_a_model(self, tiny: DiffusionLM, calibration: Calibration, tmp_path, how: str) -> None:
         """Its rows are 32 and 48 wide."""

@@ -20,7 +20,7 @@ from thermo_lib.quant.codes import pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
 from thermo_lib.quant.layers import QuantizedLinear
 
-pytestmark = pytest.mark.usefixtures("nothing_is_known")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_is_known")]
 
 
 @pytest.fixture(scope="module", autouse=True)

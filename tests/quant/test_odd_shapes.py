@@ -20,6 +20,8 @@ from thermo_lib.quant.kernels import library
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
 from thermo_lib.quant.trellis import MOST_BITS, codebook, pack_symbols
 
+pytestmark = pytest.mark.slow
+
 ALL_TOKENS = (0, *range(1, 66), 127, 128, 129, 255, 256, 257, 511, 512, 513)
 SOME_TOKENS = (0, 1, 31, 65, 257, 513)
 IN_FEATURES, OUT_FEATURES, GROUPS = (1, 31, 100, 768), (1, 48, 50), (10**6, 7, 32, 64)

@@ -130,6 +130,7 @@ def test_compiled_code_dequantizes_to_the_same_bits(bits: int, group_size: int) 
     assert found.equal(layer.weight().bfloat16())
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("bits", "dtype"), [*((bits, torch.bfloat16) for bits in BIT_WIDTHS), (2, torch.float16), (8, torch.float16)]

@@ -194,6 +194,7 @@ def test_it_is_stored_cast_and_copied(make: Make) -> None:
     assert torch.equal(low.table, again.table), "rounded once, from the groups' parameters in that type"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Qwen2RMSNorm, nn.LayerNorm], ids=["RMSNorm", "LayerNorm"])
 def test_torch_compile_computes_the_same(make: Make) -> None:
     aware, x = spread(TimeNorm(drawn(make), matrix(3))), inputs(2, 4)

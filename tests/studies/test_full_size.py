@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import matplotlib
-import nbformat
 import pytest
 import torch
 from layouts import DREAM_7B, LLADA_8B
+from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from safetensors.torch import load_file
 
@@ -105,12 +105,13 @@ def test_every_shape_of_linear_is_measured_once(quantized: Path) -> None:
     assert all(row["seconds"] > 0 and row["peak_mib"] > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_on_any_model(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its cells with the parameters that papermill injects, in this process: a kernel would import everything anew."""
     parameters = {"model": str(source), "output": str(tmp_path / "int2"), "group_size": 32, "length": 16, "rounds": 2}
-    notebook = nbformat.read(ROOT / "notebooks" / "dream_7b.ipynb", 4)
+    notebook = load_notebook_node(str(ROOT / "notebooks" / "dream_7b.ipynb"))
     cells = parameterize_notebook(notebook, parameters).cells
     monkeypatch.setattr(notebooks, "THREADS", torch.get_num_threads())
     monkeypatch.chdir(ROOT)

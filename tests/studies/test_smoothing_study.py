@@ -107,6 +107,7 @@ class TestKeys:
 class TestGrid:
     """Points are measured once and kept."""
 
+    @pytest.mark.slow
     def test_scores_are_those_of_the_evaluation(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         grid = Grid(tmp_path / "grid.json", tiny, SMALL)
         grid.run(points(), progress=False)
@@ -120,6 +121,7 @@ class TestGrid:
         assert grid[points()[1]].markov_score is not None
         assert grid[points()[0]].markov_score is None
 
+    @pytest.mark.slow
     def test_a_killed_run_goes_on_and_writes_the_same_file(
         self, tiny: DiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -252,6 +254,7 @@ class TestFreshStates:
         grid_module._Models(tiny, SMALL).build(p)
         assert asked == [{**settings, "batch": None, "markov_weight": 0.0}]
 
+    @pytest.mark.slow
     def test_they_make_another_model_than_calibration_states(self, tiny: DiffusionLM) -> None:
         models = grid_module._Models(tiny, SMALL)
         shares = ({"path_kl.own_share": 0.0}, {"path_kl.own_share": 1.0})

@@ -116,6 +116,7 @@ def measured(lm: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
     return grid
 
 
+@pytest.mark.slow
 class TestReport:
     @pytest.fixture(scope="class")
     def found(self, measured: Grid) -> dict[str, Any]:
