@@ -48,12 +48,14 @@ def tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def build_tiny(tokenizer: Tokenizer) -> Callable[[int], DiffusionLM]:
-    """Builds a model with two layers of width 32 from a seed; its weights are large, so that its logits differ."""
+def build_tiny(tokenizer: Tokenizer) -> Callable[..., DiffusionLM]:
+    """Builds a model from a seed, with two layers of width 32 or other sizes; its weights are large, so that its logits
+    differ."""
 
-    def build(seed: int = 0) -> DiffusionLM:
+    def build(seed: int = 0, **sizes: int) -> DiffusionLM:
         mask_token_id = tokenizer.token_to_id(MASK)
-        model = build_reference(tokenizer.get_vocab_size(), mask_token_id, SIZES, seed).eval().requires_grad_(False)
+        model = build_reference(tokenizer.get_vocab_size(), mask_token_id, SIZES | sizes, seed)
+        model.eval().requires_grad_(False)
         for name, weight in model.named_parameters():
             if weight.ndim == 2:
                 weight.mul_(8)

@@ -163,7 +163,7 @@ class TestTensors:
 
     @ANY
     @given(data=st.data())
-    @settings(max_examples=12)
+    @settings(max_examples=6)
     def test_a_damaged_tensor_has_its_stored_name_in_the_message(
         self,
         layout: AnyLayout,
@@ -367,6 +367,6 @@ def quantized(lm: DiffusionLM) -> DiffusionLM:
         activation_token_states=True,
         num_time_groups=2,
         timesteps=6,
-        quantizer="gptq",
+        quantizer="rtn",
     )
     return quantize(lm, config, calibration)

@@ -18,7 +18,7 @@ from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.model import QuantizedLM
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def quantized(tiny: DiffusionLM, calibration: Calibration) -> Quantize:
     """Quantizes the tiny model; equal configurations share a model, which tests don't change."""
     made: dict[ThermoConfig, QuantizedLM] = {}
