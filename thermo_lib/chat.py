@@ -19,6 +19,7 @@ from torch import Tensor
 
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.tokenizer_json import encode
 
 MASK = "░"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -75,7 +76,7 @@ class Chat:
         """
         said = [*self.messages, {"role": "user", "content": line}]
         text = line if self.raw else self.lm.chat(said)
-        prompt = self.lm.tokenizer.encode(text, add_special_tokens=self.raw).ids
+        prompt = encode(self.lm.tokenizer, [text], add_special_tokens=self.raw)[0].ids
         length, most = len(prompt) + self.count, self.lm.model.config.max_position_embeddings
         if length > most:
             found = f"found {length} tokens with the answer"

@@ -36,6 +36,7 @@ from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import write_json, write_text
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
+from thermo_lib.models.tokenizer_json import encode
 from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.about import about
 from thermo_lib.pipeline.activations import resmooth, resmoothed
@@ -231,7 +232,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
     lm = _computing(_load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
-    encoded = lm.tokenizer.encode(text, add_special_tokens=not arguments.chat)
+    (encoded,) = encode(lm.tokenizer, [text], add_special_tokens=not arguments.chat)
     prompt, end = list(encoded.ids), []
     while (
         len(prompt) > 1 and encoded.special_tokens_mask[len(prompt) - 1]

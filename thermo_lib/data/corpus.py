@@ -14,6 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 
 from thermo_lib.data.puzzles import EOS, SPECIAL_TOKENS
 from thermo_lib.data.texts import drawn_windows
+from thermo_lib.models.tokenizer_json import encode
 
 CORPUS_PACKAGES = ("sympy", "networkx", "mpmath")  # torch brings them
 AS_INSTALLED: Mapping[str, None] = MappingProxyType(dict.fromkeys(CORPUS_PACKAGES))  # in whatever version
@@ -107,8 +108,8 @@ def held_out_sequences(
         int64 tensor ``(count, length)``.
 
     Raises:
-        ValueError: the files hold fewer than ``count`` sequences.
+        ValueError: the files hold fewer than ``count`` sequences, or one that the tokenizer can't encode.
     """
-    encodings = tokenizer.encode_batch(list(files.values()), add_special_tokens=False)
+    encodings = encode(tokenizer, list(files.values()), add_special_tokens=False)
     streams = [torch.tensor(encoding.ids, dtype=torch.int64) for encoding in encodings]
     return drawn_windows(streams, count, length, seed)

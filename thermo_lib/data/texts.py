@@ -9,6 +9,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from thermo_lib.models.tokenizer_json import encode
+
 Render = Callable[[Sequence[Mapping[str, str]]], str]
 
 
@@ -83,13 +85,13 @@ def text_sequences(
         int64 ``(count, length)``.
 
     Raises:
-        ValueError: the texts hold fewer than ``count`` sequences.
+        ValueError: the texts hold fewer than ``count`` sequences, or one that the tokenizer can't encode.
     """
     for name, found in (("sequences", count), ("length", length)):
         if found < 1:
             raise ValueError(f"{name}: found {found}, allowed is at least 1")
     separator = [] if end is None else [end]
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    encodings = encode(tokenizer, texts, add_special_tokens=False)
     tokens = [token for encoding in encodings for token in (*encoding.ids, *separator)]
     stream = torch.tensor(tokens, dtype=torch.int64)
     return drawn_windows([stream], count, length, seed)

@@ -23,6 +23,7 @@ from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.extras import needs
 from thermo_lib.models.lm import stored_dtype
+from thermo_lib.models.tokenizer_json import encode
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.storage import load_any
 
@@ -157,7 +158,7 @@ class HarnessLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Token ids; no special tokens unless asked for."""
-        return self.lm.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)).ids
+        return encode(self.lm.tokenizer, [string], add_special_tokens=bool(add_special_tokens))[0].ids
 
     def loglikelihood(self, requests: list["Instance"], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """The bound of each answer after its context, in nats, and whether it is what the model fills greedily."""

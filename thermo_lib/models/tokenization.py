@@ -24,7 +24,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.folders import TEMPLATES_NAME
-from thermo_lib.files.text import read_object
+from thermo_lib.files.text import read_object, read_whole
+from thermo_lib.models.tokenizer_json import NAME as JSON_NAME
+from thermo_lib.models.tokenizer_json import errors_of_tokenizers, read_tokenizer_json
 from thermo_lib.models.vocabularies import LISTS, OF_FAMILY, build_from_list
 from thermo_lib.models.vocabularies import NAME as LIST_NAME
 
@@ -32,7 +34,7 @@ SETTINGS_NAME = "tokenizer_config.json"
 SPECIAL_NAME = "special_tokens_map.json"
 TEMPLATE_NAME = "chat_template.jinja"
 LEGACY_NAME = "chat_template.json"  # of processors; transformers' tokenizers don't read it
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", LIST_NAME)
+_VOCABULARIES = (JSON_NAME, "vocab.json", "merges.txt", LIST_NAME)
 # What is carried over to a model's next folder as it is, with the templates in TEMPLATES_NAME; transformers reads
 # a vocab.txt before others.
 _SETTINGS = (SETTINGS_NAME, TEMPLATE_NAME, LEGACY_NAME, SPECIAL_NAME)
@@ -72,12 +74,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _read_any(folder: Path) -> Tokenizer:
-    path, vocabulary, merges = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    path, vocabulary, merges = (folder / name for name in (JSON_NAME, "vocab.json", "merges.txt"))
     if path.is_file():
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises no narrower type
-            raise ValueError(f"{path}: not a tokenizer file ({error})") from error
+        return read_tokenizer_json(path)
     settings = _read_settings(folder)
     if (folder / LIST_NAME).is_file():
         return build_from_list(_list_kind(folder, settings), folder, settings, _special_tokens(folder))
@@ -86,10 +85,8 @@ def _read_any(folder: Path) -> Tokenizer:
     if settings.get("tokenizer_class") not in QWEN2_CLASSES:
         found = f"found {settings.get('tokenizer_class')!r}, allowed are {', '.join(QWEN2_CLASSES)}"
         raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: {found}; others need a tokenizer.json")
-    try:
+    with errors_of_tokenizers(f"{vocabulary}, {merges.name}: not a BPE vocabulary"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # tokenizers raises no narrower type
-        raise ValueError(f"{vocabulary}, {merges.name}: not a BPE vocabulary ({error})") from error
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -242,8 +239,8 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         ValueError: damaged JSON, a template that isn't text, or a special token that isn't.
     """
     path = folder / TEMPLATE_NAME
-    found = {_DEFAULT: _read_template(path)} if path.is_file() else {}
-    found |= {Path(name).stem: _read_template(folder / name) for name in _additional(folder)}
+    found = {_DEFAULT: read_whole(path)} if path.is_file() else {}
+    found |= {Path(name).stem: read_whole(folder / name) for name in _additional(folder)}
     for name in (SETTINGS_NAME, LEGACY_NAME):
         found = found or _named_templates(folder / name)
     if not found:
@@ -272,13 +269,6 @@ def _named_templates(path: Path) -> dict[str, str]:
         pass
     expected = 'expected the text of a template, or [{"name": text, "template": text}]'
     raise ValueError(f"{path}: chat_template: found {found!r:.80}, {expected}")
-
-
-def _read_template(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found no UTF-8 ({error})") from error
 
 
 def _special_tokens(folder: Path, names: Sequence[str] = _SPECIAL_TOKENS) -> dict[str, str]:
@@ -320,7 +310,7 @@ def read_carried(folder: Path) -> dict[str, str]:
             content.pop("auto_map", None)
             carried[name] = json.dumps(content, indent=2) + "\n"
         elif path.is_file():
-            carried[name] = _read_template(path)
+            carried[name] = read_whole(path)
     return carried
 
 
@@ -338,7 +328,7 @@ def save_tokenizer(
         folder: to write into.
         carried: of ``read_carried``.
     """
-    tokenizer.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / JSON_NAME))
     _write(carried, folder)
     if read_chat_template(folder) == chat_template:
         return

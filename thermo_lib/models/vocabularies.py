@@ -10,6 +10,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from thermo_lib.files.text import read_whole
+
 NAME = "vocab.txt"
 
 
@@ -28,10 +30,7 @@ def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], specia
             than it must have.
     """
     path, (texts, make) = folder / NAME, LISTS[kind]
-    try:
-        lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found no UTF-8 ({error})") from error
+    lines = read_whole(path, newline="").removesuffix("\n").split("\n")
     tokens = [line.rstrip("\r") for line in lines]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
