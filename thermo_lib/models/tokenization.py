@@ -3,28 +3,24 @@
 LLaDA is published with ``tokenizer.json``. Dream is published with a tokenizer class of its own, Qwen2's byte-level
 BPE (``vocab.json``, ``merges.txt``) with more tokens (``tokenizer_config.json``); it is built from these files. So is
 that of ESM and of older checkpoints of BERT, from ``vocab.txt`` (``vocabularies``).
-A chat template is a Jinja template; it comes from the checkpoint and is rendered in Jinja's sandbox. Where it is looked
-for, and what it may name and do, is as in ``transformers`` (``PreTrainedTokenizerBase.apply_chat_template``).
+A chat template is a Jinja template; it comes from the checkpoint and is rendered with limits (``rendering``). Where it
+is looked for, and what it may name and do, is as in ``transformers`` (``PreTrainedTokenizerBase.apply_chat_template``).
 """
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.folders import TEMPLATES_NAME
 from thermo_lib.files.text import read_object, read_whole
+from thermo_lib.models.rendering import render
 from thermo_lib.models.tokenizer_json import NAME as JSON_NAME
 from thermo_lib.models.tokenizer_json import errors_of_tokenizers, read_tokenizer_json
 from thermo_lib.models.vocabularies import LISTS, OF_FAMILY, build_from_list
@@ -148,32 +144,6 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-class _Generation(Extension):
-    """The block ``{% generation %}``, which says what an assistant wrote; it is written as any other text."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """What is in the block, with variables of its own, as ``transformers`` has it."""
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """JSON as models were trained on it; Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
 @dataclass(frozen=True)
 class ChatTemplate:
     """How an instruction-tuned model wants a conversation to be written.
@@ -204,26 +174,16 @@ class ChatTemplate:
             template: name of another one than the default.
 
         Raises:
-            ValueError: there is no template of that name, it is damaged, refuses the messages, or does what the sandbox
-                forbids.
+            ValueError: there is no template of that name, or what ``rendering.render`` raises.
         """
         source = self.source if template in (None, _DEFAULT) else self.named.get(template)
         if source is None:
             names = ", ".join(sorted({*self.named, *([] if self.source is None else [_DEFAULT])}))
             raise ValueError(f"chat template: found none named {template or _DEFAULT!r}, allowed are {names}")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-        )
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
-        environment.filters["tojson"] = _to_json
+        said = [{key: value for key, value in message.items() if value is not None} for message in messages]
         # Tools and documents are None, not undefined: that is what templates test for.
         others = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
-        try:
-            said = [{key: value for key, value in message.items() if value is not None} for message in messages]
-            return environment.from_string(source).render(messages=said, **others, **self.special_tokens)
-        except Exception as error:  # a template is a program, which may fail in any way
-            raise ValueError(f"chat template: {type(error).__name__}: {error}") from error
+        return render(source, {"messages": said, **others, **self.special_tokens})
 
 
 def read_chat_template(folder: Path) -> ChatTemplate | None:
