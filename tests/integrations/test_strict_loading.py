@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 import thermo_lib  # noqa: F401 - registers the architectures
+from thermo_lib.files import tensors as files
 from thermo_lib.models.lm import load_model
 from thermo_lib.models.streamed import load_streamed
 
@@ -115,7 +116,65 @@ class TestFiles:
             load(folder)
 
 
+@EVERY_LOADER
+class TestSafetensors:
+    """A file that isn't what it says, or too much, is refused in one line."""
+
+    @pytest.mark.parametrize(
+        ("header", "message"),
+        [
+            (b'{"a": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "not a complete safetensors file"),
+            (b'{"__metadata__": ' + b'{"a":' * 10**5 + b"1" + b"}" * 10**5 + b"}", "not a complete safetensors file"),
+            (b'{"a": {"dtype": "F32", "shape": [1099511627776, 1099511627776], "data_offsets": [0, 0]}}', "not a comp"),
+            (b"{" + b" " * (100 * 10**6) + b"}", "not a complete safetensors file"),
+            (b'{"a": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}', "tensor a: found (F4|torch.float4)"),
+            (b'{"a": {"dtype": "F6_E2M3", "shape": [0], "data_offsets": [0, 0]}}', "F6_E2M3"),
+            (b"{}", "missing tensors"),
+        ],
+        ids=["deep", "deep metadata", "overflow", "long", "four bits", "six bits", "empty"],
+    )
+    def test_headers(self, folder: Path, load: Callable[[Path], object], header: bytes, message: str) -> None:
+        for path in folder.glob("model*"):
+            path.unlink()
+        (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+        with pytest.raises(ValueError, match=rf"^[^\n]*{message}[^\n]*$"):
+            load(folder)
+
+    def test_a_file_larger_than_the_memory(
+        self, folder: Path, load: Callable[[Path], object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_room(path: Path, **_: object) -> None:
+            raise RuntimeError(f"unable to mmap 9 bytes from file <{path}>: Cannot allocate memory (12)")
+
+        monkeypatch.setattr(files, "safe_open", no_room)
+        with pytest.raises(ValueError, match=r"model-00001.*: found 0\.0 GiB, more than this machine has memory for"):
+            load(folder)
+
+
 class TestAutoModelOnly:
+    @pytest.mark.parametrize("metadata", [None, "x"], ids=["none", "text"])
+    def test_an_index_without_metadata(self, folder: Path, metadata: object) -> None:
+        content = json.loads((folder / INDEX).read_text()) | {"metadata": metadata}
+        (folder / INDEX).write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=rf"index\.json: metadata: found {metadata!r}, expected an object"):
+            AutoModel.from_pretrained(folder)
+        load_model(str(folder))
+
+    @pytest.mark.parametrize("text", ["[]", "{"])
+    def test_settings_of_generation_are_an_object(self, folder: Path, text: str) -> None:
+        (folder / "generation_config.json").write_text(text)
+        with pytest.raises(ValueError, match=r"generation_config\.json: found (a list|invalid JSON)"):
+            AutoModel.from_pretrained(folder)
+
+    @pytest.mark.parametrize(
+        ("key", "value"), [("dtype", 16), ("torch_dtype", "float99"), ("rms_norm_eps", 16), ("pad_token_id", [1])]
+    )
+    def test_settings_are_checked_as_load_model_checks_them(self, folder: Path, key: str, value: object) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+        with pytest.raises(ValueError, match=rf"^{key}: found {re.escape(repr(value))}, allowed are [^\n]*$"):
+            AutoModel.from_pretrained(folder)
+
     def test_codes_without_a_configuration_are_said(self, folder: Path) -> None:
         one_file(folder, stored(folder) | {"model.layers.0.mlp.up_proj.packed": torch.zeros(1, dtype=torch.uint8)})
         with pytest.raises(ValueError, match=r"config\.json: quantization_config: found none, required by .*packed"):

@@ -33,8 +33,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from thermo_lib import ThermoConfig, calibrate, load_model, load_quantized, quantize, save_quantized
+from thermo_lib.models import settings as published_settings
 from thermo_lib.models.architectures import build_model
-from thermo_lib.models.families import read_config
+from thermo_lib.models.families import DreamConfig, read_config
 from thermo_lib.models.lm import DiffusionLM, save_model
 from thermo_lib.quant import calls
 
@@ -231,8 +232,8 @@ class TestConfiguration:
             ({"d_model": "wide"}, "d_model: found 'wide', allowed are whole numbers from 1 to 16777216"),
             ({"embedding_size": 384}, "embedding_size: found 384, allowed is vocab_size = 320"),
             ({"mask_token_id": 320}, "mask_token_id: found 320, allowed is below vocab_size = 320"),
-            ({"n_layers": 0}, "n_layers: found 0, allowed are whole numbers from 1 to 4096"),
-            ({"n_layers": 2**31}, "n_layers: found 2147483648, allowed are whole numbers from 1 to 4096"),
+            ({"n_layers": 0}, "n_layers: found 0, allowed are whole numbers from 1 to 512"),
+            ({"n_layers": 2**31}, "n_layers: found 2147483648, allowed are whole numbers from 1 to 512"),
             (
                 {"mlp_hidden_size": 2**31},
                 "mlp_hidden_size: found 2147483648, allowed are whole numbers from 1 to 16777216",
@@ -271,6 +272,12 @@ class TestConfiguration:
             ({"hidden_act": ["silu"]}, "hidden_act: found ['silu'], allowed are "),
             ({"tie_word_embeddings": "no"}, "tie_word_embeddings: found 'no', allowed are false and true"),
             ({"max_position_embeddings": 2.5}, "max_position_embeddings: found 2.5, allowed are whole numbers from 1"),
+            ({"rms_norm_eps": 16}, "rms_norm_eps: found 16, allowed are numbers above 0 and below 1"),
+            ({"rms_norm_eps": 1e308}, "rms_norm_eps: found 1e+308, allowed are numbers above 0 and below 1"),
+            ({"pad_token_id": [1]}, "pad_token_id: found [1], allowed are whole numbers from 0"),
+            ({"dtype": 16}, "dtype: found 16, allowed are float32, bfloat16, float16, float64"),
+            ({"torch_dtype": "float99"}, "torch_dtype: found 'float99', allowed are float32, bfloat16"),
+            ({"auto_map": 2}, "auto_map: found 2, expected an object"),
         ],
         ids=str,
     )
@@ -288,6 +295,29 @@ class TestConfiguration:
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
         with pytest.raises(ValueError, match=r"config\.json: found invalid JSON"):
             read_config(tmp_path)
+
+    @pytest.mark.parametrize("levels", [65, 900])
+    def test_nesting_is_bounded(self, tmp_path: Path, levels: int) -> None:
+        text = '{"x": ' + "[" * (levels - 1) + "]" * (levels - 1) + "}"
+        (tmp_path / "config.json").write_text(text, encoding="utf-8")
+        for read in (read_config, DreamConfig.from_pretrained):
+            with pytest.raises(ValueError, match=r"config\.json: found objects and lists nested deeper than 64"):
+                read(tmp_path)
+
+    def test_a_large_file_is_refused_before_it_is_read(self, tmp_path: Path) -> None:
+        with (tmp_path / "config.json").open("wb") as file:
+            file.truncate(2**40)
+        with pytest.raises(ValueError, match=r"config\.json: found 1099511627776 bytes, allowed are 67108864 at most"):
+            read_config(tmp_path)
+
+    def test_what_transformers_refuses_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            published_settings, "_check_setting", lambda *_: None
+        )  # of a new key
+        (tmp_path / "config.json").write_text(json.dumps(DREAM.config | {"rms_norm_eps": 16}), encoding="utf-8")
+        for read in (read_config, DreamConfig.from_pretrained):
+            with pytest.raises(ValueError, match=r"^[^\n]*'rms_norm_eps' expected float, got int[^\n]*$"):
+                read(tmp_path)
 
     @EVERY
     def test_the_place_where_transformers_5_writes_rope_theta(self, layout: Layout, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,6 +14,26 @@ from thermo_lib.files.text import read_object
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 FULL_PRECISION = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# What safetensors calls them. Numbers of less than a byte have other shapes in torch than in the file.
+_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NO_ROOM = ("unable to mmap", "os error 12")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 CONVERT = (
     "pickled weights are never read; on a machine where you trust them: "
@@ -42,6 +63,18 @@ def weight_files(folder: Path) -> list[Path]:
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
     raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{CONVERT}")
+
+
+def check_for_transformers(folder: Path) -> None:
+    """Raise ValueError for a folder that ``weight_files`` refuses, or whose other files ``transformers`` fails at."""
+    files, index = weight_files(folder), folder / INDEX_NAME
+    for path in files:
+        with open_safetensors(path):  # which is smaller than the memory
+            pass
+    if index.is_file() and not isinstance(found := read_object(index).get("metadata"), dict):
+        raise ValueError(f"{index}: metadata: found {found!r:.80}, expected an object")
+    if (path := folder / "generation_config.json").is_file():
+        read_object(path)
 
 
 def _shards(index: Path) -> list[Path]:
@@ -91,10 +124,24 @@ def read_headers(paths: Sequence[Path]) -> dict[str, Tensor]:
                 if name in found:
                     raise ValueError(f"{path}: tensor {name}: found it in another file too, allowed is one of them")
                 part = file.get_slice(name)
-                shape = part.get_shape()
-                dtype = (part[:1] if shape else file.get_tensor(name)).dtype
-                found[name] = torch.empty(shape, dtype=dtype, device="meta")
+                found[name] = torch.empty(part.get_shape(), dtype=type_of(part, name, path), device="meta")
     return found
+
+
+def type_of(part: Any, name: str, path: Path) -> torch.dtype:
+    """The type of a tensor in a file, of which nothing is read.
+
+    Args:
+        part: what ``get_slice`` gives.
+        name: of the tensor.
+        path: the file.
+
+    Raises:
+        ValueError: a type that no model here has, such as numbers of four bits.
+    """
+    if (found := part.get_dtype()) not in _TYPES:
+        raise ValueError(f"{path}: tensor {name}: found {found}, allowed are {', '.join(_TYPES)}")
+    return _TYPES[found]
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -107,13 +154,18 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
     """A file to read single tensors from.
 
     Raises:
-        ValueError: no such file, or not a complete one.
+        ValueError: no such file, not a complete one, or one that is larger than the memory.
     """
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not a complete safetensors file ({error})") from error
+    except (MemoryError, RuntimeError) as error:
+        if not any(reason in str(error) for reason in _NO_ROOM):
+            raise
+        found = f"found {path.stat().st_size / 2**30:.1f} GiB, more than this machine has memory for"
+        raise ValueError(f"{path}: {found} ({error}); divide the weights into smaller files") from error
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

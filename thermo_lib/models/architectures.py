@@ -32,12 +32,12 @@ from transformers.modeling_outputs import MaskedLMOutput
 from thermo_lib.files.tensors import (
     CONVERT,
     check_finite,
+    check_for_transformers,
     check_full_precision,
     check_inside,
     check_shapes,
     open_safetensors,
     read_headers,
-    weight_files,
     written_times,
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
@@ -236,7 +236,7 @@ class MaskPredictor(BlockByBlock, nn.Module):
         kwargs["use_safetensors"] = True
         name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
         if name is not None and kwargs.get("variant") is None and Path(name, subfolder).is_dir():
-            weight_files(Path(name, subfolder))
+            check_for_transformers(Path(name, subfolder))
             if found := sorted(path.name for path in Path(name, subfolder).glob(_DISTRIBUTED)):
                 raise ValueError(f"model: found {found[0]} in {name}, allowed are files that hold whole tensors")
         return super().from_pretrained(name, *args, **kwargs)

@@ -17,8 +17,7 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from thermo_lib.files.text import read_object
 from thermo_lib.models.encoders import ENCODERS
-from thermo_lib.models.settings import TOKEN_IDS, Architecture, parse, same
-from thermo_lib.models.unsupported import check_supported
+from thermo_lib.models.settings import TOKEN_IDS, Architecture, check_supported, in_one_line, parse, same
 
 T = TypeVar("T")
 
@@ -41,7 +40,14 @@ class Published:
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``transformers`` reads, with the name of the folder, whose tokenizer may be needed."""
+        """What ``transformers`` reads, with the name of the folder, whose tokenizer may be needed.
+
+        Raises:
+            ValueError: what ``read_object`` raises of a folder's ``config.json``.
+        """
+        path = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "config.json")
+        if path.is_file():
+            read_object(path)  # which refuses what transformers would fail at
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         return content | {"_name_or_path": str(pretrained_model_name_or_path)}, kwargs
 
@@ -58,7 +64,8 @@ class Published:
         kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
         name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
         values = _values(cls.model_type, config_dict, name)
-        return super().from_dict(values | kept, **kwargs)
+        with in_one_line():
+            return super().from_dict(values | kept, **kwargs)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """``config.json`` in the published layout, with what ``transformers`` adds to it."""
@@ -418,7 +425,8 @@ def read_config(folder: Path, family: str | None = None, block_length: int | Non
     try:
         name = _family(content, family)
         content = _with_block_length(name, content, block_length)
-        return ARCHITECTURES[name].config(**_values(name, content, folder))
+        with in_one_line():
+            return ARCHITECTURES[name].config(**_values(name, content, folder))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 

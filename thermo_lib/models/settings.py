@@ -1,10 +1,12 @@
 """The settings in a published ``config.json``: what an architecture needs of them, and whether they can be computed."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 
@@ -105,13 +107,50 @@ FLAGS = same(
     "emb_layer_norm_before",
     "token_dropout",
 )
-_POSITIVE = ("rope_theta", "global_rope_theta", "local_rope_theta", "rms_norm_eps", "layer_norm_eps", "norm_eps")
+_SMALL = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
+_POSITIVE = ("rope_theta", "global_rope_theta", "local_rope_theta")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "classifier_activation")
 _POSITIONS = ("absolute", "rotary")
 # Of what would take all memory or all time before a tensor of the wrong shape is found.
 _MOST = 2**24
 
-_LIMITS = {"num_hidden_layers": (1, 2**12), "mask_token_id": (0, _MOST), "pad_token_id": (0, _MOST)}
+# Of published models' types; what isn't one of them would fail deep inside transformers.
+_TYPES = ("float32", "bfloat16", "float16", "float64")
+# With more blocks than any model has, to build them takes minutes before a tensor is found missing.
+_LIMITS = {"num_hidden_layers": (1, 2**9), "mask_token_id": (0, _MOST), "pad_token_id": (0, _MOST)}
+
+
+_EXPERTS = "a mixture of experts"
+_UNSUPPORTED = {
+    "llada2_moe": f"{_EXPERTS} (LLaDA2) with block-causal attention",
+    "sdar_moe": f"{_EXPERTS} (SDAR) with block-causal attention",
+    "rnd1": f"{_EXPERTS} (RND1)",
+}
+_OF_QWEN3 = ("block_size", "head_dim", "attention_bias", "use_qk_norm", "qk_norm")  # not in Dream's own config.json
+
+
+@contextmanager
+def in_one_line() -> Iterator[None]:
+    """Make a ValueError of what ``transformers`` finds wrong with a configuration."""
+    try:
+        yield
+    except StrictDataclassError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def check_supported(model_type: Any, content: dict[str, Any]) -> None:
+    """Raise ValueError for a model that is known to compute something else than the modules here do."""
+    if isinstance(model_type, str) and model_type in _UNSUPPORTED:
+        raise ValueError(f"model_type: found {model_type!r}, {_UNSUPPORTED[model_type]}, which isn't supported yet")
+    experts = [key for key in content if "expert" in key and content[key]]
+    if experts:
+        found = f"{experts[0]}: found {content[experts[0]]!r:.80}"
+        raise ValueError(f"{found}, a mixture of experts, which isn't supported yet")
+    if model_type == "Dream":
+        for key in _OF_QWEN3:
+            if content.get(key) is not None:
+                what = "a Dream model with Qwen3 blocks and block-causal attention (DreamReasoner)"
+                raise ValueError(f"{key}: found {content[key]!r:.80}, {what}, which isn't supported yet")
 
 
 def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +162,7 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
         # 0 == False and 1 == True in Python, but not in a configuration.
         if not any(content.get(key) == value and type(content.get(key)) is type(value) for value in allowed):
             raise ValueError(f"{key}: found {content.get(key)!r}, allowed is {allowed[0]!r}")
+    _check_beside(content)
     values: dict[str, Any] = {}
     for key, attribute in architecture.sizes.items():
         found = content[key]
@@ -143,13 +183,25 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
     return values
 
 
+def _check_beside(content: Mapping[str, Any]) -> None:
+    """Refuse keys that no module computes with, and that ``transformers`` reads."""
+    for key in ("dtype", "torch_dtype"):
+        if content.get(key) is not None and str(content[key]).removeprefix("torch.") not in _TYPES:
+            raise ValueError(f"{key}: found {content[key]!r:.80}, allowed are {', '.join(_TYPES)}")
+    if not isinstance(content.get("auto_map") or {}, dict):
+        raise ValueError(f"auto_map: found {content['auto_map']!r:.80}, expected an object")
+
+
 def _check_whole(key: str, found: Any, least: int, most: int) -> None:
     if type(found) is not int or not least <= found <= most:
         raise ValueError(f"{key}: found {found!r:.80}, allowed are whole numbers from {least} to {most}")
 
 
 def _check_setting(key: str, attribute: str, found: Any) -> None:
-    if attribute in _POSITIVE:
+    if attribute in _SMALL:
+        if not (type(found) is float and 0 < found < 1):
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0 and below 1")
+    elif attribute in _POSITIVE:
         if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
             raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
     elif attribute == "max_position_embeddings":

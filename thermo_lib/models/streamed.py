@@ -17,7 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from thermo_lib.files.tensors import check_finite, check_full_precision, check_shapes, open_safetensors, weight_files
+from thermo_lib.files.tensors import (
+    check_finite,
+    check_full_precision,
+    check_shapes,
+    open_safetensors,
+    type_of,
+    weight_files,
+)
 from thermo_lib.models.architectures import MaskPredictor, check_tied, skeleton
 from thermo_lib.models.families import read_config, stored_names, used
 from thermo_lib.models.lm import DiffusionLM, check_unquantized, fill, model_folder
@@ -66,7 +73,7 @@ class Checkpoint:
             with open_safetensors(path) as file:
                 for key in sorted(file.keys()):
                     part = file.get_slice(key)
-                    found[key] = StoredTensor(key, path, tuple(part.get_shape()), _itemsize(part.get_dtype()))
+                    found[key] = StoredTensor(key, path, tuple(part.get_shape()), type_of(part, key, path).itemsize)
         found = used(found, model.config)
         names = stored_names(found, model.config, expected)
         shapes = {key: stored.shape for key, stored in found.items()}
@@ -119,11 +126,6 @@ class Checkpoint:
 def _read(stored: StoredTensor) -> Tensor:
     with open_safetensors(stored.path) as file:
         return file.get_tensor(stored.key)
-
-
-def _itemsize(dtype: str) -> int:
-    """Bytes of a number, from a safetensors type such as ``BF16``."""
-    return int("".join(c for c in dtype if c.isdigit()) or 8) // 8
 
 
 class StreamedForward:
