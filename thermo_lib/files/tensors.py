@@ -33,6 +33,7 @@ _TYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_MOST_HEADER = 2**22  # bytes, of about 30,000 tensors; a million take a minute before one is found missing
 _NO_ROOM = ("unable to mmap", "os error 12")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 CONVERT = (
@@ -157,6 +158,10 @@ def open_safetensors(path: Path) -> Iterator[safe_open]:
         ValueError: no such file, not a complete one, or one that is larger than the memory.
     """
     try:
+        with path.open("rb") as header:
+            if (length := int.from_bytes(header.read(8), "little")) > _MOST_HEADER:
+                allowed = f"allowed are {_MOST_HEADER} at most"
+                raise SafetensorError(f"found a header of {length} bytes, {allowed}")
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
