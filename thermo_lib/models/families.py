@@ -146,15 +146,11 @@ class FastDLLMConfig(Published, Qwen2Config):
     block_length: int = 32
 
 
-class StableDiffCoderConfig(Published, LlamaConfig):
+class StableDiffCoderConfig(A2DLlamaConfig):
     """Llama's configuration with a mask token and the length of blocks (Stable-DiffCoder, arXiv 2601.15892)."""
 
     model_type = "stable-diffcoder"
-    is_causal = False
-    mask_token_id: int | None = None
     block_length: int = 4
-    bos_token_id: int | None = None  # as for LLaDA
-    eos_token_id: int | list[int] | None = None
 
 
 # What transformers writes for Qwen2, Qwen3 and Llama.
