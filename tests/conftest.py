@@ -1,7 +1,7 @@
 """Tiny models and settings that the tests share; nothing here is read from the trained reference model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,14 @@ TIMESTEPS = 6
 def one_thread() -> None:
     """Tiny matrices are faster on one thread."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_power_cut() -> Iterator[None]:
+    """Nothing waits for the disk, which would take minutes in all; tests of power cuts set another ``os.fsync``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(scope="session")

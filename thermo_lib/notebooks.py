@@ -8,13 +8,13 @@ GPTQ's codes with them, and all that is measured of these a little.
 import os
 import platform
 import re
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from thermo_lib.extras import needs
+from thermo_lib.files.whole import replacing
 
 if TYPE_CHECKING:
     import nbformat
@@ -89,11 +89,5 @@ def tidy(path: str | Path) -> None:
         if any(output.output_type == "error" for output in cell.outputs):
             raise ValueError(f"{path}: cell {number} holds the output of an error")
         cell.outputs = _without_stderr(cell.outputs)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            nbformat.write(notebook, file)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as new:
+        nbformat.write(notebook, new)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from thermo_lib.files.folders import only_writer, write_folder
+from thermo_lib.files.outputs import MARKER_NAME
 from thermo_lib.models import lm
 from thermo_lib.models.lm import DiffusionLM, save_model
 
@@ -44,14 +45,15 @@ class TestAtomicWrite:
     @pytest.mark.parametrize("name", ["m", "model.v1", ".hidden"])
     def test_a_new_folder_replaces_the_earlier_one(self, tmp_path: Path, name: str) -> None:
         def write(target: Path, text: str) -> None:
-            for file in ("config.json", text):  # only a model's folder is replaced
+            for file in ("config.json", text):
                 (target / file).write_text(text, encoding="utf-8")
 
         parent = tmp_path / "made on the way"
         for text in ("first", "second"):
             write_folder(parent / name, partial(write, text=text))
-        assert contents(parent) == {f"{name}/config.json": b"second", f"{name}/second": b"second"}
-        assert (parent / name).stat().st_mode & 0o777 == 0o755
+        found = contents(parent)
+        assert found.pop(f"{name}/{MARKER_NAME}")
+        assert found == {f"{name}/config.json": b"second", f"{name}/second": b"second"}
 
     def test_a_leftover_of_a_killed_run_does_not_block_the_next(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from thermo_lib import ThermoConfig, quantize_checkpoint
-from thermo_lib.files import folders
-from thermo_lib.files.folders import may_remove, output_folder, write_folder
+from thermo_lib.files import outputs
+from thermo_lib.files.folders import write_folder
+from thermo_lib.files.outputs import mark, may_remove, output_file, output_folder
 
 NOBODY = 65534
-LEFT = [".out.partial", ".out.writing", ".out.partial.old"]
+LEFT = [".out.partial", ".out.partial.old"]
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def as_nobody(call: Callable[[], object]) -> str:
 def filled(folder: Path, mode: int = 0o755) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    mark(folder)
     folder.chmod(mode)
     return folder
 
@@ -62,7 +64,7 @@ class TestAnotherUser:
         said = as_nobody(lambda: output_folder(outside / "out"))
         nobody = pwd.getpwuid(NOBODY).pw_name
         assert said.startswith(f"PermissionError: output: found {path} of user 'root', which can't be removed by")
-        assert f"'{nobody}'; let its owner finish or delete it, or name another folder" in said
+        assert f"'{nobody}'; let its owner finish or delete it, or name another one" in said
         assert "\n" not in said
 
     def test_nothing_is_done_before_it_is_said(self, outside: Path) -> None:
@@ -95,6 +97,19 @@ class TestAnotherUser:
         (outside / "out").mkdir()  # empty
         assert as_nobody(lambda: output_folder(outside / "out")) == str(outside / "out")
 
+    def test_a_file_that_cannot_be_replaced_is_refused_as_a_folder_is(self, outside: Path) -> None:
+        path = outside / "out.json"
+        path.write_text("{}")
+        assert as_nobody(lambda: output_file(path)) == str(path)  # to replace it, its folder's rights are enough
+        outside.chmod(0o1777)
+        assert f"PermissionError: output: found {path} of user 'root', which can't be removed" in as_nobody(
+            lambda: output_file(path)
+        )
+        outside.chmod(0o755)
+        assert f"PermissionError: output: found {outside} of user 'root', which can't be written in" in as_nobody(
+            lambda: output_file(path)
+        )
+
 
 class TestWithoutAnother:
     """The same decisions where no other user can be had."""
@@ -114,7 +129,7 @@ class TestWithoutAnother:
             raise KeyError
 
         monkeypatch.setattr(pwd, "getpwuid", unknown)
-        assert folders._user(1234) == "user 1234"
+        assert outputs._user(1234) == "user 1234"
 
     def test_a_mount_point_cannot_be_replaced(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "out")

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, PreTrainedTokenizerFast
 
 from thermo_lib import ThermoConfig, load_model, load_quantized, quantize, quantize_checkpoint, save_quantized
-from thermo_lib.files.folders import output_folder
+from thermo_lib.files.outputs import output_folder
 from thermo_lib.models.lm import save_model
 from thermo_lib.models.tokenization import ChatTemplate, read_chat_template, read_mask_token_id
 
@@ -215,11 +215,12 @@ class TestCarriedOver:
         assert read_chat_template(tmp_path / "target") == read_chat_template(second)
 
     def test_a_folder_with_templates_in_a_folder_may_be_replaced(self, tmp_path: Path) -> None:
-        files = {"config.json": {}, "additional_chat_templates/rag.jinja": LOUD}
+        config = {"quantization_config": {"quant_method": "thermo"}}
+        files = {"config.json": config, "additional_chat_templates/rag.jinja": LOUD}
         assert output_folder(write(tmp_path / "m", files)) == tmp_path / "m"
         for more in ("additional_chat_templates/notes.txt", "other/rag.jinja"):
             folder = write(tmp_path / more.replace("/", "-"), files | {more: "x"})
-            with pytest.raises(ValueError, match=r"found .* a folder with something else than a model in it"):
+            with pytest.raises(ValueError, match=r"found .* a folder with something else in it"):
                 output_folder(folder)
 
 

@@ -311,9 +311,7 @@ class TestConfiguration:
             read_config(tmp_path)
 
     def test_what_transformers_refuses_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            published_settings, "_check_setting", lambda *_: None
-        )  # of a new key
+        monkeypatch.setattr(published_settings, "_check_setting", lambda *_: None)  # of a new key
         (tmp_path / "config.json").write_text(json.dumps(DREAM.config | {"rms_norm_eps": 16}), encoding="utf-8")
         for read in (read_config, DreamConfig.from_pretrained):
             with pytest.raises(ValueError, match=r"^[^\n]*'rms_norm_eps' expected float, got int[^\n]*$"):

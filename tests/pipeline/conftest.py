@@ -8,7 +8,7 @@ import pytest
 import torch
 from configurations import TIMESTEPS, Quantize, RandomIds, config_of
 from layouts import DREAM, Layout
-from streamed import ALL_IN_TWO
+from streamed import ALL_IN_TWO, EARLIER
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -69,5 +69,5 @@ def output(tmp_path: Path) -> Path:
     """Where an earlier output is, which only a complete new one may replace."""
     path = tmp_path / "output"
     path.mkdir()
-    (path / "config.json").write_text("earlier", encoding="utf-8")
+    (path / "config.json").write_bytes(EARLIER["config.json"])
     return path

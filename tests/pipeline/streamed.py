@@ -11,6 +11,7 @@ from torch import Tensor
 from thermo_lib import Calibration, ThermoConfig, calibrate, load_model, load_quantized
 
 SMALL = {"group_size": 16, "activation_bits": 16, "num_time_groups": 1}
+EARLIER = {"config.json": b'{"quantization_config": {"quant_method": "thermo"}}'}  # an output of an earlier run
 ALL_IN_TWO = 2**12  # bytes of a shard: every checkpoint here takes several
 
 

@@ -15,7 +15,7 @@ import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 from distributed.utils import get_mp_context
 from safetensors.torch import load_file, save_file
-from streamed import configured, files, shard_of, states_of, unfinished
+from streamed import EARLIER, configured, files, shard_of, states_of, unfinished
 
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.streaming import quantize_checkpoint
@@ -80,7 +80,7 @@ class TestCluster:
             patch.setattr(streaming, "_write_shard", KillsOnce(None))
             with pytest.raises(OSError, match="scheduler: every worker that tried a shard was lost"):
                 quantize_checkpoint(source, output, config, client=client)
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
         quantize_checkpoint(source, output, config)  # goes on alone
 
     def test_an_error_of_a_worker_is_the_callers(
@@ -104,7 +104,7 @@ class TestCluster:
             pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
         ):
             quantize_checkpoint(write(), output, configured(), client=client)
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
 
     def test_a_scheduler_that_is_lost_is_an_error(
         self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
@@ -129,7 +129,7 @@ class TestCluster:
                 process.kill()
                 process.join()
         monkeypatch.undo()
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
 
     def test_with_calibration_it_is_refused(
         self, cluster: LocalCluster, write: Callable[..., Path], output: Path
@@ -168,13 +168,13 @@ class KillsOnce:
     def __init__(self, marker: Path | None):
         self.marker, self.write_shard = marker, streaming._write_shard
 
-    def __call__(self, path: Path, *arguments: Any) -> None:
+    def __call__(self, path: Path, *arguments: Any) -> str:
         if path.name.startswith("model-00002") and not (self.marker and self.marker.exists()):
             if self.marker:
                 self.marker.touch()
             path.with_suffix(".half.tmp").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
-        self.write_shard(path, *arguments)
+        return self.write_shard(path, *arguments)
 
 
 class KillsOther:
@@ -183,8 +183,8 @@ class KillsOther:
     def __init__(self, process: int):
         self.process, self.write_shard = process, streaming._write_shard
 
-    def __call__(self, path: Path, *arguments: Any) -> None:
+    def __call__(self, path: Path, *arguments: Any) -> str:
         if path.name.startswith("model-00002"):
             os.kill(self.process, signal.SIGKILL)
             time.sleep(5)
-        self.write_shard(path, *arguments)
+        return self.write_shard(path, *arguments)

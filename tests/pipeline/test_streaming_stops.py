@@ -15,7 +15,7 @@ import pytest
 import torch
 from killed import ended_by
 from safetensors.torch import load_file, save_file
-from streamed import _stop_at_second, configured, files, shard_of, states_of, unfinished
+from streamed import EARLIER, _stop_at_second, configured, files, shard_of, states_of, unfinished
 from torch import Tensor
 
 from thermo_lib import ThermoConfig
@@ -50,7 +50,7 @@ class TestInterrupted:
         with monkeypatch.context() as patch:
             patch.setattr(streaming, "save_file", killed)
             assert ended_by(lambda: quantize_checkpoint(source, output, configured())) == signal.SIGKILL
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
         kept = {path.name: path.stat().st_mtime_ns for path in unfinished(output).glob("*.safetensors")}
         assert len(kept) == 2
         quantize_checkpoint(source, output, configured())
@@ -104,7 +104,7 @@ class TestInterrupted:
                     break
             retired = output.with_name(f".{output.name}.partial.old")
             found = [files(path) for path in (output, retired) if path.exists()]
-            assert {"config.json": b"earlier"} in found or files(tmp_path / "whole") in found
+            assert EARLIER in found or files(tmp_path / "whole") in found
         assert stops > 3
         assert files(output) == files(tmp_path / "whole")
 
@@ -125,7 +125,7 @@ class TestInterrupted:
         for allowed in range(100):
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
-            (output / "config.json").write_text("earlier", encoding="utf-8")
+            (output / "config.json").write_bytes(EARLIER["config.json"])
             steps = Steps(allowed)
             with monkeypatch.context() as patch:
                 if not swaps:
@@ -138,7 +138,7 @@ class TestInterrupted:
             found = files(output) if output.exists() else None
             if found:
                 found.pop(streaming.RUN_NAME, None)
-            assert found in (whole, {"config.json": b"earlier"}) or (found is None and not swaps)
+            assert found in (whole, EARLIER) or (found is None and not swaps)
             with monkeypatch.context() as patch:
                 patch.setattr(streaming, "_stored", lambda *_: 1 / 0)
                 patch.setattr(streaming, "quantize", lambda *_, **__: 1 / 0)
@@ -169,7 +169,7 @@ class TestInterrupted:
         (source / "tokenizer.json").unlink()
         with pytest.raises(ValueError, match=r"no tokenizer\.json"):
             quantize_checkpoint(source, output, configured())
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
 
     @pytest.mark.parametrize(
         "named",
@@ -231,7 +231,7 @@ class TestInterrupted:
         with pytest.raises(ValueError, match=f"unfinished run of another {named} in .*delete that folder"):
             quantize_checkpoint(source, output, config)
         assert files(unfinished(output)) == kept
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
 
     def test_a_full_disk_leaves_what_was_there_and_the_next_call_goes_on(
         self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
@@ -247,7 +247,7 @@ class TestInterrupted:
             patch.setattr(streaming, "save_file", full)
             with pytest.raises(OSError, match=r"output: could not write .*No space left on device.*goes on"):
                 quantize_checkpoint(source, output, configured())
-        assert files(output) == {"config.json": b"earlier"}
+        assert files(output) == EARLIER
         assert [path.name for path in unfinished(output).iterdir()] == [streaming.RUN_NAME]
         quantize_checkpoint(source, output, configured())
         assert files(output) == files(tmp_path / "whole")
@@ -266,7 +266,7 @@ class TestInterrupted:
             with pytest.raises(OSError, match=r"output: could not write .*; ") as caught, file_limit(limit):
                 quantize_checkpoint(source, output, config, calibration)
             stopped.add(str(caught.value).split()[4])
-            assert files(output) == {"config.json": b"earlier"}
+            assert files(output) == EARLIER
             assert list(output.parent.glob("**/*.tmp")) == []
         assert len(stopped) > 2
         quantize_checkpoint(source, output, config, calibration)

@@ -22,6 +22,7 @@ from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_ta
 from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.cut import cut_to_blocks
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
+from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, as_lm
 
@@ -129,14 +130,11 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write the states as one safetensors file; an earlier file stays whole until the new one is."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.to(torch.int32) if v.dtype == torch.int64 else v for k, v in self.tensors().items()}
-        temporary = path.with_suffix(".tmp")
         # One entry: the order of several in the file is left to chance, and equal states should be equal files.
         about = json.dumps({"timesteps": self.timesteps, "source": self.source})
-        save_file(tensors, temporary, metadata={"calibration": about})
-        temporary.replace(path)
+        with replacing(path) as new:
+            save_file(tensors, new, metadata={"calibration": about})
 
     @classmethod
     def load(cls, path: str | Path) -> "Calibration":

@@ -10,7 +10,6 @@ masked positions, mask ratios stratified over the batch.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from thermo_lib.data import corpus
 from thermo_lib.data.corpus import token_stream, train_tokenizer
 from thermo_lib.data.puzzles import MASK, TASKS, encode_puzzles, make_puzzles
 from thermo_lib.diffusion.sampling import mask_tokens
+from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 
@@ -91,10 +91,8 @@ class Training:
 
     def save(self) -> None:
         """Write the checkpoint; the earlier one stays whole until the new one is complete."""
-        self.checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.checkpoint.with_suffix(".tmp")
-        save_file(self._state(), temporary, metadata={"step": str(self.step), "params": self._fingerprint()})
-        os.replace(temporary, self.checkpoint)
+        with replacing(self.checkpoint, "an earlier checkpoint is as it was") as new:
+            save_file(self._state(), new, metadata={"step": str(self.step), "params": self._fingerprint()})
 
     def _factor(self, step: int) -> float:
         p = self.params
@@ -193,19 +191,18 @@ def prepare(workdir: Path, packages: Mapping[str, str], vocab_size: int) -> tupl
         with safe_open(stream_file, framework="pt") as file:
             made = file.metadata() == made_of
     if not made:
-        workdir.mkdir(parents=True, exist_ok=True)
         files = corpus.load_corpus("train", packages)
         tokenizer = train_tokenizer(iter(files.values()), vocab_size)
-        tokenizer.save(str(tokenizer_file))
-        temporary = stream_file.with_suffix(".tmp")
-        save_file({"stream": token_stream(files, tokenizer)}, temporary, metadata=made_of)
-        os.replace(temporary, stream_file)
+        with replacing(tokenizer_file) as new:
+            tokenizer.save(str(new))
+        with replacing(stream_file) as new:
+            save_file({"stream": token_stream(files, tokenizer)}, new, metadata=made_of)
     with safe_open(stream_file, framework="pt") as file:
         return file.get_tensor("stream"), Tokenizer.from_file(str(tokenizer_file))
 
 
 def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:
-    """Write the finished model (bfloat16) with the record of its training, ``training.json``.
+    """Write the finished model (bfloat16) with the record of its training, ``training.json``; a ``README.md`` stays.
 
     Args:
         training: a run that has reached its last step.
@@ -235,5 +232,5 @@ def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:
         "settings": {"seed": training.seed, **p},
     }
     lm = DiffusionLM(training.model.eval(), training.tokenizer, training.mask_token_id, "reference")
-    save_model(lm, folder, extra={"training.json": json.dumps(record, indent=1) + "\n"})
+    save_model(lm, folder, extra={"training.json": json.dumps(record, indent=1) + "\n"}, kept=["README.md"])
     return record

@@ -21,6 +21,7 @@ from thermo_lib.evaluation.scores import (
     puzzles_under_bound,
     solve_puzzles,
 )
+from thermo_lib.files.locks import locked
 from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
 from thermo_lib.models.families import config_json
 from thermo_lib.models.lm import DiffusionLM
@@ -45,7 +46,7 @@ class Measured:
     """
 
     def __init__(self, path: str | Path):
-        self._snapshot = Snapshot(Path(path), _FORMAT)
+        self._snapshot = Snapshot(Path(path), _FORMAT, is_sealed=False)
         self._found = self._snapshot.load()
         self._used: dict[str, Tensor] = {}
 
@@ -107,13 +108,15 @@ class Measured:
         return kept["counts"]
 
     def save(self) -> None:
-        """Write the file with what has been asked for since it was read; the rest is dropped.
+        """Write the file with what has been asked for since it was read, and what others have added; the rest goes.
 
         Raises:
+            ValueError: the file has been damaged meanwhile.
             OSError: no space left, or no right to write; an earlier file is as it was.
         """
-        self._snapshot.save(dict(sorted(self._used.items())))
-        self._snapshot.path.chmod(0o644)
+        with locked(self._snapshot.path, wait=True):
+            added = {key: value for key, value in self._snapshot.load().items() if key not in self._found}
+            self._snapshot.save(dict(sorted((added | self._used).items())))
 
 
 def _tensors(found: Evaluation) -> dict[str, Tensor]:

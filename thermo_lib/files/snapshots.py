@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from thermo_lib.files.folders import writing
+from thermo_lib.files.whole import replacing
 
 
 def digest(*parts: Any) -> str:
@@ -36,10 +35,12 @@ class Snapshot:
     Attributes:
         path: the file.
         run: digest of what the run depends on.
+        is_sealed: whether a digest of the state is in the file too, so that a damaged one is known.
     """
 
     path: Path
     run: str
+    is_sealed: bool = True
 
     def save(self, state: Mapping[str, Tensor]) -> None:
         """Replace the file by one with this state.
@@ -47,16 +48,10 @@ class Snapshot:
         Raises:
             OSError: no space left, or no right to write; an earlier file is as it was.
         """
-        temporary = self.path.with_suffix(".tmp")
         tensors = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-        with writing(self.path, "an earlier snapshot is kept, the same call goes on from there"):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                save_file(tensors, temporary, metadata={"run": self.run})
-                os.replace(temporary, self.path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
+        about = f"{self.run}|{digest(tensors)}" if self.is_sealed else self.run
+        with replacing(self.path, "an earlier snapshot is kept, the same call goes on from there") as new:
+            save_file(tensors, new, metadata={"run": about})
 
     def load(self) -> dict[str, Tensor]:
         """The state; empty where there is no file yet.
@@ -67,15 +62,32 @@ class Snapshot:
         if not self.path.is_file():
             return {}
         try:
-            with safe_open(self.path, framework="pt") as file:
-                run = (file.metadata() or {}).get("run")
-                state = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, OSError) as error:
+            about, state = _read(self.path)
+        except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(f"resume: {self.path} is not a complete snapshot ({error}); delete it") from error
-        if run != self.run:
+        if about != self.run:
             found = f"found a run of other weights, states or settings in {self.path}"
             raise ValueError(f"resume: {found}, allowed is the same run; delete it or name another folder")
         return state
+
+
+def remove_damaged(folder: Path) -> None:
+    """Remove the snapshots in a folder that aren't complete."""
+    for path in folder.glob("*.safetensors"):
+        try:
+            _read(path)
+        except (SafetensorError, OSError, ValueError):
+            path.unlink()
+
+
+def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The run of a snapshot and its state; raises ValueError where the state isn't what was saved."""
+    with safe_open(path, framework="pt") as file:
+        run, _, seal = (file.metadata() or {}).get("run", "").partition("|")
+        state = {key: file.get_tensor(key) for key in file.keys()}
+    if seal and seal != digest(state):
+        raise ValueError("its content has changed since it was written")
+    return run, state
 
 
 def part_of(state: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

@@ -1,25 +1,23 @@
 """Text and JSON files: written whole or not at all, read with errors that name the file."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from thermo_lib.files.whole import replacing
 
 _MOST_BYTES = 2**26  # a vocabulary of 256,000 tokens takes half of that
 _MOST_LEVELS = 64  # published files have up to ten; Python copies and writes some hundreds
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a file so that an earlier one stays whole until the new one is complete."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    """Write a file so that an earlier one stays whole until the new one is complete.
+
+    Raises:
+        OSError: no space left, no right to write, and the like; an earlier file is as it was.
+    """
+    with replacing(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -27,8 +25,14 @@ def write_json(path: str | Path, content: Any) -> None:
 
     Raises:
         ValueError: a number is NaN or infinite.
+        OSError: what ``write_text`` raises.
     """
-    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+    write_text(path, as_json(content))
+
+
+def as_json(content: Any) -> str:
+    """The text that ``write_json`` writes; raises ValueError where a number is NaN or infinite."""
+    return json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n"
 
 
 def read_json(path: str | Path) -> Any:

@@ -417,6 +417,7 @@ def save_model(
     folder: str | Path,
     dtype: torch.dtype = torch.bfloat16,
     extra: Mapping[str, str] | None = None,
+    kept: Sequence[str] = (),
 ) -> None:
     """Write a full-precision model as ``config.json``, ``model.safetensors``, ``tokenizer.json`` and its settings.
 
@@ -427,9 +428,11 @@ def save_model(
         folder: where to write it.
         dtype: of the stored weights.
         extra: more text files, name to content.
+        kept: names of files of an earlier folder that stay.
 
     Raises:
-        ValueError: time-aware norms.
+        ValueError: time-aware norms, or what ``output_folder`` raises.
+        OSError: no space left, or no right to write.
     """
     check_plain_norms(lm.model)
 
@@ -441,10 +444,9 @@ def save_model(
                 del state[name]
         state = {tensor_name(config, name): tensor for name, tensor in state.items()}
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        (target / WEIGHTS_NAME).chmod(0o644)
         (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
         save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)
         for name, text in (extra or {}).items():
             (target / name).write_text(text, encoding="utf-8")
 
-    write_folder(Path(folder), write)
+    write_folder(Path(folder), write, kept=kept)

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-from thermo_lib.files.folders import TEMPLATES_NAME
+from thermo_lib.files.outputs import TEMPLATES_NAME
 from thermo_lib.files.text import read_object, read_whole
 from thermo_lib.models.rendering import render
 from thermo_lib.models.tokenizer_json import NAME as JSON_NAME

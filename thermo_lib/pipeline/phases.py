@@ -1,20 +1,49 @@
 """What a phase of training works on: its states, and the snapshots from which a stopped run goes on."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from thermo_lib.diffusion.prompts import Prompts, prompts_of
 from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.files.locks import locked
 from thermo_lib.files.snapshots import Snapshot, digest, named, part_of
+from thermo_lib.files.whole import sweep_inside
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import PathKL, Phase, TimeNorms
 from thermo_lib.transition.chains import Batch, Chains
 from thermo_lib.transition.loss import TransitionLoss
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+_HELD: ContextVar[Path | None] = ContextVar("held", default=None)  # the folder of the function that is running
+
+
+def alone_in_resume(function: Function) -> Function:
+    """Make a function that keeps snapshots the only one in the folder ``resume``, and tidy up after killed ones."""
+
+    @wraps(function)
+    def run(*arguments: Any, resume: str | Path | None = None, **more: Any) -> Any:
+        folder = None if resume is None else Path(resume).resolve()
+        if folder == _HELD.get():
+            return function(*arguments, resume=resume, **more)
+        token = _HELD.set(folder)
+        try:
+            if folder is None:
+                return function(*arguments, **more)
+            with locked(folder / "snapshots", said="resume: found another run keeping {}"):
+                sweep_inside(folder)
+                return function(*arguments, resume=resume, **more)
+        finally:
+            _HELD.reset(token)
+
+    return run
 
 
 @dataclass(frozen=True)

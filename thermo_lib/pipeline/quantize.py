@@ -14,7 +14,7 @@ from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, norm_names
-from thermo_lib.pipeline.phases import PhaseRun, weights_snapshot
+from thermo_lib.pipeline.phases import PhaseRun, alone_in_resume, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.training import (
     optimize_transitions,
@@ -25,6 +25,7 @@ from thermo_lib.pipeline.training import (
 from thermo_lib.pipeline.weights import code_tables, quantize_weights
 
 
+@alone_in_resume
 def quantize(
     lm: DiffusionLM | MaskPredictor,
     config: ThermoConfig | str = DEFAULT,
@@ -47,7 +48,8 @@ def quantize(
 
     Raises:
         ValueError: an unknown preset, a model that is quantized already, a configuration that needs calibration and
-            there is none, a weight with NaN or infinity, or ``resume`` has a snapshot of another run.
+            there is none, a weight with NaN or infinity, or ``resume`` has a snapshot of another run or another run is
+            there.
     """
     lm, config = as_lm(lm), ThermoConfig.preset(config) if isinstance(config, str) else config
     _check(lm, config, calibration)

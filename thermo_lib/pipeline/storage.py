@@ -129,13 +129,16 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     """Write a quantized model: packed codes, time-group parameters before smoothing, config and tokenizer.
 
     An earlier folder of that name stays as it was until the new one is complete.
+
+    Raises:
+        ValueError: what ``output_folder`` raises, or a layer that computes with other parameters than would be stored.
+        OSError: no space left, or no right to write.
     """
 
     def write(target: Path) -> None:
         tensors = model_tensors(lm)
         stored = {tensor_name(lm.model.config, name): tensor.cpu().clone() for name, tensor in tensors.items()}
         save_file(stored, target / WEIGHTS_NAME, metadata={"format": "pt"})
-        (target / WEIGHTS_NAME).chmod(0o644)
         text = quantized_config_json(lm.model.config, lm.config, lm.model.norm.weight.dtype)
         (target / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)

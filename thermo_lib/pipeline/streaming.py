@@ -4,9 +4,8 @@ Weights are read from the safetensors shards, without calibration in the rows th
 in shards again. A run that was stopped goes on after the last complete shard, or block.
 """
 
+import hashlib
 import math
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -24,10 +23,12 @@ from transformers import PreTrainedConfig
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.extras import needs
-from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, unfinished, writing
-from thermo_lib.files.snapshots import digest
+from thermo_lib.files.folders import only_writer, replace_folder
+from thermo_lib.files.outputs import RUN_NAME, mark, output_folder, unfinished
+from thermo_lib.files.snapshots import digest, remove_damaged
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
 from thermo_lib.files.text import read_object, write_json
+from thermo_lib.files.whole import make_folder, remove, replacing, writing
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import read_config, tensor_name
 from thermo_lib.models.lm import check_unquantized, last_norm, model_folder
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-RUN_NAME = "run.json"
 SNAPSHOTS_NAME = "snapshots"
+_SHARDS = "shards"  # in RUN_NAME: the SHA-256 of each complete one
 _KEPT = "complete shards are kept, the same call goes on after them"
 _SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
@@ -92,7 +93,8 @@ def quantize_checkpoint(
 
     Until it is complete, the new folder is beside ``output`` under the name ``.<output>.partial``, and an earlier
     ``output`` stays as it was. A run that was stopped at any moment goes on from there with the same result; one that
-    was stopped at its very end leaves a ``run.json`` in ``output``, which the same call removes.
+    was stopped at its very end leaves a ``run.json`` in ``output``, which the same call removes. A shard or snapshot
+    that isn't what was written, as after a power cut, is made anew.
 
     Args:
         source: a folder in the layout of a family, or a hub id.
@@ -161,19 +163,29 @@ def _quantize(
     if _is_done(output, run):
         _finish(output, partial)
         return
-    _begin(partial, run)
-    paths = _complete_shards(partial)
+    digests = _begin(partial, run)
+    paths = _complete_shards(partial, digests)
     if config.needs_calibration and not paths:
         lm = load_streamed(str(folder), family=kind[0], block_length=kind[1], device=device)
         snapshots = partial / SNAPSHOTS_NAME
+        remove_damaged(snapshots)
         quantized = quantize(lm, config, calibration, prompts=prompts, resume=snapshots, progress=progress)
-        paths = _write_tensors(partial, _as_stored(quantized, checkpoint), shard_bytes)
+        tensors = _as_stored(quantized, checkpoint)
+        shards = _shards(list(tensors), lambda name: tensors[name].nbytes, shard_bytes)
+        paths = _shard_paths(partial, len(shards))
+        for names, path in zip(shards, paths, strict=True):
+            if not _is_whole(path, digests):
+                digests[path.name] = _write(path, {name: tensors[name] for name in names})
+                _record(partial, run, digests)
     elif not config.needs_calibration:
         shards = _shards(_tasks(checkpoint, model, config), lambda task: task.size, shard_bytes)
         paths = _shard_paths(partial, len(shards))
         size = sum(task.size for shard in shards for task in shard)
         with tqdm(total=size, desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
-            for number in _written(shards, paths, model_config, config, client, device):
+            for number, found in _written(shards, paths, digests, model_config, config, client, device):
+                if digests.get(paths[number].name) != found:
+                    digests[paths[number].name] = found
+                    _record(partial, run, digests)
                 bar.update(sum(task.size for task in shards[number]))
     weight_map: dict[str, str] = {}
     for path in paths:
@@ -186,8 +198,10 @@ def _quantize(
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(tokenizer, chat_template, partial, carried)
         remove(partial / SNAPSHOTS_NAME)
-        for leftover in [*partial.glob("*.tmp"), *partial.glob(".*.tmp"), output / RUN_NAME]:
-            leftover.unlink(missing_ok=True)
+        for leftover in [*partial.glob(".*"), *partial.glob("*.tmp"), output / RUN_NAME]:
+            remove(leftover)
+        mark(partial, digest(run))
+        output_folder(output, folder)  # once more: it may have changed meanwhile
         replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
     _finish(output, partial)
 
@@ -210,20 +224,21 @@ def _as_stored(lm: QuantizedLM, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return found
 
 
-def _write_tensors(folder: Path, tensors: Mapping[str, Tensor], most: int) -> list[Path]:
-    """Write tensors in shards, those that are there already excepted; the shards."""
-    shards = _shards(list(tensors), lambda name: tensors[name].nbytes, most)
-    paths = _shard_paths(folder, len(shards))
-    for shard, path in zip(shards, paths, strict=True):
-        if not path.is_file():
-            _write(path, {name: tensors[name] for name in shard})
-    return paths
-
-
-def _complete_shards(folder: Path) -> list[Path]:
-    """The shards in a folder, if all are there."""
+def _complete_shards(folder: Path, digests: Mapping[str, str]) -> list[Path]:
+    """The shards in a folder, if all are there and whole."""
     paths = sorted(folder.glob("model-*-of-*.safetensors"))
-    return paths if paths == _shard_paths(folder, len(paths)) else []
+    is_complete = paths == _shard_paths(folder, len(paths)) and all(_is_whole(path, digests) for path in paths)
+    return paths if is_complete else []
+
+
+def _is_whole(path: Path, digests: Mapping[str, str]) -> bool:
+    """Whether a shard is there as it was written."""
+    return path.is_file() and digests.get(path.name) == _digest(path)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _shard_paths(folder: Path, count: int) -> list[Path]:
@@ -232,10 +247,20 @@ def _shard_paths(folder: Path, count: int) -> list[Path]:
 
 def _is_done(output: Path, run: Mapping[str, Any]) -> bool:
     """Whether the same run was stopped after it had put its result in place, and before its end."""
+    return _differing(output, run) == []
+
+
+def _differing(folder: Path, run: Mapping[str, Any]) -> list[str] | None:
+    """What another run is of that a folder is of; None where it is of none that can be read."""
+    path = folder / RUN_NAME
     try:
-        return (output / RUN_NAME).is_file() and read_object(output / RUN_NAME) == run
-    except ValueError:
-        return False
+        found = read_object(path) if path.is_file() else None
+    except ValueError:  # damaged
+        return None
+    if found is None:
+        return None
+    found.pop(_SHARDS, None)
+    return sorted(key for key in found.keys() | run.keys() if found.get(key) != run.get(key))
 
 
 def _finish(output: Path, partial: Path) -> None:
@@ -301,39 +326,40 @@ def _stored(
     }
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")  # a cluster may work on one shard twice
-    with writing(path, _KEPT):
-        try:
-            save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
-            temporary.chmod(0o644)
-            os.replace(temporary, path)
-        except (SafetensorError, OSError):
-            temporary.unlink(missing_ok=True)
-            raise
+def _write(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a shard; its digest."""
+    with replacing(path, _KEPT) as new:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, new, metadata={"format": "pt"})
+    return _digest(path)
 
 
 def _write_shard(
-    path: Path, shard: list[_Task], model_config: PreTrainedConfig, config: ThermoConfig, device: torch.device
-) -> None:
-    """Write a shard of what needs no calibration, unless it is there."""
-    if not path.is_file():
-        _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config, device).items()})
+    path: Path,
+    shard: list[_Task],
+    digests: Mapping[str, str],
+    model_config: PreTrainedConfig,
+    config: ThermoConfig,
+    device: torch.device,
+) -> str:
+    """Write a shard of what needs no calibration, unless it is there; its digest."""
+    if _is_whole(path, digests):
+        return digests[path.name]
+    return _write(path, {key: t for task in shard for key, t in _stored(task, model_config, config, device).items()})
 
 
 def _written(
     shards: list[list[_Task]],
     paths: list[Path],
+    digests: Mapping[str, str],
     model_config: PreTrainedConfig,
     config: ThermoConfig,
     client: "Client | None",
     device: torch.device,
-) -> Iterator[int]:
-    """Write what is missing of the shards, and yield the number of each as soon as it is there."""
+) -> Iterator[tuple[int, str]]:
+    """Write what is missing of the shards, and yield number and digest of each as soon as it is there."""
     if client is None:
         for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
-            _write_shard(path, shard, model_config, config, device)
-            yield number
+            yield number, _write_shard(path, shard, digests, model_config, config, device)
         return
     as_completed = needs("distributed").as_completed
     from distributed.comm import CommClosedError
@@ -344,14 +370,15 @@ def _written(
     try:
         client.wait_for_workers(1, timeout=_WORKER_SECONDS)
         for number, (shard, path) in enumerate(zip(shards, absolute, strict=True)):
-            futures[client.submit(_write_shard, path, shard, model_config, config, device, pure=False)] = number
+            work = path, shard, dict(digests), model_config, config, device
+            futures[client.submit(_write_shard, *work, pure=False)] = number
         for future in as_completed(futures):
-            future.result()
+            found = future.result()
             if not paths[futures[future]].is_file():
                 raise OSError(
                     f"output: found no {absolute[futures[future]]}, which a worker wrote on its own file system"
                 )
-            yield futures[future]
+            yield futures[future], found
     except TimeoutError as error:
         raise OSError(f"scheduler: found no worker in {_WORKER_SECONDS} s, allowed is at least one; {_KEPT}") from error
     except KilledWorker as error:
@@ -377,17 +404,27 @@ def _run(
     return run | checkpoint.identity()
 
 
-def _begin(partial: Path, run: dict[str, Any]) -> None:
-    """Make the working folder, or go on in it if it is of the same run."""
-    path = partial / RUN_NAME
-    if path.is_file():
-        earlier = read_object(path)
-        changed = sorted(key for key in earlier.keys() | run.keys() if earlier.get(key) != run.get(key))
-        if changed:
-            found = f"found an unfinished run of another {', '.join(changed)} in {partial}"
-            raise ValueError(f"output: {found}; delete that folder, or bring back what has changed")
-        return
-    with writing(path, "an earlier output is as it was"):
-        remove(partial)  # of a run that was stopped before its first file
-        partial.mkdir()
-        write_json(path, run)
+def _begin(partial: Path, run: dict[str, Any]) -> dict[str, str]:
+    """Make the working folder, or go on in it if it is of the same run.
+
+    Returns:
+        The name of each shard that it has to its digest.
+    """
+    changed = _differing(partial, run)
+    if changed:
+        found = f"found an unfinished run of another {', '.join(changed)} in {partial}"
+        raise ValueError(f"output: {found}; delete that folder, or bring back what has changed")
+    if changed is not None:
+        digests = read_object(partial / RUN_NAME).get(_SHARDS)
+        return digests if isinstance(digests, dict) else {}
+    with writing(partial / RUN_NAME, "an earlier output is as it was"):
+        remove(partial)  # of a run that was stopped before its first file, or damaged
+        make_folder(partial)
+        _record(partial, run, {})
+    return {}
+
+
+def _record(partial: Path, run: Mapping[str, Any], digests: Mapping[str, str]) -> None:
+    """Note which shards are complete."""
+    with writing(partial, _KEPT):
+        write_json(partial / RUN_NAME, {**run, _SHARDS: digests})

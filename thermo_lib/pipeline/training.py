@@ -27,7 +27,7 @@ from thermo_lib.pipeline.model import (
     norm_names,
 )
 from thermo_lib.pipeline.parts import Blocks, PathKL, Phase, Sequential, TimeNorms
-from thermo_lib.pipeline.phases import FreshChains, PhaseRun
+from thermo_lib.pipeline.phases import FreshChains, PhaseRun, alone_in_resume
 from thermo_lib.pipeline.progress import BlockSnapshots
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.weights import counts_tokens, prepare_quantizer, quantize_layer
@@ -147,6 +147,7 @@ def _store_weights(lm: QuantizedLM, weights: Mapping[str, TrainableWeight]) -> N
         install_weights(layers[name], [params], lm.config)
 
 
+@alone_in_resume
 def reconstruct_blocks(
     lm: QuantizedLM,
     reference: DiffusionLM,
@@ -232,6 +233,7 @@ def _trained_config(lm: QuantizedLM, phase: Phase) -> ThermoConfig:
     return lm.config.replace(training=(*lm.config.training, phase))
 
 
+@alone_in_resume
 def optimize_transitions(
     lm: QuantizedLM,
     reference: DiffusionLM,
@@ -339,6 +341,7 @@ def fit_quantized(
     return losses
 
 
+@alone_in_resume
 def train_time_norms(
     lm: QuantizedLM,
     reference: DiffusionLM,

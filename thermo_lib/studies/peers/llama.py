@@ -15,6 +15,8 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedConfig
 
+from thermo_lib.files.whole import replacing
+
 FILE_TYPES = {"Q2_K": 10, "IQ2_XXS": 19}  # enum llama_ftype, LLAMA_FTYPE_MOSTLY_...
 NEEDS_IMPORTANCE = ("IQ2_XXS",)
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -30,32 +32,30 @@ def write_gguf(model: nn.Module, config: PreTrainedConfig, path: Path) -> None:
     """
     import gguf
 
-    temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DREAM])
-    writer.add_tokenizer_model("none")
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DREAM, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        key = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if tensor.ndim == 1:
-            writer.add_tensor(key, tensor.float().numpy())
-        else:
-            bytes_ = tensor.contiguous().view(torch.uint8).numpy()
-            writer.add_tensor(key, bytes_, raw_dtype=gguf.GGMLQuantizationType.BF16)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
+    with replacing(path) as new:
+        writer = gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DREAM])
+        writer.add_tokenizer_model("none")
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(config.max_position_embeddings)
+        writer.add_embedding_length(config.hidden_size)
+        writer.add_block_count(config.num_hidden_layers)
+        writer.add_feed_forward_length(config.intermediate_size)
+        writer.add_head_count(config.num_attention_heads)
+        writer.add_head_count_kv(config.num_key_value_heads)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DREAM, config.num_hidden_layers)
+        for name, tensor in model.state_dict().items():
+            key = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if tensor.ndim == 1:
+                writer.add_tensor(key, tensor.float().numpy())
+            else:
+                bytes_ = tensor.contiguous().view(torch.uint8).numpy()
+                writer.add_tensor(key, bytes_, raw_dtype=gguf.GGMLQuantizationType.BF16)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def linear_bits(path: Path) -> float:
@@ -95,19 +95,18 @@ def quantize_gguf(source: Path, target: Path, type: str, threads: int) -> None:
             entry.name, entry.size, entry.data = name.encode(), size, ctypes.cast(ones, ctypes.POINTER(ctypes.c_float))
             kept.append(ones)
         params.imatrix = entries
-    temporary = target.with_name(f".{target.name}.tmp")
-    with tqdm(total=len(tensors), desc=f"llama.cpp {type}", unit="tensor", leave=False) as bar:
+    with replacing(target) as new:
+        with tqdm(total=len(tensors), desc=f"llama.cpp {type}", unit="tensor", leave=False) as bar:
 
-        @llama_cpp.llama_log_callback
-        def log(level: int, text: bytes, data: object) -> None:
-            bar.update(text.startswith(b"["))  # [ 1/ 27] blk.0.attn_q.weight ...
+            @llama_cpp.llama_log_callback
+            def log(level: int, text: bytes, data: object) -> None:
+                bar.update(text.startswith(b"["))  # [ 1/ 27] blk.0.attn_q.weight ...
 
-        llama_cpp.llama_log_set(log, None)
-        code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), ctypes.byref(params))
-        llama_cpp.llama_log_set(_silent(), None)
-    if code:
-        raise RuntimeError(f"llama_model_quantize: found code {code} for {type}, expected 0")
-    os.replace(temporary, target)
+            llama_cpp.llama_log_set(log, None)
+            code = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(new), ctypes.byref(params))
+            llama_cpp.llama_log_set(_silent(), None)
+        if code:
+            raise RuntimeError(f"llama_model_quantize: found code {code} for {type}, expected 0")
 
 
 def load_gguf(path: Path, most: int, threads: int, *, repack: bool = True) -> Callable[[int], Any]:

@@ -10,7 +10,6 @@ import argparse
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from thermo_lib.diffusion.states import Calibration, calibrate
 from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.whole import replacing
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
@@ -167,7 +167,6 @@ def study_calibration(lm: DiffusionLM) -> Calibration:
     if path.is_file():
         return Calibration.load(path)
     calibration = calibrate(lm)
-    path.parent.mkdir(parents=True, exist_ok=True)
     calibration.save(path)
     return calibration
 
@@ -202,9 +201,8 @@ def quantize(job: Job) -> None:
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
     linears = {name: layer for name, layer in layers.items() if layer.bits is not None}
     tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
-    temporary = FOLDER / f".{job.name}.tmp"
-    save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, temporary)
-    os.replace(temporary, FOLDER / f"{job.name}.safetensors")
+    with replacing(FOLDER / f"{job.name}.safetensors") as new:
+        save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, new)
     entry = Entry(
         method=job.method,
         setting=job.setting,
