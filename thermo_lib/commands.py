@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -31,9 +32,10 @@ from thermo_lib.evaluation.smoothing import (
 )
 from thermo_lib.evaluation.summary import summarize
 from thermo_lib.extras import needs
-from thermo_lib.files.folders import output_folder
+from thermo_lib.files.outputs import alone_in, output_file, output_folder
 from thermo_lib.files.tensors import weight_files
-from thermo_lib.files.text import write_json, write_text
+from thermo_lib.files.text import as_json, write_json
+from thermo_lib.files.whole import replace_together, sweep_together
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.tokenizer_json import encode
@@ -51,7 +53,7 @@ from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
 from thermo_lib.studies.grid import MIX_FIELDS, Grid, point
 from thermo_lib.studies.params import default, grid_inputs
-from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, slices, summary
+from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
 
@@ -273,19 +275,20 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "reference: found none, expected the full-precision model that the quantized one was made from"
         )
-    reproducible()
-    lm = _load(arguments.model, arguments)
-    computing = _computing(lm, arguments)
-    reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
-    if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
-        raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
-    given = _given(arguments, "sequences", "trajectories", "length")
-    given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
-    suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
-    row = summarize(arguments.model, lm, evaluate(computing, suite, progress=True))
-    if arguments.output is not None:
-        write_json(arguments.output, row)
-    print(report.table([row]))
+    with alone_in(arguments.output, ["name", "accuracy"]):
+        reproducible()
+        lm = _load(arguments.model, arguments)
+        computing = _computing(lm, arguments)
+        reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
+        if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
+            raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
+        given = _given(arguments, "sequences", "trajectories", "length")
+        given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
+        suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
+        row = summarize(arguments.model, lm, evaluate(computing, suite, progress=True))
+        print(report.table([row]))  # first, so that a full disk loses nothing
+        if arguments.output is not None:
+            write_json(arguments.output, row)
 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
@@ -303,6 +306,34 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
     methods = [arguments.smoothing_method] if arguments.smoothing_method else list(WINDOWED)
     for method in methods:
         resmoothed(config, method, arguments.smoothing_window)  # refuses a wrong window before the work
+    with alone_in(arguments.output / "report.json", ["configurations", "targets"]):
+        folder = Path(os.path.realpath(arguments.output))
+        _check_reports(folder)
+        content, timings = _benchmark(arguments, config, methods)
+        text = report.report_text(content)
+        print(text)  # first, so that a full disk loses nothing
+        texts = {"report.json": as_json(content), "report.txt": text, "timings.json": as_json(timings)}
+        replace_together(
+            folder, {name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
+        )
+
+
+def _check_reports(folder: Path) -> None:
+    """Refuse before the work files of other names that aren't those of a benchmark, and finish what a killed one began.
+
+    Raises:
+        ValueError: a file without ``report.json``, or what ``output_file`` raises.
+    """
+    sweep_together(folder)
+    for name in ("report.txt", "timings.json"):
+        if output_file(folder / name).exists() and not (folder / "report.json").exists():
+            raise ValueError(f"output: found {name} without report.json in {folder}, allowed are both or neither")
+
+
+def _benchmark(
+    arguments: argparse.Namespace, config: ThermoConfig, methods: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The report and the timings."""
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
         lm = load_model(arguments.model, **_kind(arguments))
@@ -322,36 +353,38 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         timings = smoothing_overhead(unsmoothed, calibration, suite, methods[0], progress=True)
         targets += overhead_targets(timings, config, methods[0])
         bar.update()
-    content = report.build_report(arguments.model, full_precision, rows, targets)
-    write_json(arguments.output / "report.json", content)
-    write_json(arguments.output / "timings.json", timings)
-    write_text(arguments.output / "report.txt", report.report_text(content))
-    print(report.report_text(content))
+    return report.build_report(arguments.model, full_precision, rows, targets), timings
 
 
 def run_study(arguments: argparse.Namespace) -> None:
     """Measure a grid; a run that was stopped goes on."""
+    output_file(arguments.output)
     reproducible()
     points = [p for points in slices(default(f"study.{arguments.axes}")).values() for p in points]
-    Grid(arguments.output, load_model("reference"), grid_inputs()).run(points)
+    grid = Grid(arguments.output, load_model("reference"), grid_inputs())
+    with printed_if_lost(grid):
+        grid.run(points)
 
 
 def run_point(arguments: argparse.Namespace) -> None:
     """Measure one configuration and print its scores, averaged over the seeds."""
     fields = _read_fields("point", arguments.fields, ["method", "recipe", *MIX_FIELDS])
     points = [point(seed, **fields) for seed in arguments.seeds]
+    output_file(arguments.output)
     reproducible()
     grid = Grid(arguments.output, load_model("reference"))
-    grid.run(points)
+    with printed_if_lost(grid):
+        grid.run(points)
     name = " ".join(arguments.fields)
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
-    """Time products from codes against dense ones, write the report and print it."""
-    rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
-    write_speeds(arguments.output, rows)
-    print(report.table(rows, SPEED_COLUMNS))
+    """Time products from codes against dense ones, print the report and write it."""
+    with alone_in(arguments.output, ["processor", "rows"]):
+        rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
+        print(report.table(rows, SPEED_COLUMNS))  # first, so that a full disk loses nothing
+        write_speeds(arguments.output, rows)
 
 
 def run_gpu_check(arguments: argparse.Namespace) -> None:
@@ -359,13 +392,16 @@ def run_gpu_check(arguments: argparse.Namespace) -> None:
     device = torch.device(_device(arguments.device))
     if device.type != "cuda" and arguments.device is None:
         raise ValueError("device: found no GPU, allowed is --device cpu to try the command out")
-    extent = gpu.QUICK if arguments.quick else gpu.WHOLE
-    found = gpu.gpu_check(device, extent, arguments.output, progress=True)
-    for name in gpu.PARTS:
-        if found[name]:
-            print(f"\n{name}\n{report.table(found[name], GPU_COLUMNS[name])}")
-    for name, reason in found["failed"].items():
-        print(f"{name}: {reason}")
+    extent, found = gpu.QUICK if arguments.quick else gpu.WHOLE, {}
+    with alone_in(arguments.output, ["card", "failed"]):
+        try:
+            gpu.gpu_check(device, extent, arguments.output, found=found, progress=True)
+        finally:  # also where the disk doesn't take it
+            for name in gpu.PARTS:
+                if found.get(name):
+                    print(f"\n{name}\n{report.table(found[name], GPU_COLUMNS[name])}")
+            for name, reason in found.get("failed", {}).items():
+                print(f"{name}: {reason}")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -5,13 +5,14 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from thermo_lib.files.locks import lock_file
+from thermo_lib.files.locks import lock_file, locked
 from thermo_lib.files.text import as_json, read_object
-from thermo_lib.files.whole import is_leftover
+from thermo_lib.files.whole import is_leftover, workplace, writing
 
 TEMPLATES_NAME = "additional_chat_templates"  # the only folder that a model folder may hold
 MARKER_NAME = "thermo_lib.json"  # says which files this project wrote, and for which run
@@ -38,6 +39,7 @@ def output_folder(folder: str | Path, source: Path | None = None, kept: Sequence
     Raises:
         ValueError: writing there would take away the working directory, the source, or what this project didn't write.
         PermissionError: the folder, the one that holds it or what an earlier run has left beside it is another user's.
+        OSError: nothing can be written there.
     """
     path, held = Path(os.path.realpath(folder)), [] if source is None else [source, *source.iterdir()]
     if Path.cwd().is_relative_to(path):
@@ -67,6 +69,7 @@ def output_file(path: str | Path, keys: Iterable[str] = ()) -> Path:
     Raises:
         ValueError: something else than a file is there, or a file with something else than such an object.
         PermissionError: the file or the folder that holds it is another user's.
+        OSError: nothing can be written there.
     """
     named, path, found = path, Path(os.path.realpath(path)), ""
     if not str(named) or (os.path.lexists(path) and not path.is_file()):
@@ -80,6 +83,21 @@ def output_file(path: str | Path, keys: Iterable[str] = ()) -> Path:
     if found:
         raise ValueError(f"output: found {str(named)!r}, {found}; allowed is a new file, or one that the same wrote")
     return path
+
+
+@contextmanager
+def alone_in(output: str | Path | None, keys: Sequence[str] = ()) -> Iterator[None]:
+    """Be the only run that writes a file, if one is named, and find out before the work whether it may be written.
+
+    Raises:
+        ValueError: another run writes it, or what ``output_file`` raises of a file without these keys.
+        OSError: what ``output_file`` raises.
+    """
+    if output is None:
+        yield
+        return
+    with locked(output_file(output, keys)):
+        yield
 
 
 def mark(folder: Path, run: str | None = None) -> None:
@@ -122,6 +140,7 @@ def _check_rights(output: Path, replaced: list[Path]) -> None:
     Raises:
         ValueError: a folder on the way is a file.
         PermissionError: with the path and its owner.
+        OSError: nothing can be written there.
     """
     holder = next(parent for parent in output.parents if os.path.lexists(parent))
     if not holder.is_dir():
@@ -134,6 +153,8 @@ def _check_rights(output: Path, replaced: list[Path]) -> None:
         if os.path.lexists(path) and (is_held or not may_remove(path)):
             instead = "let its owner finish or delete it, or name another one"
             raise PermissionError(f"output: {_whose(path, 'removed')}; {instead}")
+    with writing(output), workplace(holder / output.name):
+        pass  # a disk without space, or whatever else rights don't tell
 
 
 def _whose(path: Path, done: str) -> str:

@@ -269,20 +269,32 @@ PARTS: dict[str, Callable[[torch.device, Extent], Rows]] = {
 }
 
 
-def gpu_check(device: torch.device, extent: Extent, output: Path, *, progress: bool = False) -> dict[str, Any]:
+def gpu_check(
+    device: torch.device,
+    extent: Extent,
+    output: Path,
+    *,
+    found: dict[str, Any] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Run every part, one that fails included, and write what is known after each.
 
     Args:
         device: where to measure.
         extent: how much.
         output: JSON file.
+        found: takes what is known, also where it can't be written.
         progress: show a bar.
 
     Returns:
         What is written: ``card``, ``versions``, the rows of each of ``PARTS``, and ``failed``: part to the reason.
+
+    Raises:
+        OSError: no space left, or no right to write.
     """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else hardware()["processor"]
-    found: dict[str, Any] = {"card": card, "versions": versions(), "failed": {}}
+    found = {} if found is None else found
+    found |= {"card": card, "versions": versions(), "failed": {}}
     start, bar = time.perf_counter(), tqdm(PARTS.items(), desc="gpu-check", disable=not progress, unit="part")
     for number, (name, part) in enumerate(bar):
         found[name], share = [], (number + 1) / len(PARTS) * extent.seconds

@@ -19,8 +19,9 @@ from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
 from thermo_lib.evaluation.summary import markov
+from thermo_lib.files.locks import locked
 from thermo_lib.files.snapshots import digest
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.text import read_object, write_json
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -212,6 +213,7 @@ class Grid:
 
     Attributes:
         rows: the points by key.
+        measured: keys of those that were measured here, in this order.
         current: whether they were measured on this model with these inputs.
     """
 
@@ -221,17 +223,40 @@ class Grid:
         about = {"weights": digest(reference.model.state_dict()), "inputs": asdict(inputs)}
         self.made_of = json.loads(json.dumps(about))  # as the file has it
         self.rows: dict[str, PointRow] = {}
+        self.measured: list[str] = []
         self.current = True
-        if self.path.is_file():
-            content = read_json(self.path)
-            self.current = content["made_of"] == self.made_of
+        self._read()
+
+    def _read(self) -> None:
+        """Take over the points in the file; those that are known stay as they are."""
+        if not self.path.is_file():
+            return
+        try:
+            content = read_object(self.path)
             rows = (PointRow(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
-            self.rows = {row.point.key: row for row in rows}
+            found = {row.point.key: row for row in rows}
+            self.current = content["made_of"] == self.made_of
+        except (KeyError, TypeError) as error:
+            reason = f"no points of a study ({type(error).__name__}: {error})"
+            raise ValueError(f"{self.path}: found {reason}, allowed is what point and study write") from error
+        self.rows = found | self.rows
 
     def save(self) -> None:
-        """Write all rows; the earlier file stays whole until the new one is."""
-        rows = [vars(self.rows[key]) | {"point": self.rows[key].point.to_dict()} for key in sorted(self.rows)]
-        write_json(self.path, {"made_of": self.made_of, "rows": rows})
+        """Write all rows, with those that others have written meanwhile; the earlier file stays whole until then.
+
+        Raises:
+            ValueError: the file holds points of another model or of other inputs.
+            OSError: no space left, or no right to write.
+        """
+        with locked(self.path, wait=True):
+            self._read()
+            self._check()
+            rows = [vars(self.rows[key]) | {"point": self.rows[key].point.to_dict()} for key in sorted(self.rows)]
+            write_json(self.path, {"made_of": self.made_of, "rows": rows})
+
+    def _check(self) -> None:
+        if not self.current:
+            raise ValueError(f"{self.path}: found points of other weights or inputs, delete it to start anew")
 
     def __getitem__(self, point: Point) -> PointRow:
         if point.key not in self.rows:
@@ -239,20 +264,24 @@ class Grid:
         return self.rows[point.key]
 
     def run(self, points: Iterable[Point], *, progress: bool = True) -> None:
-        """Measure the points that are missing.
+        """Measure the points that are missing; another run may measure points into the same file meanwhile.
 
         Raises:
             ValueError: the file holds points of another model or of other inputs.
+            OSError: no space left, or no right to write; ``rows`` has what was measured.
         """
-        if not self.current:
-            raise ValueError(f"{self.path}: found points of other weights or inputs, delete it to start anew")
+        self._check()
         missing = list({p.key: p for p in points if p.key not in self.rows}.values())
+        if missing:
+            self.save()  # finds out before the work whether that can be done
         missing.sort(key=_shared)
         models = self._models
         for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
-            suite = models.suite(p.config.timesteps)
-            self.rows[p.key] = score(models.build(p), p, suite)
-            self.save()
+            if p.key not in self.rows:
+                suite = models.suite(p.config.timesteps)
+                self.rows[p.key] = score(models.build(p), p, suite)
+                self.measured.append(p.key)
+                self.save()
 
 
 def _shared(point: Point) -> tuple[str, ...]:

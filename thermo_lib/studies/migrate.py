@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thermo_lib.files.locks import locked
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.studies.grid import Inputs, Point
@@ -57,11 +58,12 @@ def measurements(content: dict[str, Any]) -> list[str]:
 def main(paths: Sequence[str]) -> int:
     """Migrate files in place."""
     for path in map(Path, paths):
-        content = read_json(path)
-        changed = migrate_peers(content) if "full_precision" in content else migrate_study(content)
-        if measurements(changed) != measurements(content):
-            raise ValueError(f"{path}: found other numbers after the migration; the file is as it was")
-        write_json(path, changed)
+        with locked(path, wait=True):
+            content = read_json(path)
+            changed = migrate_peers(content) if "full_precision" in content else migrate_study(content)
+            if measurements(changed) != measurements(content):
+                raise ValueError(f"{path}: found other numbers after the migration; the file is as it was")
+            write_json(path, changed)
         print(f"{path}: {len(changed['rows'])} rows, every number as before")
     return 0
 

@@ -14,6 +14,7 @@ import numpy as np
 from thermo_lib.evaluation.report import versions
 from thermo_lib.evaluation.smoothing import CLAIMED, target_row
 from thermo_lib.evaluation.statistics import interval
+from thermo_lib.files.locks import locked
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow
@@ -244,16 +245,17 @@ def both_models(
 
 def main() -> None:
     """Measure what is missing, and write the report after each part of the plan."""
-    grid = Grid(POINTS, load_model(str(fetch())), WitnessInputs())
-    reference = Grid(NORMS_POINTS, load_model("reference"))
-    variance = {
-        "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
-        WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
-    }
-    work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
-    for measured, points in work:
-        measured.run(points)
-        write_json(REPORT, report(grid, reference, variance))
+    with locked(REPORT):
+        grid = Grid(POINTS, load_model(str(fetch())), WitnessInputs())
+        reference = Grid(NORMS_POINTS, load_model("reference"))
+        variance = {
+            "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
+            WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
+        }
+        work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
+        for measured, points in work:
+            measured.run(points)
+            write_json(REPORT, report(grid, reference, variance))
 
 
 if __name__ == "__main__":

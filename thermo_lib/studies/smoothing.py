@@ -2,21 +2,32 @@
 
 import itertools
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from thermo_lib.evaluation.report import table
 from thermo_lib.evaluation.smoothing import CLAIMED, Targets, target_row
 from thermo_lib.evaluation.statistics import interval
+from thermo_lib.pipeline.about import words
 from thermo_lib.studies.grid import Grid, Point, PointRow, point
+
+_POINT_COLUMNS = {
+    "point": ("name", "{}"),
+    "seed": ("calibration_seed", "{}"),
+    "recipe": ("recipe", "{}"),
+    "accuracy": ("accuracy", "{:.6f}"),
+    "path KL": ("path_kl", "{:.6f}"),
+}
 
 
 def command(fields: Mapping[str, Any], seeds: Sequence[int]) -> str:
     """The command that measures a configuration anew; ``fields`` is what ``point`` takes."""
-    words = [f"{name}={value}" for name, value in fields.items() if value is not None]
-    quoted = [shlex.quote(word) for word in words]
+    given = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    quoted = [shlex.quote(word) for word in given]
     return " ".join(["python -m thermo_lib point", *quoted, "--seeds", *map(str, seeds)])
 
 
@@ -89,6 +100,22 @@ def summary(
             }
         )
     return rows
+
+
+@contextmanager
+def printed_if_lost(grid: Grid) -> Iterator[None]:
+    """Print the points that this run has measured where the disk doesn't take them."""
+    try:
+        yield
+    except OSError:
+        found = [grid.rows[key] for key in grid.measured]
+        rows = [
+            {"name": words(row.point.config), "accuracy": row.accuracy, "path_kl": row.path_kl} | row.point.to_dict()
+            for row in found
+        ]
+        if rows:
+            print(table(rows, _POINT_COLUMNS))
+        raise
 
 
 def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:

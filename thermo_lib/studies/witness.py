@@ -93,7 +93,6 @@ def convert(wheel: Path, folder: Path) -> None:
         ):
             write_json(target / name, content)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     write_folder(folder, write)
 
 

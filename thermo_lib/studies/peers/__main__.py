@@ -3,6 +3,7 @@
 import sys
 
 from thermo_lib.evaluation.report import table
+from thermo_lib.files.locks import locked
 from thermo_lib.files.text import read_json
 from thermo_lib.models.lm import load_model
 from thermo_lib.notebooks import reproducible
@@ -13,7 +14,8 @@ def main() -> int:
     """Score and print; 0 on success, 2 on damaged results, with the reason on stderr."""
     reproducible()
     try:
-        score_all(load_model("reference"))
+        with locked(PEERS_REPORT):
+            score_all(load_model("reference"))
         report = read_json(PEERS_REPORT)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

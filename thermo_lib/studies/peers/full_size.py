@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.evaluation.report import hardware, table
+from thermo_lib.files.locks import locked
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.quant.rounding import least_squares
@@ -105,13 +106,16 @@ def whole_block(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Measure, write and print."""
-    if not FULL_SIZE_REPORT.is_file():
-        torch.set_num_threads(THREADS)
-        for method in FULL_SIZE_METHODS.values():
-            method(torch.randn(256, 256))  # warms up
-        rows = [row for size in SIZES for row in measure(*size)]
-        versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
-        write_json(FULL_SIZE_REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()})
+    with locked(FULL_SIZE_REPORT, wait=True):
+        if not FULL_SIZE_REPORT.is_file():
+            torch.set_num_threads(THREADS)
+            for method in FULL_SIZE_METHODS.values():
+                method(torch.randn(256, 256))  # warms up
+            rows = [row for size in SIZES for row in measure(*size)]
+            versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
+            write_json(
+                FULL_SIZE_REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()}
+            )
     print(table(read_json(FULL_SIZE_REPORT)["rows"], FULL_SIZE_COLUMNS))
 
 

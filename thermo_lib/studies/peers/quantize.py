@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.files.locks import locked
 from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.files.whole import replacing
@@ -269,12 +270,13 @@ def main() -> None:
     elif arguments.only:
         quantize(next(job for job in JOBS if job.name == arguments.only))
     else:
-        run_all([job for job in JOBS if arguments.method in (None, job.method)])
-        checked = (FOLDER / f"{CHECK}.json").is_file() or (
-            PEERS_REPORT.is_file() and read_json(PEERS_REPORT)["gptq_check"]
-        )
-        if arguments.method is None and not checked:
-            subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)
+        with locked(FOLDER):
+            run_all([job for job in JOBS if arguments.method in (None, job.method)])
+            checked = (FOLDER / f"{CHECK}.json").is_file() or (
+                PEERS_REPORT.is_file() and read_json(PEERS_REPORT)["gptq_check"]
+            )
+            if arguments.method is None and not checked:
+                subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from transformers import PreTrainedConfig
 
 from thermo_lib.evaluation.report import hardware, table
 from thermo_lib.evaluation.statistics import interval
+from thermo_lib.files.locks import locked
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.pipeline.model import linear_names
@@ -351,9 +352,10 @@ def main() -> None:
             os.dup2(2, 1)  # what the libraries print is no answer
             serve(SPEED_METHODS[method], two_blocks(), SPEED_FOLDER, sys.stdin, answers)
         return
-    if not PEERS_SPEED_REPORT.is_file():
-        command = [sys.executable, "-m", "thermo_lib.studies.peers.speed", "--only"]
-        write_report(PEERS_SPEED_REPORT, measure({name: [*command, name] for name in SPEED_METHODS}))
+    with locked(PEERS_SPEED_REPORT, wait=True):
+        if not PEERS_SPEED_REPORT.is_file():
+            command = [sys.executable, "-m", "thermo_lib.studies.peers.speed", "--only"]
+            write_report(PEERS_SPEED_REPORT, measure({name: [*command, name] for name in SPEED_METHODS}))
     print(table(read_json(PEERS_SPEED_REPORT)["rows"], PEERS_SPEED_COLUMNS))
 
 
