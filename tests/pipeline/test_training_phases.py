@@ -11,6 +11,7 @@ from torch import Tensor
 from thermo_lib import Calibration, load_quantized, quantize, save_quantized
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.prompts import EmptyTexts
+from thermo_lib.files.locks import locked
 from thermo_lib.files.snapshots import Snapshot
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.training import optimize_transitions, reconstruct_blocks
@@ -364,3 +365,17 @@ class TestResume:
         path.write_bytes(b"half a snapsh")
         with pytest.raises(ValueError, match=r"resume: .*transitions.safetensors is not a complete snapshot"):
             quantize(tiny, config_of(transitions="parameters"), calibration, resume=tmp_path)
+
+    def test_of_two_runs_in_one_folder_the_second_is_refused(
+        self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path
+    ) -> None:
+        """Before its work, and what a killed one has left goes."""
+        (tmp_path / ".tmpAb3dEf").write_bytes(b"half")
+        with (
+            locked(tmp_path / "snapshots"),
+            pytest.raises(ValueError, match=r"resume: found another run keeping .*snapshots, allowed is one at a time"),
+        ):
+            quantize(tiny, config_of(), calibration, resume=tmp_path)
+        assert [path.name for path in tmp_path.iterdir()] == [".tmpAb3dEf"]
+        quantize(tiny, config_of(), calibration, resume=tmp_path)
+        assert ".tmpAb3dEf" not in [path.name for path in tmp_path.iterdir()]
