@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-fast test-library test-notebooks lab peers witness docs dream-7b clean check-platform
+.PHONY: help repro test test-fast test-library test-notebooks faults lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -12,6 +12,7 @@ PYTHON = $(shell for name in python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit(1); print(sys._base_executable)' 2>/dev/null && exit; \
 	done; echo python3)
 LAB_ARGS =
+FAULTS =
 MODEL = random
 
 export OMP_NUM_THREADS := 2
@@ -44,6 +45,7 @@ help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
 	@echo "make test-fast  run the linter and the tests that take a second or less"
+	@echo "make faults  let every file operation of every command that writes fail once (FAULTS=...): nothing may be lost"
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
@@ -73,6 +75,11 @@ test-notebooks: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env $(IN_A_ROW)
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env $(ALONE)
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
+
+# It takes half an hour; FAULTS="--some 100 --seed 1" draws so many, and FAULTS=point is one command.
+faults: export HF_HUB_OFFLINE := 1
+faults: .venv/.stamp
+	$(IN_VENV) PYTHONPATH="$$(pwd)" .venv/bin/python tests/files/faults.py $(FAULTS)
 
 docs: .venv/.stamp
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs --quiet build --strict

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thermo_lib.files.whole import make_folder, writing
@@ -13,7 +13,7 @@ from thermo_lib.files.whole import make_folder, writing
 def locked(
     path: str | Path, *, wait: bool = False, said: str = "output: found another run writing {}"
 ) -> Iterator[None]:
-    """Be the only one that reads, changes and writes a file or folder.
+    """Be the only one that reads, changes and writes a file or folder; folders on the way are made if they are needed.
 
     Args:
         path: of the file or folder; it needn't be there.
@@ -26,7 +26,7 @@ def locked(
     """
     path = Path(os.path.realpath(path))
     with writing(path):
-        make_folder(path.parent)
+        made = make_folder(path.parent)
         lock = _lock(lock_file(path), wait)
     if lock is None:
         raise ValueError(f"{said.format(path)}, allowed is one at a time; wait for it or name another one")
@@ -35,6 +35,9 @@ def locked(
     finally:
         lock_file(path).unlink(missing_ok=True)  # while it is locked, see _lock
         os.close(lock)
+        with suppress(OSError):  # where something is in them now
+            for folder in made:
+                folder.rmdir()
 
 
 def lock_file(path: Path) -> Path:

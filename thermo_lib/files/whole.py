@@ -71,12 +71,13 @@ def settle(folder: Path) -> None:
         sync(Path(path))
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder and those that hold it, as far as they are missing, on the disk too."""
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and those that hold it, as far as they are missing, on the disk too; those that it made."""
     missing = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
         sync(path.parent)
+    return missing
 
 
 @contextmanager
