@@ -48,7 +48,11 @@ def lock_file(path: Path) -> Path:
 def _lock(path: Path, wait: bool) -> int | None:
     """The descriptor of a locked file; None if another writer holds the lock and isn't to be waited for."""
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # a run that has just ended took its folder away
+            make_folder(path.parent)
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.stat(path), os.fstat(lock)):
