@@ -225,7 +225,8 @@ class Faults:
         found = contents(command.outputs)
         if status or found != self.new[name]:
             self.broken.append(f"{where}: afterwards status {status}, {sorted(found)}: {said[-600:]}")
-        left = [path.name for path in work.iterdir() if path.name not in command.outputs]
+        locks = {f".{output}.lock" for output in (*command.outputs, "report.json")} if failed == "unlink" else set()
+        left = [path.name for path in work.iterdir() if path.name not in {*command.outputs, *locks}]
         if left:
             self.broken.append(f"{where}: left {left}")
 

@@ -33,7 +33,8 @@ def locked(
     try:
         yield
     finally:
-        lock_file(path).unlink(missing_ok=True)  # while it is locked, see _lock
+        with suppress(OSError):  # an empty file that stays harms nobody
+            lock_file(path).unlink()  # while it is locked, see _lock
         os.close(lock)
         with suppress(OSError):  # where something is in them now
             for folder in made:

@@ -6,7 +6,7 @@ import pwd
 import re
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,9 @@ def _check_rights(output: Path, replaced: list[Path]) -> None:
             raise PermissionError(f"output: {_whose(path, 'removed')}; {instead}")
     with writing(output), workplace(holder / output.name):
         pass  # a disk without space, or whatever else rights don't tell
+    if lock.exists():
+        with suppress(ValueError), locked(output):
+            pass  # of a killed run: it goes
 
 
 def _whose(path: Path, done: str) -> str:
