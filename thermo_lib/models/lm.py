@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
     check_finite,
@@ -27,7 +28,6 @@ from thermo_lib.files.tensors import (
     read_tensors,
     weight_files,
 )
-from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
 from thermo_lib.models.families import (
     ARCHITECTURES,

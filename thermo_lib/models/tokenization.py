@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.folders import TEMPLATES_NAME
-from thermo_lib.files.text import read_object
+from thermo_lib.files.reading import read_object
 from thermo_lib.models.vocabularies import LISTS, OF_FAMILY, build_from_list
 from thermo_lib.models.vocabularies import NAME as LIST_NAME
 

@@ -25,9 +25,10 @@ from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.extras import needs
 from thermo_lib.files.folders import only_writer, output_folder, remove, replace_folder, unfinished, writing
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.snapshots import digest
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
-from thermo_lib.files.text import read_object, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import read_config, tensor_name
 from thermo_lib.models.lm import check_unquantized, last_norm, model_folder

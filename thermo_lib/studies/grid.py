@@ -5,11 +5,12 @@ can be compared sequence by sequence.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +20,9 @@ from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
 from thermo_lib.evaluation.summary import markov
+from thermo_lib.files.reading import field_of, read_report, shown
 from thermo_lib.files.snapshots import digest
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -45,11 +47,22 @@ class Point:
         recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every layer
             choose method and window on the calibration states for its output's error, ``best per layer by path KL`` for
             the model's path KL.
+
+    Raises:
+        ValueError: a seed that isn't a whole number in 0..2^63 - 1, or another recipe.
     """
 
     config: ThermoConfig
     calibration_seed: int = 0
     recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.calibration_seed) is not int or not 0 <= self.calibration_seed < 2**63:
+            found = f"found {self.calibration_seed!r:.80}"
+            raise ValueError(f"calibration_seed: {found}, allowed are whole numbers in 0..{2**63 - 1}")
+        if self.recipe not in (None, *get_args(Recipe)):
+            allowed = f"allowed are {', '.join(get_args(Recipe))} and null"
+            raise ValueError(f"recipe: found {self.recipe!r:.80}, {allowed}")
 
     @property
     def key(self) -> str:
@@ -63,7 +76,16 @@ class Point:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Point":
-        """The inverse of ``to_dict``."""
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a field that is missing or wrong.
+        """
+        for name in ("config", "calibration_seed", "recipe"):
+            if name not in content:
+                raise ValueError(f"{name}: found none, allowed is what a point has")
+        if not isinstance(content["config"], dict):
+            raise ValueError(f"config: found {content['config']!r:.80}, allowed is an object")
         return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"])
 
 
@@ -75,6 +97,9 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
         method: smoothing method, None for none.
         recipe: see ``Point``.
         fields: of ``ThermoConfig``, nested or flat, or dotted as in ``{"activations.fit_to": "output"}``.
+
+    Raises:
+        ValueError: a wrong field, seed or recipe, or a method with one time group.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "time_groups.window")  # the study asks for windows that are cut
@@ -122,6 +147,38 @@ class PointRow:
     def path_kl(self) -> float:
         """Nats per sequence."""
         return float(np.mean(self.path_kl_per_sequence))
+
+
+_LISTS = ("accuracy_per_sequence", "accuracy_per_timestep", "path_kl_per_sequence", "path_kl_per_timestep")
+_COLUMNS = {"point": dict, **dict.fromkeys(_LISTS, list), "bits_per_weight": float}
+
+
+def _read_rows(path: Path) -> tuple[Any, dict[str, PointRow]]:
+    """What the points of a file were measured on, and the points by key.
+
+    Raises:
+        ValueError: not the JSON of a grid; names the file, the row and the field.
+    """
+    content = read_report(path, rows=_COLUMNS)
+    made_of = field_of(content, "made_of", dict, shown(path))
+    rows: dict[str, PointRow] = {}
+    for number, row in enumerate(content["rows"]):
+        where = f"{shown(path)}: rows: row {number}"
+        for name in ("markov_score", "mean_jump"):
+            if row.get(name) is not None:
+                field_of(row, name, float, where)
+        for name in _LISTS:
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in row[name]):
+                raise ValueError(f"{where}: {name}: found {row[name]!r:.80}, allowed is a list of numbers")
+        if found := sorted(row.keys() ^ PointRow.__annotations__.keys()):
+            problem = "unknown" if found[0] in row else "missing"
+            raise ValueError(f"{where}: {found[0]}: {problem}, allowed are {', '.join(PointRow.__annotations__)}")
+        try:
+            read = PointRow(**row | {"point": Point.from_dict(row["point"])})
+        except ValueError as error:
+            raise ValueError(f"{where}: point: {error}") from error
+        rows[read.point.key] = read
+    return made_of, rows
 
 
 def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> PointRow:
@@ -186,6 +243,9 @@ class Grid:
     Attributes:
         rows: the points by key.
         current: whether they were measured on this model with these inputs.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; names the row and the field.
     """
 
     def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Any = Inputs()):
@@ -196,10 +256,8 @@ class Grid:
         self.rows: dict[str, PointRow] = {}
         self.current = True
         if self.path.is_file():
-            content = read_json(self.path)
-            self.current = content["made_of"] == self.made_of
-            rows = (PointRow(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
-            self.rows = {row.point.key: row for row in rows}
+            made_of, self.rows = _read_rows(self.path)
+            self.current = made_of == self.made_of
 
     def save(self) -> None:
         """Write all rows; the earlier file stays whole until the new one is."""
@@ -222,7 +280,7 @@ class Grid:
         missing = list({p.key: p for p in points if p.key not in self.rows}.values())
         missing.sort(key=_shared)
         models = self._models
-        for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
+        for p in tqdm(missing, desc="grid", unit="point", disable=not (progress and missing)):
             suite = models.suite(p.config.timesteps)
             self.rows[p.key] = score(models.build(p), p, suite)
             self.save()

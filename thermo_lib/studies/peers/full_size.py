@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.evaluation.report import hardware, table
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.reading import read_report
+from thermo_lib.files.text import write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.quant.rounding import least_squares
 
@@ -112,7 +113,7 @@ def main() -> None:
         rows = [row for size in SIZES for row in measure(*size)]
         versions = {name: importlib.metadata.version(name) for name in ("hqq", "torch")}
         write_json(FULL_SIZE_REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()})
-    print(table(read_json(FULL_SIZE_REPORT)["rows"], FULL_SIZE_COLUMNS))
+    print(table(read_report(FULL_SIZE_REPORT, rows={"method": str})["rows"], FULL_SIZE_COLUMNS))
 
 
 if __name__ == "__main__":
