@@ -57,7 +57,7 @@ class TestPoint:
     def test_a_wrong_method_is_refused_before_any_work(self, run: Run) -> None:
         code, _, err = run("point", "method=quadratic", "num_time_groups=2")
         assert code == 2
-        assert "smoothing: found 'quadratic', allowed is 'linear'" in err
+        assert "method: found 'quadratic', allowed are linear, cubic, sigmoid, spline, null" in err
 
     def test_its_inputs_are_those_of_the_study(
         self, run: Run, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch
