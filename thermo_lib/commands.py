@@ -12,7 +12,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from thermo_lib.chat import Chat, converse
+from thermo_lib.chat import Chat, check_system, converse
 from thermo_lib.data.texts import read_texts
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.sampling import generate
@@ -226,6 +226,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer what a user says, line after line."""
     how = _sampling(arguments)
+    check_system(arguments.raw, arguments.system)
     with suppress(KeyboardInterrupt):
         lm = _computing(_load(arguments.model, arguments), arguments)
         converse(Chat(lm, arguments.max_new_tokens, how, arguments.system, arguments.raw))
@@ -312,7 +313,8 @@ def run_study(arguments: argparse.Namespace) -> None:
     """Measure a grid; a run that was stopped goes on."""
     reproducible()
     points = [p for points in slices(default(f"study.{arguments.axes}")).values() for p in points]
-    Grid(arguments.output, load_model("reference"), grid_inputs()).run(points)
+    inputs = grid_inputs()  # a wrong file is refused before the work
+    Grid(arguments.output, load_model("reference"), inputs).run(points)
 
 
 def run_point(arguments: argparse.Namespace) -> None:

@@ -86,6 +86,8 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.settings = read_words(arguments.command, arguments.fields, _WORDS[arguments.command])
     if arguments.command in _FILES and arguments.output is not None:
         _check_output(arguments.output)
+    if arguments.command == "benchmark":
+        _check_output(arguments.output / "report.json")
 
 
 def _check_text(option: str, text: str, is_name: bool) -> None:

@@ -382,7 +382,7 @@ def score_all(
     suite = build_suite(reference) if missing or full_precision is None else None
     if full_precision is None:
         full_precision = _scores(reference, suite)
-    for entry in tqdm(missing, desc="scores", unit="setting", disable=not progress):
+    for entry in tqdm(missing, desc="scores", unit="setting", disable=not (progress and missing)):
         setting = _setting(asdict(entry))
         weights = load_weights(files[setting], reference.model)
         rows[setting] = score_peer(entry, weights, suite) | {"weights": digests[setting]}

@@ -250,7 +250,7 @@ def run_all(jobs: Sequence[Job], report: Path = PEERS_REPORT) -> None:
     rows = read_report(report, rows=NAMES)["rows"] if report.is_file() else []
     scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
     missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
-    bar = tqdm(missing, desc="peers", unit="setting")
+    bar = tqdm(missing, desc="peers", unit="setting", disable=not missing)
     for job in bar:
         bar.set_postfix_str(job.name)
         command = [sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", job.name]
