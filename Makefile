@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-library test-notebooks lab peers witness docs dream-7b clean check-platform
+.PHONY: help repro test test-library test-notebooks fuzz lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -12,6 +12,7 @@ PYTHON = $(shell for name in python3.11 python3 python; do \
 	"$$name" -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit(1); print(sys._base_executable)' 2>/dev/null && exit; \
 	done; echo python3)
 LAB_ARGS =
+FUZZ_ARGS =
 MODEL = random
 
 export OMP_NUM_THREADS := 2
@@ -25,7 +26,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # What is published can be computed without a network; the other targets may download the model that they are given.
-repro test test-library test-notebooks: export HF_HUB_OFFLINE := 1
+repro test test-library test-notebooks fuzz: export HF_HUB_OFFLINE := 1
 
 # Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
@@ -41,13 +42,14 @@ PYTEST = .venv/bin/python -m pytest -p no:cacheprovider
 help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
+	@echo "make fuzz    read 10,000 damaged inputs: all must end in one line (FUZZ_ARGS=--count 500 --seed 1 --kind words)"
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
 	@echo "make witness ask the study's questions of a second model, which is downloaded: reports/witness.json"
 	@echo "make dream-7b  quantize and run a checkpoint of Dream 7B's size (MODEL=random, a folder or a hub id)"
 	@echo "make clean   remove .venv, .venv-peers, the caches of the tools and the build leftovers; results stay"
-	@echo "Each of the first seven makes .venv from requirements.lock first, where it is missing or out of date."
+	@echo "Each of the first eight makes .venv from requirements.lock first, where it is missing or out of date."
 
 repro: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
@@ -66,6 +68,9 @@ test-notebooks: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) --nbval --nbval-current-env $(IN_A_ROW)
 	$(IN_VENV) $(KEEP_MEMORY) $(PYTEST) -n 2 --dist loadfile --nbval --nbval-current-env $(ALONE)
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
+
+fuzz: .venv/.stamp
+	$(IN_VENV) OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 docs: .venv/.stamp
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs --quiet build --strict

@@ -271,7 +271,8 @@ class Words:
             return ThermoConfig.preset(fields.pop("preset", "gptq"), **fields)
         if arguments.command == "point":
             arguments.settings.pop("seed", None)  # refused by the command
-            return [point(seed, **arguments.settings) for seed in arguments.seeds][0].config
+            points = [point(seed, **arguments.settings) for seed in arguments.seeds]
+            return points[0].config
         return None
 
 

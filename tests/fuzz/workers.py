@@ -1,5 +1,6 @@
 """Cases in processes of their own, with a limit of memory and time: what is neither success nor a one-line error."""
 
+import faulthandler
 import linecache
 import multiprocessing
 import os
@@ -92,6 +93,7 @@ def problem(error: BaseException) -> str | None:
 def _serve(pipe: Connection, start: Callable[[Path], Mapping[str, Target]], source: Path, memory: int) -> None:
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     nowhere = os.open(os.devnull, os.O_RDWR)
+    faulthandler.disable()  # a crash is told by the parent
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
     try:
