@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-fast test-library test-notebooks faults lab peers witness docs dream-7b clean check-platform
+.PHONY: help repro test test-fast test-library test-notebooks faults fuzz lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -13,6 +13,7 @@ PYTHON = $(shell for name in python3.11 python3 python; do \
 	done; echo python3)
 LAB_ARGS =
 FAULTS =
+FUZZ_ARGS =
 MODEL = random
 
 export OMP_NUM_THREADS := 2
@@ -26,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # What is published can be computed without a network; the other targets may download the model that they are given.
-repro test test-fast test-library test-notebooks: export HF_HUB_OFFLINE := 1
+repro test test-fast test-library test-notebooks faults fuzz: export HF_HUB_OFFLINE := 1
 
 # Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
@@ -46,6 +47,7 @@ help:
 	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
 	@echo "make test-fast  run the linter and the tests that take a second or less"
 	@echo "make faults  let every file operation of every command that writes fail once (FAULTS=...): nothing may be lost"
+	@echo "make fuzz    read 10,000 damaged inputs: all must end in one line (FUZZ_ARGS=--count 500 --seed 1 --kind words)"
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
 	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
@@ -77,9 +79,11 @@ test-notebooks: .venv/.stamp
 	$(IN_VENV) $(PYTEST) tests/project/test_notebooks.py
 
 # It takes half an hour; FAULTS="--some 100 --seed 1" draws so many, and FAULTS=point is one command.
-faults: export HF_HUB_OFFLINE := 1
 faults: .venv/.stamp
 	$(IN_VENV) PYTHONPATH="$$(pwd)" .venv/bin/python tests/files/faults.py $(FAULTS)
+
+fuzz: .venv/.stamp
+	$(IN_VENV) OMP_NUM_THREADS=1 .venv/bin/python tests/fuzz/run.py $(FUZZ_ARGS)
 
 docs: .venv/.stamp
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs --quiet build --strict

@@ -14,7 +14,7 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.studies import grid
 from thermo_lib.studies import smoothing as study
 from thermo_lib.studies.grid import Inputs
-from thermo_lib.studies.params import default, grid_inputs
+from thermo_lib.studies.params import default, grid_inputs, read_params
 
 pytestmark = pytest.mark.slow
 
@@ -59,7 +59,7 @@ class TestPoint:
     def test_a_wrong_method_is_refused_before_any_work(self, run: Run) -> None:
         code, _, err = run("point", "method=quadratic", "num_time_groups=2")
         assert code == 2
-        assert "smoothing: found 'quadratic', allowed is 'linear'" in err
+        assert "method: found 'quadratic', allowed are linear, cubic, sigmoid, spline, null" in err
 
     def test_its_inputs_are_those_of_the_study(
         self, run: Run, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch
@@ -84,10 +84,10 @@ class TestStudy:
         self, run: Run, tiny: DiffusionLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         axes = {**default("study.reduced"), "activation_bits": [8], "num_time_groups": [1, 2], "few_groups": [1]}
-        content = {
-            "study": {"reduced": axes},
+        content = read_params() | {
+            "study": default("study") | {"reduced": axes},
             "calibration": {"source": "trajectory", "sequences": 2, "puzzles": 1},
-            "evaluation": {"sequences": 4, "trajectories": 2},
+            "evaluation": default("evaluation") | {"sequences": 4, "trajectories": 2},
         }
         path = tmp_path / "params.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")

@@ -11,31 +11,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from thermo_lib.options import SMOOTHING, check, number, states, whole
 from thermo_lib.pipeline.presets import DEFAULT, PRESETS
-
-
-def _states(text: str) -> str:
-    if text != "all" and not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f"found {text!r}, allowed are a whole number from 1 and all")
-    return text
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     """The options of commands that let a model write."""
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="tokens to fill (%(default)s)")
-    parser.add_argument("--timesteps", type=int, default=64, help="denoising steps (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=whole, default=64, help="tokens to fill (%(default)s)")
+    parser.add_argument("--timesteps", type=whole, default=64, help="denoising steps (%(default)s)")
     parser.add_argument(
         "--sampler",
         default="entropy",
         help="which tokens first, see generate (%(default)s)",
     )
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (%(default)s)")
-    parser.add_argument("--top-p", type=float, help="of the probability that tokens are drawn from")
-    parser.add_argument("--top-k", type=int, help="tokens that are drawn from")
-    parser.add_argument("--alg-temp", type=float, default=0.0, help="of the choice of positions (%(default)s)")
-    parser.add_argument("--block-length", type=int, help="fill blocks of so many tokens, left to right")
-    parser.add_argument("--threshold", type=float, help="fill what the model is surer of than this at once (at most 1)")
-    some_ids = {"type": int, "nargs": "+", "metavar": "ID"}
+    parser.add_argument("--temperature", type=number, default=0.0, help="0 takes the likeliest token (%(default)s)")
+    parser.add_argument("--top-p", type=number, help="of the probability that tokens are drawn from")
+    parser.add_argument("--top-k", type=whole, help="tokens that are drawn from")
+    parser.add_argument("--alg-temp", type=number, default=0.0, help="of the choice of positions (%(default)s)")
+    parser.add_argument("--block-length", type=whole, help="fill blocks of so many tokens, left to right")
+    parser.add_argument(
+        "--threshold", type=number, help="fill what the model is surer of than this at once (at most 1)"
+    )
+    some_ids = {"type": whole, "nargs": "+", "metavar": "ID"}
     parser.add_argument("--suppress-tokens", default=(), **some_ids, help="ids that are never written")
     parser.add_argument("--begin-suppress-tokens", default=(), **some_ids, help="ids that aren't written first")
     parser.add_argument("--end-tokens", **some_ids, help="ids that end a text (those of the model's configuration)")
@@ -46,7 +43,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
         help="stop once all before an end is written (with the block length of a block-causal model)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="equal seeds give equal texts (%(default)s)")
+    parser.add_argument("--seed", type=whole, default=0, help="equal seeds give equal texts (%(default)s)")
 
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +51,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
     plain = "of a full-precision model whose config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"
     parser.add_argument("--family", help=plain)
     blocks = "of block-causal attention, where config.json doesn't say it"
-    parser.add_argument("--attention-block", type=int, metavar="TOKENS", help=blocks)
+    parser.add_argument("--attention-block", type=whole, metavar="TOKENS", help=blocks)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
     writer.add_argument(
         "--layerwise",
-        type=_states,
+        type=states,
         metavar="STATES",
         help="calibrate block by block in little memory, on so many states of each length, or on 'all' there are",
     )
@@ -91,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="calibrate on this text, or JSON lines with 'text' or 'messages', instead of the project's code",
     )
-    writer.add_argument("--sequences", type=int, help="number of sequences of that text (128)")
-    writer.add_argument("--length", type=int, help="number of tokens of each (512)")
+    writer.add_argument("--sequences", type=whole, help="number of sequences of that text (128)")
+    writer.add_argument("--length", type=whole, help="number of tokens of each (512)")
     writer.add_argument("--device", **devices)
     writer.add_argument(
         "--float32",
@@ -140,10 +137,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="score on this text, or JSON lines with 'text' or 'messages', instead of the project's held-out code",
     )
-    judge.add_argument("--sequences", type=int, help="number of held-out sequences (40)")
-    judge.add_argument("--trajectories", type=int, help="number of the reference's own trajectories (16)")
-    judge.add_argument("--length", type=int, help="number of tokens of both (128)")
-    judge.add_argument("--timesteps", type=int, default=16, help="T (%(default)s)")
+    judge.add_argument("--sequences", type=whole, help="number of held-out sequences (40)")
+    judge.add_argument("--trajectories", type=whole, help="number of the reference's own trajectories (16)")
+    judge.add_argument("--length", type=whole, help="number of tokens of both (128)")
+    judge.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
     judge.add_argument("--dense", **dense)
@@ -152,21 +149,22 @@ def _parser() -> argparse.ArgumentParser:
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
     which.add_argument("--all-methods", action="store_true", help="linear, cubic and sigmoid (default)")
-    methods = ["linear", "cubic", "sigmoid", "spline"]
-    which.add_argument("--smoothing-method", choices=methods, help="only this one")
+    which.add_argument("--smoothing-method", choices=SMOOTHING, help="only this one")
     benchmark.add_argument("--model", **some_model)
     _add_kind(benchmark)
-    benchmark.add_argument("--bits", type=int, default=2, help="weight bits (%(default)s)")
-    benchmark.add_argument("--activation-bits", type=int, default=16, help="16 for none (%(default)s)")
+    benchmark.add_argument("--bits", type=whole, default=2, help="weight bits (%(default)s)")
+    benchmark.add_argument("--activation-bits", type=whole, default=16, help="16 for none (%(default)s)")
     for flag, value, text in (
         ("--quantizer", "gptq", "rtn, least_squares or gptq"),
         ("--group-size", 128, "weights that share scale and zero point"),
         ("--timesteps", 16, "number of denoising steps"),
         ("--num-time-groups", 3, "number of groups of them"),
     ):
-        benchmark.add_argument(flag, type=type(value), default=value, help=f"{text} (%(default)s)")
+        benchmark.add_argument(
+            flag, type=whole if isinstance(value, int) else str, default=value, help=f"{text} (%(default)s)"
+        )
     window = "timesteps smoothed on each side, at most half of a group (5, or that half)"
-    benchmark.add_argument("--smoothing-window", type=int, help=window)
+    benchmark.add_argument("--smoothing-window", type=whole, help=window)
     benchmark.add_argument("--output", type=Path, default=Path("artifacts/benchmark"), help="folder (%(default)s)")
 
     grid = commands.add_parser("study", help="measure the points of the smoothing study that are still missing")
@@ -175,14 +173,14 @@ def _parser() -> argparse.ArgumentParser:
 
     single = commands.add_parser("point", help="measure one configuration of the smoothing study")
     single.add_argument("fields", **some_fields, help="e.g. activation_bits=4 method=linear")
-    single.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the calibration data (%(default)s)")
+    single.add_argument("--seeds", type=whole, nargs="+", default=[0], help="of the calibration data (%(default)s)")
     single.add_argument(
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
 
     clock = commands.add_parser("speed", help="time products from codes against dense bfloat16 ones on this processor")
-    clock.add_argument("--tokens", type=int, nargs="+", default=[1, 32, 256, 2048], help="of the input (%(default)s)")
-    clock.add_argument("--rounds", type=int, default=15, help="counted turns, at least 2 (%(default)s)")
+    clock.add_argument("--tokens", type=whole, nargs="+", default=[1, 32, 256, 2048], help="of the input (%(default)s)")
+    clock.add_argument("--rounds", type=whole, default=15, help="counted turns, at least 2 (%(default)s)")
     clock.add_argument("--output", type=Path, default=Path("reports/speed.json"), help="JSON file (%(default)s)")
 
     text = "which kernels are right on this machine's GPU, and how long everything takes"
@@ -200,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     arguments = _parser().parse_args(argv)
     try:
+        check(arguments)
         if arguments.command == "tidy":  # the pipeline calls it after every stage; it needs hardly anything
             from thermo_lib.notebooks import tidy
 
@@ -209,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             commands.run(arguments)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):

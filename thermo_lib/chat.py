@@ -52,8 +52,7 @@ class Chat:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ValueError(f"max-new-tokens: found {self.count}, allowed is at least 1")
-        if self.raw and self.system is not None:
-            raise ValueError(f"system: found {self.system!r:.80} with --raw, allowed is none: plain text has no roles")
+        check_system(self.raw, self.system)
         if not self.raw and self.lm.chat_template is None:
             allowed = "allowed is a model with one, or --raw, which continues each line as plain text"
             raise ValueError(f"chat: found no chat template in {self.lm.name!r}, {allowed}")
@@ -103,6 +102,12 @@ class Chat:
             if length < len(tokens):
                 break
         return "".join(pieces)
+
+
+def check_system(raw: bool, system: str | None) -> None:
+    """Raise ValueError for a system message where plain text is asked for."""
+    if raw and system is not None:
+        raise ValueError(f"system: found {system!r:.80} with --raw, allowed is none: plain text has no roles")
 
 
 class Screen:

@@ -1,9 +1,7 @@
 """What the commands of ``python -m thermo_lib`` do."""
 
 import argparse
-import json
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,9 +13,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from thermo_lib.chat import Chat, converse
+from thermo_lib.chat import Chat, check_system, converse
 from thermo_lib.data.texts import read_texts
-from thermo_lib.diffusion.sampling import generate, mask_ratios
+from thermo_lib.diffusion.rules import TokenRules
+from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.evaluation import report
@@ -43,7 +42,6 @@ from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.about import about
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.flat import FLAT, PARTS, is_single
 from thermo_lib.pipeline.model import QuantizedLM, dequantized
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.quantize import quantize
@@ -51,41 +49,19 @@ from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
-from thermo_lib.studies.grid import MIX_FIELDS, Grid, point
+from thermo_lib.studies.grid import Grid, point
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
 
 
-def _read_fields(command: str, words: Sequence[str], more: Sequence[str]) -> dict[str, Any]:
-    """Names and values of ``NAME=VALUE`` words: settings of ``ThermoConfig``, and ``more`` names.
-
-    A value is a number, ``true``, ``false`` or ``null`` as JSON has them, a list of numbers, or else a word.
-    """
-    fields: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.partition("=")
-        known = name in more or name in ThermoConfig.model_fields or is_single(name)
-        if not equals or not known:
-            parts = ", ".join(f"{part}.SETTING" for part in PARTS)
-            allowed = ", ".join([*more, "embedding_bits", "timesteps", "seed", parts, *FLAT])
-            raise ValueError(f"{command}: found {word!r}, expected NAME=VALUE, NAME one of {allowed}")
-        plain = re.fullmatch(r"[\w.+-]+( [\w.+-]+)*|\[ *(\d+ *(, *\d+ *)*)?\]", value)
-        if not plain:
-            raise ValueError(f"{name}: found {value!r}, expected a number, a word or null")
-        try:
-            fields[name] = json.loads(value)
-        except ValueError:
-            fields[name] = value
-    return fields
-
-
 def _device(asked: str | None) -> str:
     """The device asked for, or the first GPU if there is one; raises ValueError where there is none of that name."""
-    wanted = asked or ("cuda" if torch.cuda.is_available() else "cpu")
+    wanted = ("cuda" if torch.cuda.is_available() else "cpu") if asked is None else asked
     try:
-        torch.empty(0, device=wanted)
+        if torch.empty(0, device=wanted).is_meta:
+            raise RuntimeError("which holds no numbers")
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
         raise ValueError(f"device: found {wanted!r} ({reason}), allowed is cpu, or a GPU of this machine") from error
@@ -144,6 +120,11 @@ def cluster_client(address: str) -> Iterator[Any]:
             yield client
 
 
+def _check_texts(path: Path) -> None:
+    """Refuse a file that can't be read as text before a model is loaded, whose template then writes conversations."""
+    read_texts(path, lambda messages: "\n".join(message["content"] for message in messages))
+
+
 def _own_texts(lm: DiffusionLM, path: Path) -> list[str]:
     """The texts of a user's file, conversations by the model's template."""
     render = None if lm.chat_template is None else lambda messages: lm.chat(messages, add_generation_prompt=False)
@@ -170,7 +151,7 @@ def _states(lm: DiffusionLM, config: ThermoConfig, arguments: argparse.Namespace
 
 def run_quantize(arguments: argparse.Namespace) -> None:
     """Quantize a checkpoint: tensor by tensor, block by block, or as a whole."""
-    fields = _read_fields("quantize", arguments.fields, ["preset"])
+    fields = dict(arguments.settings)
     config = ThermoConfig.preset(fields.pop("preset", DEFAULT), **fields)
     if is_quantized(arguments.model):
         raise ValueError(f"model: found {arguments.model!r}, which is quantized, allowed is a full-precision model")
@@ -182,6 +163,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     if arguments.scheduler is not None and config.needs_calibration:
         found = f"found {arguments.scheduler!r} with {config.needs_calibration}"
         raise ValueError(f"scheduler: {found}; allowed is what needs no calibration, such as preset=fast")
+    if arguments.calibration is not None:
+        _check_texts(arguments.calibration)
     device = "cpu" if arguments.scheduler is not None and arguments.device is None else _device(arguments.device)
     start = time.perf_counter()
     with products_in(FLOAT32 if arguments.float32 else TF32):
@@ -230,8 +213,7 @@ def run_info(arguments: argparse.Namespace) -> None:
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Print a model's continuation of a text, up to the first special token."""
-    if arguments.max_new_tokens < 1:
-        raise ValueError(f"max-new-tokens: found {arguments.max_new_tokens}, allowed is at least 1")
+    how = _sampling(arguments)
     lm = _computing(_load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     (encoded,) = encode(lm.tokenizer, [text], add_special_tokens=not arguments.chat)
@@ -244,7 +226,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
         lm,
         torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens + end]),
         progress="generate",
-        **_sampling(arguments),
+        **how,
     )
     print(lm.decode(filled[0, len(prompt) :][: arguments.max_new_tokens]))
 
@@ -252,8 +234,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 def run_chat(arguments: argparse.Namespace) -> None:
     """Answer what a user says, line after line."""
     how = _sampling(arguments)
-    Sampling(**{name: how[name] for name in _SAMPLING[:6]})
-    mask_ratios(how["timesteps"])  # both refuse a wrong value before the work
+    check_system(arguments.raw, arguments.system)
     with suppress(KeyboardInterrupt):
         lm = _computing(_load(arguments.model, arguments), arguments)
         converse(Chat(lm, arguments.max_new_tokens, how, arguments.system, arguments.raw))
@@ -264,8 +245,11 @@ _RULES = ("suppress_tokens", "begin_suppress_tokens", "end_tokens", "suppress_en
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of the library's ``generate`` that commands have too."""
-    return {name: getattr(arguments, name) for name in (*_SAMPLING, *_RULES)}
+    """The arguments of the library's ``generate`` that commands have too; raises ValueError for a wrong value."""
+    how = {name: getattr(arguments, name) for name in (*_SAMPLING, *_RULES)}
+    Sampling(**{name: how[name] for name in _SAMPLING[:6]})
+    TokenRules(**{name: how[name] for name in _RULES})
+    return how
 
 
 def run_evaluate(arguments: argparse.Namespace) -> None:
@@ -275,6 +259,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         raise ValueError(
             "reference: found none, expected the full-precision model that the quantized one was made from"
         )
+    if arguments.data is not None:
+        _check_texts(arguments.data)
     with alone_in(arguments.output, ["name", "accuracy"]):
         reproducible()
         lm = _load(arguments.model, arguments)
@@ -361,14 +347,17 @@ def run_study(arguments: argparse.Namespace) -> None:
     output_file(arguments.output)
     reproducible()
     points = [p for points in slices(default(f"study.{arguments.axes}")).values() for p in points]
-    grid = Grid(arguments.output, load_model("reference"), grid_inputs())
+    inputs = grid_inputs()  # a wrong file is refused before the work
+    grid = Grid(arguments.output, load_model("reference"), inputs)
     with printed_if_lost(grid):
         grid.run(points)
 
 
 def run_point(arguments: argparse.Namespace) -> None:
     """Measure one configuration and print its scores, averaged over the seeds."""
-    fields = _read_fields("point", arguments.fields, ["method", "recipe", *MIX_FIELDS])
+    fields = arguments.settings
+    if "seed" in fields:
+        raise ValueError(f"seed: found {fields['seed']!r}, allowed is --seeds {fields['seed']!r}")
     points = [point(seed, **fields) for seed in arguments.seeds]
     output_file(arguments.output)
     reproducible()

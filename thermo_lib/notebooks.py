@@ -9,11 +9,11 @@ import os
 import platform
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
-import torch
-
 from thermo_lib.extras import needs
+from thermo_lib.files.reading import field_of, read_object, read_text, shown
 from thermo_lib.files.whole import replacing
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ def reproducible() -> None:
 
     Call it before any other work of torch; the first cell of every notebook does.
     """
+    import torch  # not for ``tidy``, which every stage of the pipeline calls
+
     os.environ.update(_PORTABLE)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
@@ -66,16 +68,33 @@ def _without_stderr(outputs: "list[nbformat.NotebookNode]") -> "list[nbformat.No
     return kept
 
 
+def _read_notebook(path: Path, nbformat: ModuleType) -> "nbformat.NotebookNode":
+    content, where = read_object(path), shown(path)
+    for name, kind in (("nbformat", int), ("nbformat_minor", int), ("metadata", dict), ("cells", list)):
+        field_of(content, name, kind, where)
+    if content["nbformat"] != 4:
+        raise ValueError(f"{where}: nbformat: found {content['nbformat']}, allowed is 4")
+    for number, cell in enumerate(content["cells"]):
+        field_of(cell, "cell_type", str, f"{where}: cell {number}")
+    try:
+        nbformat.validate(content)
+    except (nbformat.ValidationError, AttributeError, KeyError, TypeError) as error:  # the last three of its own making
+        place = ".".join(map(str, getattr(error, "absolute_path", ()))) or "cells"
+        reason = str(getattr(error, "message", error)).partition("\n")[0]
+        raise ValueError(f"{where}: {place}: found no notebook of format 4 ({reason:.120})") from None
+    return nbformat.reads(read_text(path), as_version=4)
+
+
 def tidy(path: str | Path) -> None:
     """Remove run times and progress bars (stderr) from a notebook that papermill has executed here, in place.
 
     Raises:
-        ValueError: the notebook holds the output of an error.
+        ValueError: no such file, no notebook of format 4, or one that holds the output of an error.
     """
     nbformat = needs("nbformat")  # takes longer to import than all else here, and every notebook imports this module
 
     path = Path(path)
-    notebook = nbformat.read(path, as_version=4)
+    notebook = _read_notebook(path, nbformat)
     if "papermill" in notebook.metadata:
         notebook.metadata["processor"] = processor()
     for key in set(notebook.metadata) - {"kernelspec", "language_info", "processor"}:

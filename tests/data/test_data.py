@@ -273,6 +273,8 @@ class TestCountdown:
             pytest.param("2,3,0,5", "3/0=0,0+5=5", id="a division by zero"),
             pytest.param("2,3,4,14", "3*4=12,12+2", id="an equation without a result"),
             pytest.param("2,3,4,14", "3x4=12,12+2=14", id="no operation"),
+            pytest.param("2,3,4,14", "3*4=12,12+２=14", id="a digit that isn't 0-9"),
+            pytest.param("2,3,4,14", f"3*4={'1' * 5000}", id="thousands of digits"),
             pytest.param("2,3,4,14", "14", id="only the target"),
             pytest.param("2,3,4,14", "", id="nothing"),
         ],
@@ -351,12 +353,14 @@ class TestPuzzles:
 
     @pytest.mark.parametrize(
         "line",
-        ['{"input": "2,3,4,14"', "{}", '{"output": "x"}', '["2,3,4,14"]', '"2,3,4,14"', "7", "null", "nonsense"],
-    )
+        ['{"input": "2,3,4,14"', "{}",
+         '{"output": "x"}', '["2,3,4,14"]', '"2,3,4,14"', "7", "null", "nonsense", '{"input": 7}',
+         '{"input": "2,3,4,14", "output": null}'],
+    )  # fmt: skip
     def test_a_malformed_line_is_named_with_its_file_and_number(self, line: str, tmp_path: Path) -> None:
         path = tmp_path / "puzzles.jsonl"
         path.write_text('{"input": "2,3,4,14"}\n\n' + line + "\n", encoding="utf-8")
-        with pytest.raises(ValueError, match=r"puzzles\.jsonl, line 3: found .*expected"):
+        with pytest.raises(ValueError, match=r"puzzles\.jsonl, line 3: (input: |output: )?found"):
             read_jsonl(path, "countdown")
 
     @pytest.mark.parametrize(
@@ -366,6 +370,9 @@ class TestPuzzles:
             ("sudoku", "1234\n0000\n0000\n00005"),
             ("sudoku", "words"),
             ("countdown", "2,3,four,14"),
+            ("countdown", "2,3,４,14"),
+            ("countdown", "2,3,4," + "1" * 5000),
+            ("sudoku", "123４\n0000\n0000\n0000"),
             ("countdown", ""),
         ],
     )
@@ -374,7 +381,7 @@ class TestPuzzles:
     ) -> None:
         path = tmp_path / "puzzles.jsonl"
         path.write_text(json.dumps({"input": puzzle_input}) + "\n", encoding="utf-8")
-        with pytest.raises(ValueError, match=r"puzzles\.jsonl, line 1: found"):
+        with pytest.raises(ValueError, match=r"puzzles\.jsonl, line 1: input: found"):
             read_jsonl(path, task)
 
     def test_a_character_that_separates_lines_of_text_does_not_split_a_json_line(self, tmp_path: Path) -> None:

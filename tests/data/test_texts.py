@@ -41,15 +41,15 @@ def test_json_lines_are_texts_or_conversations(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
-        ("{", r"a\.jsonl:2: found '\{', which isn't JSON"),
-        ("[1]", r"a\.jsonl:2: found '\[1\]', allowed is an object with 'text'"),
-        ({"text": 3}, "a.jsonl:2: found .*, allowed is an object with 'text'"),
-        ({"messages": [{"role": "user"}]}, "a.jsonl:2: found .*, allowed is an object with 'text'"),
+        ("{", r"a\.jsonl, line 2: found invalid JSON \(Expecting property name .* at character 2\)"),
+        ("[1]", r"a\.jsonl, line 2: found \[1\], allowed is an object with 'text'"),
+        ({"text": 3}, "a.jsonl, line 2: found .*, allowed is an object with 'text'"),
+        ({"messages": [{"role": "user"}]}, "a.jsonl, line 2: found .*, allowed is an object with 'text'"),
         (
             {"messages": [{"role": "user", "content": "hi"}]},
             "found messages, allowed is 'text' for a model",
         ),
-        ("[" * 100_000, "which isn't JSON"),
+        ("[" * 100_000, "a.jsonl, line 2: found invalid JSON .nested too deep"),
     ],
     ids=["no JSON", "list", "number", "message", "no template", "nested"],
 )
@@ -64,7 +64,7 @@ def test_no_text_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data: found no text in"):
         read_texts(written(tmp_path, "a.txt", " ", ""))
     (tmp_path / "b.txt").write_bytes(b"abc\xff")
-    with pytest.raises(ValueError, match="found bytes that aren't UTF-8 at 3"):
+    with pytest.raises(ValueError, match=r"b\.txt, line 1: found the byte 0xff, allowed is text in UTF-8"):
         read_texts(tmp_path / "b.txt")
 
 

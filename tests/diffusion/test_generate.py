@@ -52,6 +52,7 @@ class TestGenerate:
             assert torch.equal(run(batch_size), together)
         is_random = sampler == "origin" or temperature > 0 or alg_temp > 0
         assert torch.equal(run(64, seed=8), together) is not is_random
+        assert torch.equal(run(64, seed=2**63 - 1), run(64, seed=2**63 - 2)) is not is_random  # the largest ones
 
     def test_the_input_is_left_as_it_was(self, tiny: DiffusionLM, prompts: Tensor) -> None:
         before = prompts.clone()

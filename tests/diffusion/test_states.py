@@ -193,7 +193,8 @@ class TestCalibration:
         assert len({(tmp_path / name).read_bytes() for name in ("a", "b", "c", "d")}) == 1
 
     @pytest.mark.parametrize(
-        "damage", ["truncated", "missing tensor", "missing metadata", "not safetensors", "no JSON"]
+        "damage",
+        ["truncated", "missing tensor", "missing metadata", "not safetensors", "no JSON", "a list", "no steps"],
     )
     def test_a_damaged_file_is_named(self, calibration: Calibration, tmp_path: Path, damage: str) -> None:
         path = tmp_path / "states.safetensors"
@@ -207,8 +208,9 @@ class TestCalibration:
             save_file(tensors, path, metadata)
         elif damage == "missing metadata":
             save_file(tensors, path)
-        elif damage == "no JSON":
-            save_file(tensors, path, {"calibration": "{"})
+        elif damage in ("no JSON", "a list", "no steps"):
+            about = {"no JSON": "{", "a list": "[]", "no steps": '{"timesteps": "6", "source": "forward"}'}
+            save_file(tensors, path, {"calibration": about[damage]})
         else:
             path.write_text("text", encoding="utf-8")
         with pytest.raises(ValueError, match=r"states\.safetensors: not a complete calibration file"):

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from thermo_lib.evaluation import report
-from thermo_lib.files.text import read_json, write_json, write_text
+from thermo_lib.files.reading import read_json
+from thermo_lib.files.text import write_json, write_text
 from thermo_lib.studies.params import default
 
 ROW = {

@@ -134,11 +134,35 @@ class TestTidy:
         tidy(write(path, notebook(1)))
         assert nbformat.read(path, as_version=4).metadata["processor"] == "another"
 
-    def test_what_is_no_notebook_is_an_error_that_the_command_line_catches(self, tmp_path: Path) -> None:
-        (tmp_path / "n.ipynb").write_text("text", encoding="utf-8")
-        for name, error in (("n.ipynb", ValueError), ("absent.ipynb", OSError)):
-            with pytest.raises(error):
-                tidy(tmp_path / name)
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("text", "line 1: found invalid JSON"),
+            ("[]", "found a list, expected an object"),
+            ("{}", "nbformat: found none, allowed is a whole number"),
+            ('{"nbformat": 3, "nbformat_minor": 0, "metadata": {}, "cells": []}', "nbformat: found 3, allowed is 4"),
+            ('{"nbformat": 4, "nbformat_minor": 5}', "metadata: found none, allowed is an object"),
+            ('{"nbformat": 4, "nbformat_minor": 5, "metadata": []}', "metadata: found [], allowed is an object"),
+            ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}}', "cells: found none, allowed is a list"),
+            ('{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [3]}', "cell 0: found a int"),
+            (
+                '{"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": [{"cell_type": "code", "id": "a"}]}',
+                "cells.0: found no notebook of format 4 ('metadata' is a required property)",
+            ),
+            ('{"nbformat": 4, "nbformat_minor": -1, "metadata": {}, "cells": []}', "found no notebook of format 4"),
+            (None, "found no such file"),
+        ],
+        ids=str,
+    )
+    def test_what_is_no_notebook_is_named_and_stays(self, text: str | None, message: str, tmp_path: Path) -> None:
+        path = tmp_path / "n.ipynb"
+        if text is not None:
+            path.write_text(text, encoding="utf-8")
+        with pytest.raises(ValueError, match=r"n\.ipynb") as error:
+            tidy(path)
+        assert message in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+        assert text is None or path.read_text(encoding="utf-8") == text
 
 
 def test_reproducible_sets_threads_deterministic_kernels_and_portable_instructions(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from thermo_lib.files.text import read_json
+from thermo_lib.files.reading import read_json
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import GPTQ, Dynamic, PathKL, Static, TimeGrouping

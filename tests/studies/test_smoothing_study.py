@@ -104,6 +104,15 @@ class TestKeys:
         )
 
 
+WHERE = {"config": {}, "calibration_seed": 0, "recipe": None}
+
+
+def _row(file: dict[str, Any], name: str, *value: Any) -> dict[str, Any]:
+    """A file of points whose first row has another value of a field, or hasn't that field."""
+    row = {key: kept for key, kept in file["rows"][0].items() if key != name}
+    return file | {"rows": [row | dict.fromkeys([name] if value else [], *value)]}
+
+
 class TestGrid:
     """Points are measured once and kept."""
 
@@ -120,6 +129,50 @@ class TestGrid:
             assert row.path_kl_per_timestep == pytest.approx(result.path.per_timestep.tolist(), abs=1e-5)
         assert grid[points()[1]].markov_score is not None
         assert grid[points()[0]].markov_score is None
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda _: [], "found a list, expected an object with 'rows'"),
+            (lambda _: {}, "rows: found none, allowed is a list"),
+            (lambda file: {"rows": file["rows"]}, "made_of: found none, allowed is an object"),
+            (lambda file: file | {"rows": [[]]}, "rows: row 0: found a list, expected an object"),
+            (lambda file: _row(file, "point"), "rows: row 0: point: found none, allowed is an object"),
+            (lambda file: _row(file, "markov_score"), "rows: row 0: markov_score: missing, allowed are point"),
+            (lambda file: _row(file, "mean_jump", "1"), "rows: row 0: mean_jump: found '1', allowed is a number"),
+            (lambda file: _row(file, "colour", 1), "rows: row 0: colour: unknown, allowed are point"),
+            (lambda file: _row(file, "bits_per_weight", True), "bits_per_weight: found True, allowed is a number"),
+            (lambda file: _row(file, "accuracy_per_sequence", [None]), "accuracy_per_sequence: found [None], allowed"),
+            (lambda file: _row(file, "point", {}), "rows: row 0: point: config: found none, allowed"),
+            (lambda file: _row(file, "point", WHERE | {"config": 7}), "point: config: found 7, allowed is an object"),
+            (lambda file: _row(file, "point", WHERE | {"config": {"seed": "x"}}), "row 0: point: seed: found 'x'"),
+            (lambda file: _row(file, "point", WHERE | {"calibration_seed": -1}), "point: calibration_seed: found -1"),
+            (lambda file: _row(file, "point", WHERE | {"recipe": "x"}), "point: recipe: found 'x', allowed are best"),
+        ],
+    )
+    def test_a_damaged_file_is_named_with_row_and_field(
+        self, change: Callable[[Any], Any], message: str, tiny: DiffusionLM, tmp_path: Path
+    ) -> None:
+        numbers = {"accuracy_per_sequence": [0.5], "accuracy_per_timestep": [1]}
+        numbers |= {"path_kl_per_sequence": [2.0], "path_kl_per_timestep": [2.0], "bits_per_weight": 2.25}
+        row = {"point": WHERE, **numbers, "markov_score": None, "mean_jump": 0.5}
+        path = tmp_path / "grid.json"
+        path.write_text(json.dumps({"made_of": {}, "rows": [row]}), encoding="utf-8")
+        assert Grid(path, tiny, SMALL)[Point.from_dict(WHERE)].mean_jump == 0.5
+        path.write_text(json.dumps(change({"made_of": {}, "rows": [row]})), encoding="utf-8")
+        with pytest.raises(ValueError, match=r"grid\.json: ") as error:
+            Grid(path, tiny, SMALL)
+        assert message in str(error.value)
+        assert len(str(error.value).splitlines()) == 1
+
+    def test_where_nothing_is_missing_there_is_no_bar(
+        self, tiny: DiffusionLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
+        grid.run(points()[:1])
+        assert "1/1" in capsys.readouterr().err
+        grid.run(points()[:1])
+        assert capsys.readouterr() == ("", "")
 
     @pytest.mark.slow
     def test_a_killed_run_goes_on_and_writes_the_same_file(

@@ -5,7 +5,6 @@ project's evaluation (arXiv 2508.15487): ``input`` and ``output`` strings. Puzzl
 so an evaluation puzzle is never trained on."""
 
 import itertools
-import json
 import re
 import zlib
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from tokenizers import Tokenizer
+
+from thermo_lib.files.reading import field_of, read_lines, shown
 
 TASKS = ("sudoku", "countdown")
 MASK, EOS, SUDOKU, COUNTDOWN, ANSWER = "<|mask|>", "<|endoftext|>", "<|sudoku|>", "<|countdown|>", "<|answer|>"
@@ -39,7 +40,7 @@ class Puzzle:
 
 _INPUTS = {  # a task's inputs: as a pattern, and in words
     "sudoku": (r"[0-4]{4}(\n[0-4]{4}){3}", "four lines of four digits 0-4"),
-    "countdown": (r"\d+(,\d+){2,}", "at least two numbers and the target, separated by commas"),
+    "countdown": (r"[0-9]{1,9}(,[0-9]{1,9}){2,}", "at least two numbers and the target, separated by commas"),
 }
 
 
@@ -47,24 +48,16 @@ def read_jsonl(path: str | Path, task: str) -> list[Puzzle]:
     """Puzzles from a JSONL file of ``{"input": ..., "output": ...}`` lines.
 
     Raises:
-        ValueError: unknown task, no puzzle, or a malformed line; the message names file and line.
+        ValueError: unknown task, no such file, no puzzle, or a malformed line; the message names file, line and field.
     """
     puzzles = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            puzzle = Puzzle(task, str(row["input"]), str(row.get("output", "")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f'{path}, line {number}: found {line[:80]!r}, expected {{"input": ..., "output": ...}}'
-            ) from error
+    for where, row in read_lines(path):
+        puzzle = Puzzle(task, field_of(row, "input", str, where), field_of(row, "output", str, where, default=""))
         if not re.fullmatch(_INPUTS[task][0], puzzle.input):
-            raise ValueError(f"{path}, line {number}: found input {puzzle.input!r}, expected {_INPUTS[task][1]}")
+            raise ValueError(f"{where}: input: found {puzzle.input!r:.80}, allowed are {_INPUTS[task][1]}")
         puzzles.append(puzzle)
     if not puzzles:
-        raise ValueError(f"{path}: found no puzzle, expected one JSON object a line")
+        raise ValueError(f"{shown(path)}: found no puzzle, expected one JSON object a line")
     return puzzles
 
 
@@ -173,7 +166,7 @@ def _solves_countdown(puzzle_input: str, answer: str) -> bool:
     available = sorted(numbers)
     result = None
     for equation in answer.split(","):
-        match = re.fullmatch(r"(\d+)([-+*/])(\d+)=(\d+)", equation)
+        match = re.fullmatch(r"([0-9]{1,999})([-+*/])([0-9]{1,999})=([0-9]{1,999})", equation)
         if match is None:
             return False
         a, b, result = int(match[1]), int(match[3]), int(match[4])

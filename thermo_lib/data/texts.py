@@ -1,6 +1,5 @@
 """A user's own text, for calibration and evaluation: plain text, or JSON lines with texts or conversations."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from thermo_lib.files.reading import read_lines, read_text, shown
 from thermo_lib.models.tokenizer_json import encode
 
 Render = Callable[[Sequence[Mapping[str, str]]], str]
@@ -31,33 +31,22 @@ def read_texts(path: str | Path, render: Render | None = None) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"data: found no file {path}")
-    try:
-        content = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"data: {path}: found bytes that aren't UTF-8 at {error.start}") from error
-    if path.suffix != ".jsonl":
-        texts = [content]
-    else:
-        lines = enumerate(content.split("\n"), 1)  # not at U+2028, which JSON allows inside a text
-        texts = [_text(line, f"data: {path}:{number}", render) for number, line in lines if line.strip()]
+        raise ValueError(f"data: found no file {shown(path)}")
+    is_lines = path.suffix == ".jsonl"
+    texts = [_text(found, where, render) for where, found in read_lines(path)] if is_lines else [read_text(path)]
     texts = [text for text in texts if text.strip()]
     if not texts:
-        raise ValueError(f"data: found no text in {path}, allowed is at least one")
+        raise ValueError(f"data: found no text in {shown(path)}, allowed is at least one")
     return texts
 
 
-def _text(line: str, where: str, render: Render | None) -> str:
-    try:
-        found = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: found {line!r:.60}, which isn't JSON ({error})") from error
+def _text(found: Any, where: str, render: Render | None) -> str:
     if isinstance(found, dict) and isinstance(found.get("text"), str):
         return found["text"]
     messages = found.get("messages") if isinstance(found, dict) else None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise ValueError(
-            f"{where}: found {line!r:.60}, allowed is an object with 'text', or 'messages' of role, content"
+            f"{where}: found {found!r:.60}, allowed is an object with 'text', or 'messages' of role, content"
         )
     if render is None:
         raise ValueError(f"{where}: found messages, allowed is 'text' for a model without a chat template")

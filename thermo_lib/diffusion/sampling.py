@@ -69,6 +69,11 @@ def mask_tokens(
     return torch.where(is_masked, mask_token_id, ids), is_masked
 
 
+def _seeded(number: int) -> torch.Generator:
+    """A generator; of a number that 64 bits don't hold, the last ones count."""
+    return torch.Generator().manual_seed(number if -(2**63) <= number < 2**64 else number % 2**64)
+
+
 def _random_numbers(seed: int, timestep: int, shape: Sequence[int], lengths: Sequence[int] | None) -> Tensor:
     """Numbers in [0, 1) for positions and tokens, float32 ``(2, batch, length)``; see ``generate``.
 
@@ -79,12 +84,11 @@ def _random_numbers(seed: int, timestep: int, shape: Sequence[int], lengths: Seq
         shape: ``(batch, length)``.
         lengths: number of positions of each row without its padding; None where there is none.
     """
-    generator = torch.Generator()
     if lengths is None:
-        return torch.rand((2, *shape), generator=generator.manual_seed(seed * _SEEDS + timestep), dtype=torch.float32)
+        return torch.rand((2, *shape), generator=_seeded(seed * _SEEDS + timestep), dtype=torch.float32)
     found = torch.zeros((2, *shape), dtype=torch.float32)
     for row, length in enumerate(lengths):
-        generator.manual_seed((seed + row * _SEEDS) * _SEEDS + timestep)
+        generator = _seeded((seed + row * _SEEDS) * _SEEDS + timestep)
         found[:, row, shape[1] - length :] = torch.rand((2, length), generator=generator, dtype=torch.float32)
     return found
 

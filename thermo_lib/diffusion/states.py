@@ -22,6 +22,7 @@ from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_ta
 from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.cut import cut_to_blocks
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
+from thermo_lib.files.reading import field_of, parse_json, shown
 from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, as_lm
@@ -144,18 +145,20 @@ class Calibration:
             ValueError: no such file, or not a complete calibration file.
         """
         if not Path(path).is_file():
-            raise ValueError(f"calibration: found no file {path}")
+            raise ValueError(f"calibration: found no file {shown(path)}")
+        damaged = f"{shown(path)}: not a complete calibration file"
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["calibration"])
+                about = parse_json((file.metadata() or {})["calibration"], damaged, is_line=True)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             parts = []
             for index in range(len({key.split(".")[0] for key in tensors})):
                 values = {name: tensors[f"{index}.{name}"] for name in ("ids", "is_masked", "timestep", "clean")}
                 parts.append(States(**{k: v.long() if v.dtype == torch.int32 else v for k, v in values.items()}))
-            return cls(tuple(parts), about["timesteps"], about["source"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a complete calibration file ({error})") from error
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"{damaged} ({error})") from error
+        timesteps, source = field_of(about, "timesteps", int, damaged), field_of(about, "source", str, damaged)
+        return cls(tuple(parts), timesteps, source)
 
 
 def forward_states(ids: Tensor, allowed: Tensor | None, timesteps: int, mask_token_id: int, seed: int) -> States:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from thermo_lib.files.locks import lock_file, locked
-from thermo_lib.files.text import as_json, read_object
+from thermo_lib.files.reading import read_object
+from thermo_lib.files.text import as_json
 from thermo_lib.files.whole import is_leftover, workplace, writing
 
 TEMPLATES_NAME = "additional_chat_templates"  # the only folder that a model folder may hold

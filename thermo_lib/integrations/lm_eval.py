@@ -7,6 +7,7 @@ masked, ``l`` uniform in ``1..L``, and ``L / l`` times their log probability is 
 """
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -112,8 +113,8 @@ class HarnessLM(TemplateLM):
         super().__init__()
         if dtype not in (*_DTYPES, "stored"):
             raise ValueError(f"dtype: found {dtype!r}, allowed are {', '.join(_DTYPES)}, stored")
-        if not str(batch_size).isdigit() or int(batch_size) < 1:
-            raise ValueError(f"batch_size: found {batch_size!r}, allowed is at least 1")
+        if not re.fullmatch("[1-9][0-9]{0,8}", str(batch_size)):
+            raise ValueError(f"batch_size: found {batch_size!r:.80}, allowed is at least 1")
         counts = {"mc_num": mc_num, "max_new_tokens": max_new_tokens, "timesteps": timesteps, "max_length": max_length}
         for name, value in counts.items():
             if value is not None and (type(value) is not int or value < 1):
@@ -349,7 +350,7 @@ class HarnessLM(TemplateLM):
 def _listed(ids: int | str | Sequence[int] | None) -> int | str | Sequence[int] | None:
     """Token ids; of ``lm_eval``'s command line, whose commas end an argument, as ``1+2+3``."""
     parts = ids.split("+") if isinstance(ids, str) else []
-    return [int(part) for part in parts] if parts and all(part.isdigit() for part in parts) else ids
+    return [int(part) for part in parts] if parts and all(re.fullmatch("[0-9]{1,18}", part) for part in parts) else ids
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

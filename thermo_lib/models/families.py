@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self, TypeVar
 
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
-from thermo_lib.files.text import read_object
+from thermo_lib.files.reading import read_object
 from thermo_lib.models.encoders import ENCODERS
 from thermo_lib.models.settings import TOKEN_IDS, Architecture, check_supported, in_one_line, parse, same
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
     check_finite,
@@ -27,7 +28,6 @@ from thermo_lib.files.tensors import (
     read_tensors,
     weight_files,
 )
-from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
 from thermo_lib.models.families import (
     ARCHITECTURES,
@@ -439,10 +439,8 @@ def save_model(
     def write(target: Path) -> None:
         config = lm.model.config
         state = {name: tensor.to(dtype).contiguous() for name, tensor in lm.model.state_dict().items()}
-        if config.tie_word_embeddings:
-            for name in lm.model.parts.tied:
-                del state[name]
-        state = {tensor_name(config, name): tensor for name, tensor in state.items()}
+        tied = lm.model.parts.tied if config.tie_word_embeddings else ()
+        state = {tensor_name(config, name): tensor for name, tensor in state.items() if name not in tied}
         save_file(state, target / WEIGHTS_NAME, metadata={"format": "pt"})
         (target / "config.json").write_text(config_json(config, torch_dtype=str(dtype).split(".")[1]))
         save_tokenizer(lm.tokenizer, lm.chat_template, target, lm.carried)

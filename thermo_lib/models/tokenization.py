@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.outputs import TEMPLATES_NAME
-from thermo_lib.files.text import read_object, read_whole
+from thermo_lib.files.reading import read_object, read_whole
 from thermo_lib.models.rendering import render
 from thermo_lib.models.tokenizer_json import NAME as JSON_NAME
 from thermo_lib.models.tokenizer_json import errors_of_tokenizers, read_tokenizer_json

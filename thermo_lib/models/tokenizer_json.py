@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from thermo_lib.files.text import read_object
+from thermo_lib.files.reading import read_object
 
 NAME = "tokenizer.json"
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")

@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from thermo_lib.files.text import read_whole
+from thermo_lib.files.reading import read_whole
 
 NAME = "vocab.txt"
 

@@ -7,12 +7,12 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from thermo_lib.pipeline.flat import FLAT, is_single, nested
+from thermo_lib.pipeline.flat import FLAT, is_single, nearest, nested
 from thermo_lib.pipeline.parts import (
     GPTQ,
     Activations,
@@ -28,10 +28,9 @@ from thermo_lib.pipeline.parts import (
     TimeNorms,
     Trellis,
     Weights,
-    Whole,
-    nearest,
 )
 from thermo_lib.pipeline.presets import DEFAULT, PRESETS
+from thermo_lib.pipeline.scalars import EmbeddingBits, Whole
 from thermo_lib.time_aware.groups import TimeGroups
 
 MOST_TIMESTEPS = 2**16
@@ -65,7 +64,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     activations: Activations | None = None
     time_groups: TimeGrouping | None = None
     training: tuple[Phase, ...] = ()
-    embedding_bits: Literal[16, 8] = 16
+    embedding_bits: EmbeddingBits = 16
     timesteps: Whole = Field(16, ge=1, le=MOST_TIMESTEPS)
     seed: Whole = Field(0, ge=0, lt=2**63)
 

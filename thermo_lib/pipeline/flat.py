@@ -4,8 +4,9 @@ They are turned into the nested fields of ``ThermoConfig``. A dotted name begins
 training, for example ``weights.bits``, ``time_groups.count`` or ``path_kl.steps``.
 """
 
+import difflib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Flat name to the nested field that it sets.
@@ -67,6 +68,12 @@ _SEED_GROUPS = 3  # of the first version, wherever smoothing was asked for
 _warned: set[str] = set()
 
 
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A question that offers the allowed name nearest to a wrong one, or nothing."""
+    found = difflib.get_close_matches(name, list(allowed), n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
 def is_single(name: str) -> bool:
     """Whether a name is a flat one or a dotted one."""
     return name in FLAT or (name.partition(".")[0] in PARTS and "." in name)
@@ -110,6 +117,9 @@ def _set(fields: dict[str, Any], part: str, key: str, value: Any) -> None:
     if part not in PHASE_NAMES:
         fields[part] = {**(fields.get(part) or {}), key: value}
         return
+    if key == "phase":
+        allowed = "allowed are the settings of that phase"
+        raise ValueError(f"{part}.phase: found {value!r:.80}, {allowed}")
     phases = list(fields["training"])
     if all(phase["phase"] != part for phase in phases):
         later = PHASE_NAMES[PHASE_NAMES.index(part) + 1 :]
@@ -237,6 +247,8 @@ def _training(use: _Use, base: tuple[dict[str, Any], ...]) -> tuple[dict[str, An
     reconstruction = use.flat.pop("reconstruction", None)
     if reconstruction is not None:
         phases = {name: phase for name, phase in phases.items() if name in ("path_kl", "time_norms")}
+        if not isinstance(reconstruction, str):
+            raise ValueError(f"reconstruction: found {reconstruction!r:.80}, allowed are none, sequential and blocks")
         if reconstruction != "none":
             phases = {reconstruction: {"phase": reconstruction}, **phases}
     transitions = use.flat.pop("transitions", None)

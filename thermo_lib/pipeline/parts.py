@@ -3,14 +3,24 @@
 Each part holds the settings of its own method only, so that a setting without meaning can't be written.
 """
 
-import difflib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from thermo_lib.pipeline.flat import FLAT
+from thermo_lib.pipeline.flat import FLAT, nearest
+from thermo_lib.pipeline.scalars import (
+    KINDS,
+    ActivationBits,
+    Count,
+    Flag,
+    Number,
+    Rate,
+    Share,
+    WeightBits,
+    Whole,
+)
 from thermo_lib.quant.trellis import MOST_BITS
 from thermo_lib.time_aware.groups import TimeGroups
 from thermo_lib.time_aware.smoothing import WINDOWED
@@ -18,18 +28,6 @@ from thermo_lib.time_aware.smoothing import WINDOWED
 SmoothingMethod = Literal["linear", "cubic", "sigmoid", "spline"]
 StateSource = Literal["calibration", "fresh"]
 TokenWeights = Literal["uniform", "path_kl"]
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a whole number")  # what is allowed; the field and what was found are known later
-    return value
-
-
-Whole = Annotated[int, BeforeValidator(_no_bool)]  # to Python and pydantic, True is 1
-Count = Annotated[Whole, Field(ge=1)]
-Rate = Annotated[float, BeforeValidator(_no_bool), Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, BeforeValidator(_no_bool), Field(ge=0, le=1)]
 
 
 class _Part(BaseModel):
@@ -61,7 +59,7 @@ class RoundToNearest(_Part):
     """
 
     method: Literal["rtn"] = "rtn"
-    bits: Literal[2, 4, 8] = 2
+    bits: WeightBits = 2
     group_size: Count | None = 128
 
 
@@ -73,7 +71,7 @@ class LeastSquares(_Part):
     """
 
     method: Literal["least_squares"] = "least_squares"
-    bits: Literal[2, 4, 8] = 2
+    bits: WeightBits = 2
     group_size: Count | None = 128
 
 
@@ -89,11 +87,11 @@ class GPTQ(_Part):
     """
 
     method: Literal["gptq"] = "gptq"
-    bits: Literal[2, 4, 8] = 2
+    bits: WeightBits = 2
     group_size: Count | None = 128
     token_weights: TokenWeights = "uniform"
-    damping: float = Field(0.01, ge=0, allow_inf_nan=False)
-    ridge: float = Field(0.001, ge=0, allow_inf_nan=False)
+    damping: Number = Field(0.01, ge=0)
+    ridge: Number = Field(0.001, ge=0)
 
 
 class Trellis(_Part):
@@ -108,11 +106,11 @@ class Trellis(_Part):
     """
 
     method: Literal["trellis"] = "trellis"
-    bits: float = Field(2.17, ge=1, le=MOST_BITS)
-    spread: bool = True
+    bits: Number = Field(2.17, ge=1, le=MOST_BITS)
+    spread: Flag = True
     group_size: Count | None = None
     token_weights: TokenWeights = "path_kl"
-    damping: float = Field(0.01, ge=0, allow_inf_nan=False)
+    damping: Number = Field(0.01, ge=0)
     beam: Count = 64
 
     @model_validator(mode="after")
@@ -137,9 +135,9 @@ class Static(_Part):
     """
 
     ranges: Literal["static"] = "static"
-    bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
+    bits: ActivationBits = 8
     group_size: Count | None = None
-    by_token_state: bool = False
+    by_token_state: Flag = False
     fit_to: Literal["activation", "output", "path_kl"] = "activation"
     tokens: Count = 128
     steps: Count | None = None
@@ -167,8 +165,8 @@ class Dynamic(_Part):
     """
 
     ranges: Literal["dynamic"] = "dynamic"
-    bits: Literal[8, 7, 6, 5, 4, 3, 2] = 8
-    clip: float = Field(1.0, gt=0, le=1)
+    bits: ActivationBits = 8
+    clip: Number = Field(1.0, gt=0, le=1)
 
 
 class _Grouping(_Part):
@@ -346,7 +344,7 @@ class PathKL(_OnPathKL):
 
     phase: Literal["path_kl"] = "path_kl"
     what: Literal["parameters", "codes", "network"] = "parameters"
-    markov_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    markov_weight: Number = Field(0.0, ge=0)
     code_lr: Rate = 0.01
 
 
@@ -388,12 +386,6 @@ PHASES = {part.model_fields["phase"].default: part for part in (Sequential, Bloc
 _TAGS = frozenset({*WEIGHTS, *PHASES, "static", "dynamic"})
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A question that offers the allowed name nearest to a wrong one, or nothing."""
-    found = difflib.get_close_matches(name, list(allowed), n=1)
-    return f"; did you mean {found[0]!r}?" if found else ""
-
-
 class OneLine:
     """While it is entered (``with``), errors of pydantic become one line in this library's form.
 
@@ -417,7 +409,7 @@ class OneLine:
         path = [part for part in error["loc"] if part not in _TAGS]
         field = ".".join(map(str, path))
         field = self.names.get(field, field)
-        if error["type"] == "value_error" and not str(error["ctx"]["error"]).startswith("a whole"):
+        if error["type"] == "value_error" and str(error["ctx"]["error"]) not in KINDS:
             message = str(error["ctx"]["error"])  # of a validator of this module, which names the field
             name, _, rest = (f"{field}.{message}" if field else message).partition(": ")
             return f"{self.names.get(name, name)}: {rest}"
@@ -431,7 +423,10 @@ class OneLine:
             name = f"{field}.{error['ctx']['discriminator'].strip(chr(39))}"
             return f"{self.names.get(name, name)}: found {error['ctx']['tag']!r}, {found}"
         else:
+            allowed = {"tuple_type": "a list", "model_type": "an object", "model_attributes_type": "an object"}
             found = error["msg"].replace("Input should be", "allowed is")
+            if error["type"] in allowed:
+                found = f"allowed is {allowed[error['type']]}"
         return f"{field}: found {error['input']!r:.80}, {found}"
 
     def _fields(self, loc: tuple[Any, ...]) -> list[str]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
@@ -18,7 +19,6 @@ from thermo_lib.files.tensors import (
     read_headers,
     read_tensors,
 )
-from thermo_lib.files.text import read_object
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import config_json, read_config, stored_names, tensor_name, used
 from thermo_lib.models.lm import DiffusionLM, fill, load_model, model_folder, take_expected

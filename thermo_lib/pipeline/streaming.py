@@ -25,9 +25,10 @@ from thermo_lib.diffusion.states import Calibration
 from thermo_lib.extras import needs
 from thermo_lib.files.folders import only_writer, replace_folder
 from thermo_lib.files.outputs import RUN_NAME, mark, output_folder, unfinished
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.snapshots import digest, remove_damaged
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
-from thermo_lib.files.text import read_object, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.files.whole import make_folder, remove, replacing, writing
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import read_config, tensor_name

@@ -5,11 +5,12 @@ can be compared sequence by sequence.
 """
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -20,8 +21,9 @@ from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batc
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
 from thermo_lib.evaluation.summary import markov
 from thermo_lib.files.locks import locked
+from thermo_lib.files.reading import field_of, read_report, shown
 from thermo_lib.files.snapshots import digest
-from thermo_lib.files.text import read_object, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
@@ -68,12 +70,23 @@ class Point:
         recipe: ``best starts`` puts the time groups where the activations change, ``best per layer`` lets every layer
             choose method and window on the calibration states for its output's error, ``best per layer by path KL`` for
             the model's path KL.
+
+    Raises:
+        ValueError: a seed that isn't a whole number in 0..2^63 - 1, or another recipe.
     """
 
     config: ThermoConfig
     calibration_seed: int = 0
     recipe: Recipe | None = None
     mix: Mix | None = None
+
+    def __post_init__(self) -> None:
+        if type(self.calibration_seed) is not int or not 0 <= self.calibration_seed < 2**63:
+            found = f"found {self.calibration_seed!r:.80}"
+            raise ValueError(f"calibration_seed: {found}, allowed are whole numbers in 0..{2**63 - 1}")
+        if self.recipe not in (None, *get_args(Recipe)):
+            allowed = f"allowed are {', '.join(get_args(Recipe))} and null"
+            raise ValueError(f"recipe: found {self.recipe!r:.80}, {allowed}")
 
     @property
     def key(self) -> str:
@@ -88,8 +101,17 @@ class Point:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "Point":
-        """The inverse of ``to_dict``."""
-        mix = Mix(**content["mix"]) if "mix" in content else None
+        """The inverse of ``to_dict``.
+
+        Raises:
+            ValueError: a field that is missing or wrong.
+        """
+        for name in ("config", "calibration_seed", "recipe"):
+            if name not in content:
+                raise ValueError(f"{name}: found none, allowed is what a point has")
+        if not isinstance(content["config"], dict):
+            raise ValueError(f"config: found {content['config']!r:.80}, allowed is an object")
+        mix = Mix(**field_of(content, "mix", dict, "point")) if "mix" in content else None
         return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"], mix)
 
 
@@ -102,6 +124,9 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
         recipe: see ``Point``.
         fields: of ``ThermoConfig``, nested or flat, or dotted as in ``{"activations.fit_to": "output"}``; those of
             ``Mix`` as ``mix.puzzles`` and so on.
+
+    Raises:
+        ValueError: a wrong field, seed or recipe, or a method with one time group.
     """
     mix = {name.partition(".")[2]: fields.pop(name) for name in MIX_FIELDS if name in fields}
     with warnings.catch_warnings():
@@ -150,6 +175,38 @@ class PointRow:
     def path_kl(self) -> float:
         """Nats per sequence."""
         return float(np.mean(self.path_kl_per_sequence))
+
+
+_LISTS = ("accuracy_per_sequence", "accuracy_per_timestep", "path_kl_per_sequence", "path_kl_per_timestep")
+_COLUMNS = {"point": dict, **dict.fromkeys(_LISTS, list), "bits_per_weight": float}
+
+
+def _read_rows(path: Path) -> tuple[Any, dict[str, PointRow]]:
+    """What the points of a file were measured on, and the points by key.
+
+    Raises:
+        ValueError: not the JSON of a grid; names the file, the row and the field.
+    """
+    content = read_report(path, rows=_COLUMNS)
+    made_of = field_of(content, "made_of", dict, shown(path))
+    rows: dict[str, PointRow] = {}
+    for number, row in enumerate(content["rows"]):
+        where = f"{shown(path)}: rows: row {number}"
+        for name in ("markov_score", "mean_jump"):
+            if row.get(name) is not None:
+                field_of(row, name, float, where)
+        for name in _LISTS:
+            if not all(type(value) in (int, float) and math.isfinite(value) for value in row[name]):
+                raise ValueError(f"{where}: {name}: found {row[name]!r:.80}, allowed is a list of numbers")
+        if found := sorted(row.keys() ^ PointRow.__annotations__.keys()):
+            problem = "unknown" if found[0] in row else "missing"
+            raise ValueError(f"{where}: {found[0]}: {problem}, allowed are {', '.join(PointRow.__annotations__)}")
+        try:
+            read = PointRow(**row | {"point": Point.from_dict(row["point"])})
+        except ValueError as error:
+            raise ValueError(f"{where}: point: {error}") from error
+        rows[read.point.key] = read
+    return made_of, rows
 
 
 def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> PointRow:
@@ -215,6 +272,9 @@ class Grid:
         rows: the points by key.
         measured: keys of those that were measured here, in this order.
         current: whether they were measured on this model with these inputs.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; names the row and the field.
     """
 
     def __init__(self, path: str | Path, reference: DiffusionLM, inputs: Any = Inputs()):
@@ -229,17 +289,10 @@ class Grid:
 
     def _read(self) -> None:
         """Take over the points in the file; those that are known stay as they are."""
-        if not self.path.is_file():
-            return
-        try:
-            content = read_object(self.path)
-            rows = (PointRow(**row | {"point": Point.from_dict(row["point"])}) for row in content["rows"])
-            found = {row.point.key: row for row in rows}
-            self.current = content["made_of"] == self.made_of
-        except (KeyError, TypeError) as error:
-            reason = f"no points of a study ({type(error).__name__}: {error})"
-            raise ValueError(f"{self.path}: found {reason}, allowed is what point and study write") from error
-        self.rows = found | self.rows
+        if self.path.is_file():
+            made_of, found = _read_rows(self.path)
+            self.current = made_of == self.made_of
+            self.rows = found | self.rows
 
     def save(self) -> None:
         """Write all rows, with those that others have written meanwhile; the earlier file stays whole until then.
@@ -276,7 +329,7 @@ class Grid:
             self.save()  # finds out before the work whether that can be done
         missing.sort(key=_shared)
         models = self._models
-        for p in tqdm(missing, desc="grid", unit="point", disable=not progress):
+        for p in tqdm(missing, desc="grid", unit="point", disable=not (progress and missing)):
             if p.key not in self.rows:
                 suite = models.suite(p.config.timesteps)
                 self.rows[p.key] = score(models.build(p), p, suite)

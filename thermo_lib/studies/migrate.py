@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from thermo_lib.files.locks import locked
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.reading import read_report
+from thermo_lib.files.text import write_json
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.studies.grid import Inputs, Point
 from thermo_lib.studies.peers.quantize import JOBS, made_of
@@ -59,7 +60,7 @@ def main(paths: Sequence[str]) -> int:
     """Migrate files in place."""
     for path in map(Path, paths):
         with locked(path, wait=True):
-            content = read_json(path)
+            content = read_report(path, rows={})
             changed = migrate_peers(content) if "full_precision" in content else migrate_study(content)
             if measurements(changed) != measurements(content):
                 raise ValueError(f"{path}: found other numbers after the migration; the file is as it was")

@@ -28,8 +28,9 @@ from thermo_lib.evaluation.scores import (
     path_kl_interval,
 )
 from thermo_lib.evaluation.statistics import interval, verdict
+from thermo_lib.files.reading import field_of, read_json, read_object, read_report
 from thermo_lib.files.tensors import check_tensors, read_safetensors
-from thermo_lib.files.text import read_json, read_object, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import linear_names
@@ -39,6 +40,7 @@ from thermo_lib.studies.smoothing import gain, path_kl_change
 
 FOLDER = Path("artifacts/peers")
 PEERS_REPORT = Path("reports/peers.json")
+NAMES = {"method": str, "setting": str, "made_of": str}  # what each result is told apart by
 CHECK = "gptq-check"
 LOSS_STEPS = 10
 PEER_COLUMNS = {
@@ -343,9 +345,12 @@ def score_all(
     paths = sorted(p for p in folder.glob("*.json") if p.stem != CHECK)
     if not paths and not report.is_file():
         raise ValueError(f"{folder}: found no results, `make peers` makes them")
-    earlier = {"rows": [], "errors": [], "gptq_check": []} | (read_json(report) if report.is_file() else {})
+    earlier = read_earlier(report) if report.is_file() else {"rows": [], "errors": [], "gptq_check": []}
     contents = {path: read_object(path) for path in paths}
     errors = [content for content in contents.values() if "error" in content]
+    for path, content in contents.items():
+        for name, kind in NAMES.items():
+            field_of(content, name, kind, str(path))
     entries = [(read_entry(path), path) for path, content in contents.items() if "error" not in content]
     files = {_setting(asdict(entry)): path.with_suffix(".safetensors") for entry, path in entries}
     digests = {setting: hashlib.sha256(file.read_bytes()).hexdigest() for setting, file in files.items()}
@@ -377,12 +382,22 @@ def score_all(
     suite = build_suite(reference) if missing or full_precision is None else None
     if full_precision is None:
         full_precision = _scores(reference, suite)
-    for entry in tqdm(missing, desc="scores", unit="setting", disable=not progress):
+    for entry in tqdm(missing, desc="scores", unit="setting", disable=not (progress and missing)):
         setting = _setting(asdict(entry))
         weights = load_weights(files[setting], reference.model)
         rows[setting] = score_peer(entry, weights, suite) | {"weights": digests[setting]}
         write()
     write()
+
+
+def read_earlier(report: Path) -> dict[str, Any]:
+    """What ``score_all`` wrote.
+
+    Raises:
+        ValueError: not the JSON of such a report; names the row and the field.
+    """
+    rows = NAMES | {"weights": str, "path_kl": float, "path_kl_per_sequence": list, "accuracy_per_sequence": list}
+    return read_report(report, rows=rows, errors=NAMES | {"error": str}, gptq_check={})
 
 
 def _setting(row: Mapping[str, Any]) -> tuple[str, str]:

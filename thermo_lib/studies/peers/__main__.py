@@ -4,10 +4,9 @@ import sys
 
 from thermo_lib.evaluation.report import table
 from thermo_lib.files.locks import locked
-from thermo_lib.files.text import read_json
 from thermo_lib.models.lm import load_model
 from thermo_lib.notebooks import reproducible
-from thermo_lib.studies.peers import COST_COLUMNS, PEER_COLUMNS, PEERS_REPORT, score_all
+from thermo_lib.studies.peers import COST_COLUMNS, PEER_COLUMNS, PEERS_REPORT, read_earlier, score_all
 
 
 def main() -> int:
@@ -16,7 +15,7 @@ def main() -> int:
     try:
         with locked(PEERS_REPORT):
             score_all(load_model("reference"))
-        report = read_json(PEERS_REPORT)
+        report = read_earlier(PEERS_REPORT)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from thermo_lib.evaluation.report import hardware, table
 from thermo_lib.files.locks import locked
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.reading import read_report
+from thermo_lib.files.text import write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.quant.rounding import least_squares
 
@@ -116,7 +117,7 @@ def main() -> None:
             write_json(
                 FULL_SIZE_REPORT, {"rows": rows + whole_block(rows), "versions": versions, "hardware": hardware()}
             )
-    print(table(read_json(FULL_SIZE_REPORT)["rows"], FULL_SIZE_COLUMNS))
+    print(table(read_report(FULL_SIZE_REPORT, rows={"method": str})["rows"], FULL_SIZE_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -26,13 +26,14 @@ from tqdm import tqdm
 
 from thermo_lib.diffusion.states import Calibration, calibrate
 from thermo_lib.files.locks import locked
+from thermo_lib.files.reading import read_object, read_report
 from thermo_lib.files.tensors import WEIGHTS_NAME
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.text import write_json
 from thermo_lib.files.whole import replacing
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
-from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, PEERS_REPORT, Entry
+from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, NAMES, PEERS_REPORT, Entry
 from thermo_lib.studies.peers.methods import ADAPTERS, compare_gptq
 
 
@@ -238,17 +239,17 @@ def _complete(job: Job) -> bool:
     path = FOLDER / f"{job.name}.json"
     if not path.is_file() or not path.with_suffix(".safetensors").is_file():
         return False
-    entry = read_json(path)
-    return "error" not in entry and entry["made_of"] == made_of(job)
+    entry = read_object(path)
+    return "error" not in entry and entry.get("made_of") == made_of(job)
 
 
 def run_all(jobs: Sequence[Job], report: Path = PEERS_REPORT) -> None:
     """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own."""
     study_calibration(load_model("reference"))
-    rows = read_json(report)["rows"] if report.is_file() else []
+    rows = read_report(report, rows=NAMES)["rows"] if report.is_file() else []
     scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
     missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
-    bar = tqdm(missing, desc="peers", unit="setting")
+    bar = tqdm(missing, desc="peers", unit="setting", disable=not missing)
     for job in bar:
         bar.set_postfix_str(job.name)
         command = [sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", job.name]
@@ -273,7 +274,7 @@ def main() -> None:
         with locked(FOLDER):
             run_all([job for job in JOBS if arguments.method in (None, job.method)])
             checked = (FOLDER / f"{CHECK}.json").is_file() or (
-                PEERS_REPORT.is_file() and read_json(PEERS_REPORT)["gptq_check"]
+                PEERS_REPORT.is_file() and read_report(PEERS_REPORT, gptq_check={})["gptq_check"]
             )
             if arguments.method is None and not checked:
                 subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)

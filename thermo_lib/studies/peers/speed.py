@@ -30,7 +30,8 @@ from transformers import PreTrainedConfig
 from thermo_lib.evaluation.report import hardware, table
 from thermo_lib.evaluation.statistics import interval
 from thermo_lib.files.locks import locked
-from thermo_lib.files.text import read_json, write_json
+from thermo_lib.files.reading import read_report
+from thermo_lib.files.text import write_json
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.layers import QuantizedLinear
@@ -356,7 +357,7 @@ def main() -> None:
         if not PEERS_SPEED_REPORT.is_file():
             command = [sys.executable, "-m", "thermo_lib.studies.peers.speed", "--only"]
             write_report(PEERS_SPEED_REPORT, measure({name: [*command, name] for name in SPEED_METHODS}))
-    print(table(read_json(PEERS_SPEED_REPORT)["rows"], PEERS_SPEED_COLUMNS))
+    print(table(read_report(PEERS_SPEED_REPORT, rows={"method": str})["rows"], PEERS_SPEED_COLUMNS))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,289 @@
+"""What ``params.yaml`` may hold: every key, the kind of its value, and its bounds."""
+
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from thermo_lib.diffusion.tokens import SAMPLERS
+from thermo_lib.pipeline.flat import is_single, nearest
+
+_MOST = 2**20
+Count = Annotated[int, Field(ge=1, le=_MOST)]
+Length = Annotated[int, Field(ge=1, le=2**16)]
+Window = Annotated[int, Field(ge=1, le=20)]
+Seed = Annotated[int, Field(ge=0, le=10**12)]  # a million times as large, it still seeds a generator
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Finite, Field(gt=0)]
+Share = Annotated[Finite, Field(ge=0, le=1)]
+Bits = Literal[8, 7, 6, 5, 4, 3, 2]
+InputBits = Literal[16, 8, 7, 6, 5, 4, 3, 2]
+Method = Literal["linear", "cubic", "sigmoid", "spline"]
+Quantizer = Literal["rtn", "least_squares", "gptq", "trellis"]
+
+
+def _whole(value: Any) -> Any:
+    if isinstance(value, bool | float):  # for a literal 8.0 and True are whole numbers
+        raise ValueError("a whole number")
+    return value
+
+
+def _setting(name: str) -> str:
+    if not (is_single(name) or name in ("embedding_bits", "timesteps", "method", "recipe")):
+        raise ValueError("settings of ThermoConfig, method and recipe")
+    return name
+
+
+def _scalar(value: Any) -> Any:
+    if isinstance(value, list | dict):
+        raise ValueError("a number, true, false, null or a word")
+    return value
+
+
+MixName = Literal["mix.code_sequences", "mix.puzzles", "mix.source"]
+Mix = dict[MixName, Annotated[int, Field(ge=0, le=_MOST)] | Literal["forward", "trajectory"]]
+Settings = dict[Annotated[str, AfterValidator(_setting)], Annotated[Any, AfterValidator(_scalar)]]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Data(_Section):
+    """``data``: of the reference model's training."""
+
+    packages: dict[Text, Text] = Field(min_length=1)
+    vocab_size: Annotated[int, Field(ge=300, le=_MOST)]
+    sequence_length: Length
+    task_length: Length
+
+
+class Train(_Section):
+    """``train``: the reference model and its training."""
+
+    hidden_size: Length
+    intermediate_size: Length
+    num_hidden_layers: Annotated[int, Field(ge=1, le=1000)]
+    num_attention_heads: Length
+    steps: Annotated[int, Field(ge=1, le=10**9)]
+    cycles: Count
+    decay_steps: Count
+    warmup_steps: Count
+    muon_lr: Positive
+    adamw_lr: Positive
+    weight_decay: Annotated[Finite, Field(ge=0)]
+    code_batch: Length
+    sudoku_batch: Length
+    countdown_batch: Length
+    checkpoint_every: Count
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.hidden_size % (2 * self.num_attention_heads):
+            allowed = f"allowed is a multiple of twice num_attention_heads ({self.num_attention_heads})"
+            raise ValueError(f"hidden_size: found {self.hidden_size}, {allowed}")
+        if self.steps % self.cycles:
+            raise ValueError(f"steps: found {self.steps}, allowed is a multiple of cycles ({self.cycles})")
+        return self
+
+
+class Quant(_Section):
+    """``quant``: the configuration of the notebooks."""
+
+    bit_width: Annotated[Literal[2, 4, 8], BeforeValidator(_whole)]
+    group_size: Count
+    timesteps: Length
+    num_time_groups: Length
+    smoothing_window: Window
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.num_time_groups > self.timesteps:
+            allowed = f"allowed is at most timesteps ({self.timesteps})"
+            raise ValueError(f"num_time_groups: found {self.num_time_groups}, {allowed}")
+        return self
+
+
+class Calibration(_Section):
+    """``calibration``: see ``calibration_batches``."""
+
+    source: Literal["forward", "trajectory"]
+    sequences: Count
+    puzzles: Count
+
+
+class Evaluation(_Section):
+    """``evaluation``: see ``build_suite``."""
+
+    sequences: Count
+    trajectories: Count
+    sudoku: Annotated[int, Field(ge=0, le=_MOST)]
+    sampler: Literal[SAMPLERS]
+    temperature: Annotated[Finite, Field(ge=0, le=1000)]
+    resamples: Count
+
+
+class Reference(_Section):
+    """``reference``: puzzles that the reference model is scored on."""
+
+    sudoku: Count
+    countdown: Count
+
+
+class Overhead(_Section):
+    """``overhead``: see ``smoothing_overhead``."""
+
+    rounds: Annotated[int, Field(ge=2, le=10_000)]
+    sequences: Count
+
+
+class Targets(_Section):
+    """``targets``: see ``evaluation.smoothing.Targets``."""
+
+    accuracy_gain: Finite
+    markov_score: Finite
+    jump_cut: Finite
+    overhead: Finite
+
+
+class Peers(_Section):
+    """``peers``: the goals of the comparison with other methods."""
+
+    bits: Positive
+    accuracy_kept: Positive
+    accuracy_kept_a4: Positive
+    share: Positive
+    seconds: Positive
+
+
+class Smoothing(_Section):
+    """``smoothing``: what its notebook compares."""
+
+    activation_bits: list[Annotated[InputBits, BeforeValidator(_whole)]] = Field(min_length=1)
+    overhead_bits: list[Annotated[InputBits, BeforeValidator(_whole)]] = Field(min_length=1)
+    methods: list[Method] = Field(min_length=1)
+
+
+class Steps(_Section):
+    """An entry of ``study.*.timesteps``."""
+
+    steps: Length
+    seeds: list[Seed] = Field(min_length=1)
+
+
+class Objectives(_Section):
+    """``study.*.objectives``."""
+
+    output: list[Settings]
+    path_kl: list[Settings]
+
+
+class Markov(_Section):
+    """``study.*.markov``."""
+
+    num_time_groups: list[Length]
+    weights: list[Annotated[Finite, Field(ge=0)]]
+
+
+class Axes(_Section):
+    """``study.full`` and ``study.reduced``: see ``studies.smoothing.slices``."""
+
+    seeds: list[Seed] = Field(min_length=1)
+    side_seeds: list[Seed]
+    low_bits: Annotated[Bits, BeforeValidator(_whole)]
+    activation_bits: list[Annotated[InputBits, BeforeValidator(_whole)]]
+    num_time_groups: list[Length]
+    few_groups: list[Length]
+    methods: list[Method]
+    windows: list[Window]
+    timesteps: list[Steps]
+    quantizers: list[Quantizer]
+    wide_windows: list[Window]
+    mixes: list[Mix]
+    granularities: list[Settings]
+    recipe_groups: list[Length]
+    layer_groups: list[Length]
+    objectives: Objectives
+    ceiling_groups: list[Length]
+    transitions: list[Settings]
+    markov: Markov
+
+
+class Study(_Section):
+    """``study``: what the pipeline measures again, and what is measured once."""
+
+    reduced: Axes
+    full: Axes
+
+
+class Params(_Section):
+    """The whole file."""
+
+    seed: Seed
+    data: Data
+    train: Train
+    quant: Quant
+    calibration: Calibration
+    evaluation: Evaluation
+    reference: Reference
+    overhead: Overhead
+    targets: Targets
+    peers: Peers
+    smoothing: Smoothing
+    study: Study
+
+
+_KINDS = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "string_type": "a text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+Where = tuple[str | int, ...]
+
+
+def problems(content: Mapping[str, Any]) -> list[tuple[Where, str]]:
+    """What is wrong with the file's content: the place of each wrong value, and a message on one line."""
+    try:
+        Params.model_validate(content)
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        found.sort(key=lambda each: each["type"] != "extra_forbidden")  # what is missing may only be misspelt
+        return [_in_words(each) for each in found]
+    return []
+
+
+def _in_words(error: Mapping[str, Any]) -> tuple[Where, str]:
+    place = tuple(part for part in error["loc"] if part != "[key]")
+    field, kind = ".".join(map(str, place)), error["type"]
+    if kind == "missing":
+        return place, f"{field}: found none, it must be there"
+    found = f"found {error['input']!r:.80}"
+    if kind == "extra_forbidden":
+        allowed = _keys(place[:-1])
+        return place, f"{field}: found it, allowed are {', '.join(allowed)}{nearest(str(place[-1]), allowed)}"
+    if kind == "value_error":
+        reason = str(error["ctx"]["error"])
+        if ": found" in reason:  # of a section, which names the key
+            return place, f"{field}.{reason}"
+        return place, f"{field}: {found}, allowed is {reason}"
+    if kind in _KINDS:
+        return place, f"{field}: {found}, allowed is {_KINDS[kind]}"
+    return place, f"{field}: {found}, {error['msg'].replace('Input should be', 'allowed is')}"
+
+
+def _keys(place: Where) -> list[str]:
+    """The keys of the section at a place."""
+    owner: Any = Params
+    for part in place:
+        if isinstance(part, str) and isinstance(owner, type) and issubclass(owner, BaseModel):
+            owner = owner.model_fields[part].annotation
+        elif typing.get_origin(owner) is list:
+            (owner,) = typing.get_args(owner)
+    return list(owner.model_fields)
