@@ -98,6 +98,7 @@ def _drop_rows(path: Path) -> None:
 
 def _prepare(place: Path) -> None:
     """Write a tiny model and a text, and put what takes no time in the place of measurements."""
+    import nbformat  # noqa: F401  # which every process of `tidy` would import otherwise
     import torch
     import transformers
 
