@@ -424,15 +424,13 @@ def save_model(
     An earlier folder of that name stays as it was until the new one is complete.
 
     Args:
-        lm: the model.
-        folder: where to write it.
+        lm, folder: the model, and where to write it.
         dtype: of the stored weights.
         extra: more text files, name to content.
         kept: names of files of an earlier folder that stay.
 
     Raises:
         ValueError: time-aware norms, or what ``output_folder`` raises.
-        OSError: no space left, or no right to write.
     """
     check_plain_norms(lm.model)
 
