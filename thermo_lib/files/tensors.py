@@ -1,6 +1,6 @@
 """Safetensors files of a model folder, and the checks of what they hold; pickles are never read."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,34 @@ def check_finite(tensor: Tensor, name: str, where: Path) -> None:
     numbers = tensor if tensor.dtype in FULL_PRECISION else tensor.float()  # 8-bit floats have no isfinite
     if not numbers.isfinite().all():
         raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
+
+
+def cast(tensors: dict[str, Tensor], dtype: torch.dtype, key: Callable[[str], str], where: Path) -> None:
+    """Give tensors of a checkpoint the type of a model, in their dictionary.
+
+    Args:
+        tensors: the library's name to floating tensor.
+        dtype: of the model.
+        key: what the checkpoint calls a name.
+        where: the checkpoint.
+
+    Raises:
+        ValueError: a number that the type doesn't hold, or more numbers than the machine has memory for.
+    """
+    need = sum(tensor.numel() for tensor in tensors.values() if tensor.dtype != dtype) * dtype.itemsize
+    if need > (most := _memory()):
+        found = f"found weights of {need / 2**30:.1f} GiB in {dtype}, allowed are {most / 2**30:.1f} GiB, all there is"
+        raise ValueError(f"{where}: memory: {found}; a smaller type, or quantize --layerwise, takes less")
+    for name in tensors:
+        tensors[name] = tensors[name].to(dtype)
+        check_finite(tensors[name], f"{key(name)} as {dtype}", where)
+
+
+def _memory() -> int:
+    """Bytes of memory and swap of this machine, used or not."""
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    return sum(int(sizes[name].split()[0]) for name in ("MemTotal", "SwapTotal")) * 2**10
 
 
 def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Tensor], where: Path) -> None:

@@ -7,7 +7,7 @@ import itertools
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.reading import read_object
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
-    check_finite,
+    cast,
     check_full_precision,
     check_tensors,
     read_headers,
@@ -361,7 +361,7 @@ def load_model(
 
     Raises:
         ValueError: unknown model, a quantized one, unsupported type, a family or a block length that is missing or
-            doesn't fit, or damaged weights; the message says which and why.
+            doesn't fit, damaged weights, or more of them than memory; the message says which and why.
     """
     folder = model_folder(name)
     config = read_config(folder, family, block_length)
@@ -374,9 +374,7 @@ def load_model(
         check_full_precision(tensor.dtype, key, folder)
     tensors = take_expected(found, config, model.state_dict(), folder)
     check_tied(found, config, found.__getitem__, folder)
-    for key in tensors:
-        tensors[key] = tensors[key].to(dtype)
-        check_finite(tensors[key], f"{tensor_name(config, key)} as {dtype}", folder)
+    cast(tensors, dtype, partial(tensor_name, config), folder)
     fill(model, tensors, dtype)
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 

@@ -13,7 +13,7 @@ from thermo_lib.quant.codes import QuantizedWeight, check_weight, pack, unpack
 from thermo_lib.quant.gptq import gptq, refit
 from thermo_lib.quant.layers import QuantizedLinear, TrellisLinear
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
-from thermo_lib.quant.trellis import MOST_BITS, allocate_bits, column_costs, trellis
+from thermo_lib.quant.trellis import MOST_BITS, allocate_bits, codebook, column_costs, trellis
 from thermo_lib.time_aware.groups import TimeGroupParams
 
 Coded = tuple[dict[str, Tensor], list[TimeGroupParams]]
@@ -41,6 +41,11 @@ class Quantizer(ABC):
     def __init__(self, config: ThermoConfig):
         self.how, self.groups = config.weights, config.weight_groups
         self.needs_hessians = type(self.how) not in ROUNDING or self.groups.num_groups > 1
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """The least and the largest code, before zero point and scale."""
+        return 0, 2 ** int(self.how.bits) - 1
 
     def see(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:
         """Take note of a linear before any is quantized; ``hessian`` is ``sum x x^T`` of all its inputs."""
@@ -117,6 +122,12 @@ class TrellisCodes(Quantizer):
         self._costs: dict[str, Tensor] = {}
         self._rows: dict[str, int] = {}
         self._column_bits: dict[str, Tensor] = {}
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """See ``Quantizer``; the gains of columns are below one."""
+        most = codebook().abs().max().item()
+        return -most, most
 
     def see(self, name: str, linear: nn.Linear, hessian: Tensor) -> None:
         """Work out what each number of bits costs in each of the linear's columns."""

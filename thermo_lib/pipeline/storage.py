@@ -1,6 +1,7 @@
 """The folder of a quantized model: what is stored, and how it is saved and loaded."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from thermo_lib.files.reading import read_object
 from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
+    cast,
     check_full_precision,
     check_shapes,
     open_safetensors,
@@ -172,6 +174,9 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     )
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
     check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
+    uncoded = {name: tensor for name, tensor in tensors.items() if stored_type(name) is None}
+    cast(uncoded, dtype, partial(tensor_name, config), folder)
+    tensors |= uncoded
     install_time_norms(model, thermo)
     install(lm, tensors, folder, dtype)
     fill(model, tensors, dtype)
@@ -309,9 +314,18 @@ def check_types(found: Mapping[str, torch.dtype], where: Path) -> None:
             raise ValueError(f"{where}: tensor {name}: found {dtype}, expected {expected}")
 
 
-def _check_positive(scales: Tensor, name: str, where: Path) -> None:
-    if (scales <= 0).any():
-        raise ValueError(f"{where}: tensor {name}: found {scales.min().item():.3g}, allowed is above 0")
+def _check_scale(
+    scale: Tensor, zero_point: Tensor | None, codes: tuple[float, float], name: str, dtype: torch.dtype, where: Path
+) -> None:
+    """Raise ValueError unless a scale is positive, and all that codes between two can stand for is finite in a type."""
+    if (scale <= 0).any():
+        raise ValueError(f"{where}: tensor {name}: found {scale.min().item():.3g}, allowed is above 0")
+    zero = torch.zeros_like(scale) if zero_point is None else zero_point
+    steps = torch.maximum(*((code - zero.double()).abs() for code in codes))
+    reach, most = (scale * steps).max().item(), torch.finfo(dtype).max
+    if reach > most:
+        found = f"found a scale of codes that stand for up to {reach:.3g}"
+        raise ValueError(f"{where}: tensor {name} as {dtype}: {found}, allowed is {most:.5g} at most")
 
 
 def time_group_params(
@@ -344,7 +358,7 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         dtype: of what isn't quantized, and of the computation.
 
     Raises:
-        ValueError: a scale that isn't positive.
+        ValueError: a scale that isn't positive, or that makes of codes what a type doesn't hold.
     """
     config, thermo = lm.model.config, lm.config
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
@@ -352,7 +366,9 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
         for kind, layers in kinds.items():
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
-            _check_positive(values["scale"], f"{stored_name}.{kind}_scale", folder)
+            name_of_scale, computed = f"{stored_name}.{kind}_scale", dtype if kind == "weight" else torch.float32
+            span = quantizer_of(thermo).span if kind == "weight" else (0, 2**thermo.activation_bits - 1)
+            _check_scale(values["scale"], values.get("zero_point"), span, name_of_scale, computed, folder)
             layers[name] = time_group_params(kind, values, thermo, linear.in_features)
         stored = {key: tensors.pop(f"{name}.{key}") for key in quantizer_of(thermo).layer.STORED}
         if linear.bias is not None:
@@ -362,5 +378,6 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
             install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
     for name in coded_tables(lm.model, thermo):
         stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
-        _check_positive(stored["weight_scale"], f"{tensor_name(config, name)}.weight_scale", folder)
+        span, key = (0, 2**thermo.embedding_bits - 1), f"{tensor_name(config, name)}.weight_scale"
+        _check_scale(stored["weight_scale"], stored["weight_zero_point"], span, key, dtype, folder)
         install_table(lm, name, stored, dtype)
