@@ -1,5 +1,7 @@
 """The error of rounding is bounded, and that of least squares is least."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +13,7 @@ from torch import Tensor
 from thermo_lib.quant.codes import BIT_WIDTHS
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.limits import LARGEST
-from thermo_lib.quant.rounding import least_squares, round_to_nearest
+from thermo_lib.quant.rounding import _better_of, least_squares, round_to_nearest
 
 
 class TestRounding:
@@ -158,3 +160,25 @@ class TestRounding:
             rounding(weight, 4, 2)
         with pytest.raises(ValueError, match=message):
             gptq(weight, torch.eye(weight.shape[-1]), 4, 2, 0.01, 0.0)
+
+
+def test_wide_groups_of_two_bits_are_compared_with_min_max_where_their_error_is_unusual(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """That of normal weights is some 0.12 of their variance; two values have none, one that sticks out leaves little."""
+    weight = weights(50, 128, seed=0)
+    weight[7], weight[8] = weight[7].sign(), 1e-3 * weight[8]
+    weight[8, 0] = 1.0
+    compared: list[Tensor] = []
+
+    def recorded(fitted: object, rows: Tensor, *more: Any) -> tuple[Tensor, Tensor]:
+        compared.extend(rows.clone())
+        return _better_of(fitted, rows, *more)
+
+    monkeypatch.setattr("thermo_lib.quant.rounding._better_of", recorded)
+    least_squares(weight, 2, 128)
+    assert {7, 8} <= {row for row in range(50) if any(torch.equal(weight[row], other) for other in compared)}
+    assert len(compared) < 10
+    compared.clear()
+    least_squares(weight, 2, 64)
+    assert len(compared) == 100

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pretend import DEVICE, PretendedDevice
 from torch import Tensor
 
 from thermo_lib import BoundarySmoother, Calibration, TimeGroups
@@ -172,6 +173,14 @@ class TestBestStarts:
     def test_the_starts_make_time_groups(self) -> None:
         starts = best_starts([sample_of(1, growth=1.0), sample_of(2)], TIMESTEPS, 3, 4)
         assert TimeGroups(TIMESTEPS, 3, starts).boundaries == list(starts)
+
+    def test_they_are_found_where_the_inputs_are(self) -> None:
+        sample = sample_of(tokens=2, channels=2, growth=3.0)
+        with PretendedDevice() as device:
+            there = InputSample(*(part.to(DEVICE) for part in (sample.x, sample.is_masked, sample.timestep)))
+            found = best_starts([there], TIMESTEPS, 2, 4)
+        assert found == best_starts([sample], TIMESTEPS, 2, 4)
+        assert device.count["to device"] == 3
 
 
 def test_the_markov_term_is_the_sum_of_squared_steps() -> None:
