@@ -40,6 +40,7 @@ def one_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         (("evaluate", "--sequences", "0"), "sequences: found 0, allowed is at least 1"),
         (("evaluate", "--data", "absent.txt"), "data: found no file absent.txt"),
         (("evaluate", "--data", "two\nlines"), r"data: found no file 'two\nlines'"),
+        (("evaluate", "--output", "a" * 5000), "output: found 5000 characters, allowed are at most 4096"),
         (("evaluate", "--output", "."), "output: found the folder ., allowed is a file"),
         (("evaluate", "--output", "file/x.json"), "output: found file/x.json inside a file, allowed is a file in"),
         (("benchmark", "--output", "file"), "output: found file/report.json inside a file"),
@@ -52,7 +53,7 @@ def one_line(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> str:
         (("speed", "--rounds", "1"), "rounds: found 1, allowed is at least 2"),
         (("speed", "--tokens", "1", "0"), "tokens: found 0, allowed is at least 1"),
     ],
-    ids=str,
+    ids=lambda words: ascii(words[-1][:20]),
 )
 def test_a_wrong_value_is_one_line_before_any_work(
     words: tuple[str, ...],

@@ -23,6 +23,7 @@ _WORDS = {  # commands that take NAME=VALUE, and their names beside the settings
     },
 }
 _MOST = 2**20
+_LONGEST_PATH = 4096
 _LIMITS = {
     "max_new_tokens": (1, _MOST),
     "timesteps": (1, 2**16),
@@ -100,6 +101,8 @@ def check(arguments: argparse.Namespace) -> None:
 def _check_text(option: str, text: str, is_name: bool) -> None:
     if "\0" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
         raise ValueError(f"{option}: found {text!a:.80}, allowed is text in UTF-8 without a zero byte")
+    if len(text) > _LONGEST_PATH and option not in ("prompt", "system", "fields"):
+        raise ValueError(f"{option}: found {len(text)} characters, allowed are at most {_LONGEST_PATH}")
     if is_name and not text:
         raise ValueError(f"{option}: found '', allowed is a text that isn't empty")
 

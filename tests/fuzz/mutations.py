@@ -3,7 +3,7 @@
 import copy
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 _DEEP: Any = []
@@ -91,29 +91,41 @@ def as_json(content: Any, rng: random.Random) -> bytes:
     return text.encode(errors="surrogatepass")
 
 
-def change_words(words: Sequence[str], rng: random.Random, others: Sequence[str]) -> tuple[list[str], str]:
-    """Other words of a command line, and in words what was changed."""
+_VALUES = """
+[1,2] [ [[1]] {a:1} &a[*a] 1:30 ~ [2,9] [] 1e3 4.0 1e-3 false uniform spline
+path_kl fresh dynamic static trellis network codes blocks output
+"""
+
+
+def change_words(words: Sequence[str], rng: random.Random, names: Sequence[str]) -> tuple[list[str], str]:
+    """Other words of a command line, and in words what was changed.
+
+    Args:
+        words: the command line.
+        rng: decides.
+        names: of settings, of which some are set where the command takes ``NAME=VALUE``.
+    """
+    if not words:
+        return [rng.choice(names)], "one word"
     words = list(words)
-    number = rng.randrange(len(words) + 1)
     simple = [str(value) for value in NASTY if not isinstance(value, list | dict)]
-    what = rng.randrange(6)
-    if what == 0 and number < len(words):
+    values = [*simple, *_VALUES.split(), "best starts"]
+    settings = [number for number, word in enumerate(words) if "=" in word]
+    number, what = rng.randrange(len(words)), rng.randrange(8)
+    if settings and what < 4:
+        number = rng.choice(settings)
+        name = rng.choice(names) if what else words[number].partition("=")[0]
+        if what > 1:
+            words.insert(number, "")
+        words[number] = f"{name}={rng.choice(values)}"
+    elif what == 6:
         return [*words[:number], *words[number + 1 :]], f"without word {number}"
-    if what == 1 and number < len(words) and "=" in words[number]:
-        name, _, _ = words[number].partition("=")
-        words[number] = f"{name}={rng.choice([*simple, '[1, 2]', '[', '[[1]]', '{a: 1}', '&a [*a]', '1:30', '~'])}"
-    elif what == 2 and number < len(words):
-        words[number] = rng.choice(simple)
-    elif what == 3 and number < len(words) and words[number]:
+    elif what == 7 and words[number]:
         text, place = words[number], rng.randrange(len(words[number]))
         words[number] = (
             text[:place] + rng.choice(("", "=", ".", "-", "\0", "\udcff", "０", " ", "[")) + text[place + 1 :]
         )
     else:
-        words.insert(number, rng.choice([*others, *words]))
-        number = min(number, len(words) - 1)
-        return words, f"word {number} is {words[number]!r:.60}"
+        number = rng.choice([n for n, word in enumerate(words) if n and not word.startswith("--")] or [0])
+        words[number] = rng.choice(values)
     return words, f"word {number} is {words[number]!r:.60}"
-
-
-Change = Callable[[Any, random.Random], tuple[Any, str]]

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,11 +32,12 @@ def collect(fuzzer: Fuzzer, todo: Sequence[Case], *, progress: bool = False) -> 
     """The smallest finding of each place, and how many there are."""
     found: dict[str, Finding] = {}
     counts: Counter[str] = Counter()
-    for finding in fuzzer.findings(tqdm(todo, unit="case", disable=not progress)):
-        key = f"{finding.case.kind} {finding.place}"
-        counts[key] += 1
-        if key not in found or len(finding.changes) < len(found[key].changes):
-            found[key] = finding
+    with suppress(KeyboardInterrupt):  # what was found until then is told
+        for finding in fuzzer.findings(tqdm(todo, unit="case", disable=not progress)):
+            key = f"{finding.case.kind} {finding.place}"
+            counts[key] += 1
+            if key not in found or len(finding.changes) < len(found[key].changes):
+                found[key] = finding
     return found, counts
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,6 +26,8 @@ from thermo_lib.evaluation.smoothing import Targets
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.notebooks import tidy
 from thermo_lib.pipeline.about import about, words
+from thermo_lib.pipeline.flat import FLAT
+from thermo_lib.pipeline.parts import PHASES, WEIGHTS, Dynamic, Static, TimeGrouping
 from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.studies import params
 from thermo_lib.studies.grid import Inputs, _read_rows, point
@@ -49,8 +52,14 @@ PIECES = (
     ),
     *("{{ ''.__class__.__mro__ }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages[99].role }}"),
     *("{% set x = messages.append(1) %}", "{{ messages | tojson }}", "{{ '%s' % 1 }}", "{{ strftime_now('%Y') }}"),
+    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     *("{% include 'x' %}", "{% import 'x' as y %}", "{{ [1] | batch(0) | list }}", "{{ 'a' | center(10**9) }}"),
 )
+
+
+def _one_of(inputs: Sequence[Any], rngs: list[random.Random]) -> Any:
+    """One of several inputs, the first where nothing is changed."""
+    return rngs[0].choice(inputs) if rngs else inputs[0]
 
 
 class File:
@@ -126,8 +135,9 @@ class Yaml(File):
 
     def other(self, content: bytes, rng: random.Random) -> tuple[bytes, str]:
         try:
-            changed, text = change_json(yaml.safe_load(content), rng)
-            return yaml.safe_dump(changed, allow_unicode=True).encode(errors="surrogatepass"), text
+            changed, text = change_json(yaml.load(content, yaml.CSafeLoader), rng)
+            written = yaml.dump(changed, Dumper=yaml.CSafeDumper, allow_unicode=True)
+            return written.encode(errors="surrogatepass"), text
         except (yaml.YAMLError, ValueError, RecursionError):
             return change_bytes(content, rng)
 
@@ -165,7 +175,7 @@ class Fields:
 
     def change(self, rngs: list[random.Random]) -> str:
         """See ``workers.Target``."""
-        self._content, said = rngs[0].choice(self._valid), []
+        self._content, said = _one_of(self._valid, rngs), []
         for rng in rngs:
             self._content, text = change_json(self._content, rng)
             said.append(text)
@@ -180,81 +190,40 @@ class Fields:
         words(config)
 
 
+LINES = (
+    "quantize --model m --output q preset=w2a4-static weights.bits=4 time_groups.count=3 seed=1",
+    "quantize --output q --layerwise 8 preset=best activations.bits=4 path_kl.steps=3",
+    "quantize --output q activations.bits=8",
+    "quantize --output q num_time_groups=2 activation_bits=4",
+    "point activation_bits=4 num_time_groups=3 method=linear recipe=null --seeds 0 1",
+    "point weights.method=trellis",
+    "point path_kl.steps=8 --seeds 3",
+    "generate --prompt a --max-new-tokens 8 --timesteps 4 --top-p 0.9 --seed 3 --suppress-tokens 1 2",
+    "evaluate --model m --sequences 4 --trajectories 2 --length 8 --output s.json --dtype float32",
+    "benchmark --bits 4 --activation-bits 8 --num-time-groups 2 --smoothing-window 2 --output b",
+    "speed --tokens 1 32 --rounds 3 --output s.json",
+    "chat --raw --threshold 0.9 --sampler maskgit_plus --block-length 4",
+    "study --axes full --output grid.json",
+    "info --family Dream m",
+    "tidy n.ipynb",
+)
+
+
 class Words:
     """Words of the command line, as far as they are read before a model is."""
 
     def __init__(self) -> None:
-        self._valid = [
-            [
-                "quantize",
-                "--model",
-                "m",
-                "--output",
-                "q",
-                "preset=w2a4-static",
-                "weights.bits=4",
-                "time_groups.count=3",
-                "seed=1",
-            ],
-            ["quantize", "--output", "q", "--layerwise", "8", "preset=best", "activations.bits=4", "path_kl.steps=3"],
-            [
-                "generate",
-                "--prompt",
-                "a",
-                "--max-new-tokens",
-                "8",
-                "--timesteps",
-                "4",
-                "--top-p",
-                "0.9",
-                "--seed",
-                "3",
-                "--suppress-tokens",
-                "1",
-                "2",
-            ],
-            [
-                "evaluate",
-                "--model",
-                "m",
-                "--sequences",
-                "4",
-                "--trajectories",
-                "2",
-                "--length",
-                "8",
-                "--output",
-                "s.json",
-                "--dtype",
-                "float32",
-            ],
-            [
-                "benchmark",
-                "--bits",
-                "4",
-                "--activation-bits",
-                "8",
-                "--num-time-groups",
-                "2",
-                "--smoothing-window",
-                "2",
-                "--output",
-                "b",
-            ],
-            ["point", "activation_bits=4", "num_time_groups=3", "method=linear", "recipe=null", "--seeds", "0", "1"],
-            ["speed", "--tokens", "1", "32", "--rounds", "3", "--output", "s.json"],
-            ["chat", "--raw", "--threshold", "0.9", "--sampler", "maskgit_plus", "--block-length", "4"],
-            ["study", "--axes", "full", "--output", "grid.json"],
-            ["tidy", "n.ipynb"],
-            ["info", "--family", "Dream", "m"],
-        ]
-        self._others = [word for line in self._valid for word in line]
+        self._valid = [line.split() for line in LINES]
+        parts = {"activations": (Static, Dynamic), "time_groups": (TimeGrouping,), "weights": tuple(WEIGHTS.values())}
+        parts |= {name: (part,) for name, part in PHASES.items()}
+        inside = {f"{name}.{key}" for name, owners in parts.items() for owner in owners for key in owner.model_fields}
+        self._names = [*sorted(inside), *FLAT, "preset", "method", "recipe", "embedding_bits", "timesteps", "seed"]
 
     def change(self, rngs: list[random.Random]) -> str:
         """See ``workers.Target``."""
-        self._words = rngs[0].choice(self._valid)
+        self._words = _one_of(self._valid, rngs)
         for rng in rngs:
-            self._words, _ = change_words(self._words, rng, self._others)
+            self._words, _ = change_words(self._words, rng, self._names)
         return f"python -m thermo_lib {self._words!r:.200}"
 
     def check(self) -> None:
@@ -381,7 +350,7 @@ class _OneOf:
 
     def change(self, rngs: list[random.Random]) -> str:
         """See ``workers.Target``."""
-        self._chosen = rngs[0].choice(self._targets)
+        self._chosen = _one_of(self._targets, rngs)
         return self._chosen.change(rngs)
 
     def check(self) -> None:

@@ -8,8 +8,10 @@ import random
 import resource
 import shutil
 import signal
+import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -96,6 +98,8 @@ def _serve(pipe: Connection, start: Callable[[Path], Mapping[str, Target]], sour
     faulthandler.disable()  # a crash is told by the parent
     for stream in (0, 1, 2):
         os.dup2(nowhere, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w", errors="backslashreplace")  # noqa: SIM115 (for as long as the process)
+    warnings.simplefilter("ignore")
     try:
         shutil.copytree(source, folder / "valid")
         os.chdir(folder)

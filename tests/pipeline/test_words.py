@@ -99,6 +99,13 @@ def test_a_setting_of_another_kind_is_refused(fields: dict[str, Any], message: s
     assert str(error.value).isprintable()
 
 
+def test_of_many_wrong_fields_the_first_are_told() -> None:
+    with pytest.raises(ValueError, match=r"training\.0: found 0") as error:
+        ThermoConfig(training=[0] * 100, timesteps=0)
+    assert str(error.value).count("found") == 8
+    assert str(error.value).endswith("; 93 more")
+
+
 def test_a_whole_number_may_have_a_point() -> None:
     config = ThermoConfig(**{"embedding_bits": 8.0, "weights.bits": 4.0, "timesteps": 8.0})
     assert config.digest() == ThermoConfig(**{"embedding_bits": 8, "weights.bits": 4, "timesteps": 8}).digest()

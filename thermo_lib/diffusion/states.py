@@ -156,7 +156,7 @@ class Calibration:
                 values = {name: tensors[f"{index}.{name}"] for name in ("ids", "is_masked", "timestep", "clean")}
                 parts.append(States(**{k: v.long() if v.dtype == torch.int32 else v for k, v in values.items()}))
         except (SafetensorError, KeyError) as error:
-            raise ValueError(f"{damaged} ({error})") from error
+            raise ValueError(f"{damaged} ({error!s:.200})") from error
         timesteps, source = field_of(about, "timesteps", int, damaged), field_of(about, "source", str, damaged)
         return cls(tuple(parts), timesteps, source)
 

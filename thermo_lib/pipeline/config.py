@@ -187,7 +187,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         del fields["quant_method"]
         version = fields.pop("format_version", 1)
         if version not in (2, cls.format_version):
-            found = f"found {version!r}, allowed are 2 and {cls.format_version}: quantize the model again"
+            found = f"found {version!r:.80}, allowed are 2 and {cls.format_version}: quantize the model again"
             raise ValueError(f"quantization_config.format_version: {found}")
         config = cls.from_flat(fields) if version == 2 else cls(**fields)
         return (config, kwargs) if return_unused_kwargs else config

@@ -150,7 +150,7 @@ class _Use:
                 continue
             value, allowed = self.flat.pop(name), _NOTHING[name]
             if not self.lenient and not any(value is a or (value == a and type(value) is type(a)) for a in allowed):
-                raise ValueError(f"{name}: found {value!r}, allowed is {allowed[0]!r} with {because}")
+                raise ValueError(f"{name}: found {value!r:.80}, allowed is {allowed[0]!r} with {because}")
 
 
 def _as_dict(part: Any) -> dict[str, Any] | None:
@@ -229,7 +229,7 @@ def _time_groups(use: _Use, base: dict[str, Any] | None) -> dict[str, Any] | Non
     method = use.flat.pop("smoothing_method", before)
     enabled = use.flat.pop("enable_boundary_smoothing", method is not None)
     if not isinstance(enabled, bool):
-        raise ValueError(f"enable_boundary_smoothing: found {enabled!r}, allowed are True and False")
+        raise ValueError(f"enable_boundary_smoothing: found {enabled!r:.80}, allowed are True and False")
     present["smoothing"] = (method or "linear") if enabled else None
     windowed = present["smoothing"] not in (None, "spline")
     if windowed:

@@ -47,7 +47,7 @@ class _Part(BaseModel):
         """Raise ValueError for a field that has another value than the only one with a meaning."""
         for name, value in allowed.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name}: found {getattr(self, name)!r}, allowed is {value!r} with {because}")
+                raise ValueError(f"{name}: found {getattr(self, name)!r:.80}, allowed is {value!r} with {because}")
 
 
 class RoundToNearest(_Part):
@@ -383,6 +383,7 @@ Activations = Annotated[Static | Dynamic, Field(discriminator="ranges")]
 Phase = Annotated[Sequential | Blocks | PathKL | TimeNorms, Field(discriminator="phase")]
 WEIGHTS = {part.model_fields["method"].default: part for part in (RoundToNearest, LeastSquares, GPTQ, Trellis)}
 PHASES = {part.model_fields["phase"].default: part for part in (Sequential, Blocks, PathKL, TimeNorms)}
+_MOST_TOLD = 8  # wrong fields
 _TAGS = frozenset({*WEIGHTS, *PHASES, "static", "dynamic"})
 
 
@@ -402,8 +403,9 @@ class OneLine:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ValidationError):
-            found = error.errors(include_url=False)
-            raise ValueError("; ".join(dict.fromkeys(map(self._in_words, found)))) from None
+            found = list(dict.fromkeys(map(self._in_words, error.errors(include_url=False))))
+            more = f"; {len(found) - _MOST_TOLD} more" if len(found) > _MOST_TOLD else ""
+            raise ValueError("; ".join(found[:_MOST_TOLD]) + more) from None
 
     def _in_words(self, error: Mapping[str, Any]) -> str:
         path = [part for part in error["loc"] if part not in _TAGS]
@@ -421,7 +423,7 @@ class OneLine:
         elif error["type"] == "union_tag_invalid":
             found = f"allowed are {error['ctx']['expected_tags']}{nearest(str(error['ctx']['tag']), _TAGS)}"
             name = f"{field}.{error['ctx']['discriminator'].strip(chr(39))}"
-            return f"{self.names.get(name, name)}: found {error['ctx']['tag']!r}, {found}"
+            return f"{self.names.get(name, name)}: found {error['ctx']['tag']!r:.80}, {found}"
         else:
             allowed = {"tuple_type": "a list", "model_type": "an object", "model_attributes_type": "an object"}
             found = error["msg"].replace("Input should be", "allowed is")
