@@ -7,6 +7,7 @@ full-precision one. ``benchmark`` asks the project's question about any model wi
 """
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
+    parser.add_argument("--version", action="version", version=f"thermo_lib {importlib.metadata.version('thermo_lib')}")
     commands = parser.add_subparsers(dest="command", required=True)
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
     devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
@@ -188,6 +190,10 @@ def _parser() -> argparse.ArgumentParser:
     checker.add_argument("--quick", action="store_true", help="within two minutes instead of eight")
     checker.add_argument("--device", **devices)
     checker.add_argument("--output", type=Path, default=Path("reports/gpu.json"), help="JSON file (%(default)s)")
+
+    printer = commands.add_parser("report", help="make one HTML page of a report: figures, tables, verdicts")
+    printer.add_argument("report", nargs="?", type=Path, default=Path("reports/report.json"), help="(%(default)s)")
+    printer.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (%(default)s)")
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)

@@ -20,6 +20,7 @@ from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.evaluation import report
+from thermo_lib.evaluation.page import CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
 from thermo_lib.evaluation.scores import build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
     check_comparable,
@@ -32,8 +33,9 @@ from thermo_lib.evaluation.smoothing import (
 from thermo_lib.evaluation.summary import summarize
 from thermo_lib.extras import needs
 from thermo_lib.files.outputs import alone_in, output_file, output_folder
+from thermo_lib.files.reading import read_report
 from thermo_lib.files.tensors import weight_files
-from thermo_lib.files.text import as_json, write_json
+from thermo_lib.files.text import as_json, write_json, write_text
 from thermo_lib.files.whole import replace_together, sweep_together
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
@@ -368,6 +370,12 @@ def run_point(arguments: argparse.Namespace) -> None:
     print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
 
 
+def run_report(arguments: argparse.Namespace) -> None:
+    """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
+    read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
+    write_text(arguments.output, report_page(read))
+
+
 def run_speed(arguments: argparse.Namespace) -> None:
     """Time products from codes against dense ones, print the report and write it."""
     with alone_in(arguments.output, ["processor", "rows"]):
@@ -405,6 +413,7 @@ def run(arguments: argparse.Namespace) -> None:
         "benchmark": run_benchmark,
         "study": run_study,
         "point": run_point,
+        "report": run_report,
         "speed": run_speed,
         "gpu-check": run_gpu_check,
     }

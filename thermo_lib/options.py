@@ -42,7 +42,7 @@ _LIMITS = {
     "rounds": (2, 10_000),
 }
 _NAMES = ("model", "reference", "family", "device", "scheduler", "sampler")  # texts that mean nothing when empty
-_FILES = ("evaluate", "study", "point", "speed", "gpu-check")  # commands whose output is a file
+_FILES = ("evaluate", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
 
 
 def whole(text: str) -> int:

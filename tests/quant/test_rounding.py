@@ -165,7 +165,7 @@ class TestRounding:
 def test_wide_groups_of_two_bits_are_compared_with_min_max_where_their_error_is_unusual(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """That of normal weights is some 0.12 of their variance; two values have none, one that sticks out leaves little."""
+    """Normal weights leave some 0.12 of their variance, two values nothing, and one that sticks out little."""
     weight = weights(50, 128, seed=0)
     weight[7], weight[8] = weight[7].sign(), 1e-3 * weight[8]
     weight[8, 0] = 1.0
