@@ -3,8 +3,8 @@
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from thermo_lib.evaluation.smoothing import (
     smoothing_overhead,
 )
 from thermo_lib.evaluation.summary import summarize
-from thermo_lib.extras import needs
 from thermo_lib.files.outputs import alone_in, output_file, output_folder
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.tensors import weight_files
@@ -43,6 +42,7 @@ from thermo_lib.models.tokenizer_json import encode
 from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.about import about
 from thermo_lib.pipeline.activations import resmooth, resmoothed
+from thermo_lib.pipeline.cluster import cluster_client
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, dequantized
 from thermo_lib.pipeline.presets import DEFAULT
@@ -100,26 +100,6 @@ def _computing(lm: DiffusionLM, arguments: argparse.Namespace) -> DiffusionLM:
     if not isinstance(lm, QuantizedLM):
         raise ValueError(f"dense: found {arguments.model!r}, which isn't quantized, allowed is a quantized model")
     return dequantized(lm)
-
-
-@contextmanager
-def cluster_client(address: str) -> Iterator[Any]:
-    """A client of the ``dask.distributed`` cluster at an address, or of a local one with a process for each core.
-
-    Raises:
-        OSError: no scheduler answers there.
-    """
-    distributed = needs("distributed")
-    if address == "local":
-        with distributed.LocalCluster(threads_per_worker=1) as cluster, distributed.Client(cluster) as client:
-            yield client
-    else:
-        try:
-            client = distributed.Client(address, timeout="10s")
-        except (ValueError, OSError) as error:
-            raise OSError(f"scheduler: found no dask scheduler at {address!r} ({error})") from error
-        with client:
-            yield client
 
 
 def _check_texts(path: Path) -> None:

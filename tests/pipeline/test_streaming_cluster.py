@@ -3,14 +3,18 @@
 import asyncio
 import os
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import dask
+import psutil
 import pytest
 from distributed import Client, LocalCluster, Scheduler, Worker
 from distributed.utils import get_mp_context
@@ -18,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from streamed import EARLIER, configured, files, shard_of, states_of, unfinished
 
 from thermo_lib.pipeline import streaming
+from thermo_lib.pipeline.cluster import cluster_client
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("several_shards")]
@@ -97,7 +102,7 @@ class TestCluster:
     def test_a_cluster_without_workers_is_an_error(
         self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(streaming, "_WORKER_SECONDS", 0.5)
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 0.5)
         with (
             LocalCluster(n_workers=0, dashboard_address=None) as empty,
             Client(empty) as client,
@@ -110,25 +115,35 @@ class TestCluster:
         self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """It dies while the second shard is worked on."""
-        source, (here, there) = write(), processes.Pipe()
-        started = [processes.Process(target=scheduler, args=(there,))]
-        started[0].start()
-        address = here.recv()
-        started.append(processes.Process(target=worker, args=(address,)))
-        started[1].start()
-        monkeypatch.setattr(streaming, "_write_shard", KillsOther(started[0].pid))
-        try:
-            with (
-                dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
-                Client(address, timeout="30s") as client,
-                pytest.raises(OSError, match="scheduler: the scheduler was lost"),
-            ):
+        source = write()
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 1)
+        with outside(processes) as (client, scheduler, _):
+            monkeypatch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGKILL))
+            with pytest.raises(OSError, match="scheduler: the scheduler was lost"):
                 quantize_checkpoint(source, output, configured(), client=client)
-        finally:
-            for process in started:
-                process.kill()
-                process.join()
         monkeypatch.undo()
+        assert files(output) == EARLIER
+
+    def test_a_scheduler_that_does_not_answer_and_a_worker_that_does_not_come_back_are_errors(
+        self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The scheduler is stopped while the second shard is worked on; then it goes on, and the only worker dies."""
+        source = write()
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 0.5)
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 0.5)
+        with outside(processes) as (client, scheduler, worker):
+            with monkeypatch.context() as patch:
+                patch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGSTOP))
+                with pytest.raises(
+                    OSError, match=r"scheduler: the scheduler was lost \(no answer in 0\.5 s\); complete"
+                ):
+                    quantize_checkpoint(source, output, configured(), client=client)
+            os.kill(scheduler, signal.SIGCONT)
+            monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 15)
+            monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 1)
+            monkeypatch.setattr(streaming, "_write_shard", Signals(worker, signal.SIGKILL))
+            with pytest.raises(OSError, match="scheduler: found no worker in 1 s, allowed is at least one"):
+                quantize_checkpoint(source, output, configured(), client=client)
         assert files(output) == EARLIER
 
     def test_with_calibration_it_is_refused(
@@ -177,14 +192,68 @@ class KillsOnce:
         return self.write_shard(path, *arguments)
 
 
-class KillsOther:
-    """``_write_shard``, but at the second shard another process dies, and the shard waits."""
+class Signals:
+    """``_write_shard``, but at the second shard a process gets a signal, and the shard waits."""
 
-    def __init__(self, process: int):
-        self.process, self.write_shard = process, streaming._write_shard
+    def __init__(self, process: int, number: signal.Signals):
+        self.process, self.number, self.write_shard = process, number, streaming._write_shard
 
     def __call__(self, path: Path, *arguments: Any) -> str:
         if path.name.startswith("model-00002"):
-            os.kill(self.process, signal.SIGKILL)
+            os.kill(self.process, self.number)
             time.sleep(5)
         return self.write_shard(path, *arguments)
+
+
+@contextmanager
+def outside(processes: BaseContext) -> Iterator[tuple[Client, int, int]]:
+    """A client of a scheduler and a worker without a nanny, and their process numbers."""
+    here, there = processes.Pipe()
+    started = [processes.Process(target=scheduler, args=(there,))]
+    started[0].start()
+    address = here.recv()
+    started.append(processes.Process(target=worker, args=(address,)))
+    started[1].start()
+    try:
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "2s"}),
+            Client(address, timeout="30s") as client,
+        ):
+            yield client, *(process.pid for process in started)
+    finally:
+        for process in started:
+            process.kill()
+            process.join()
+
+
+class TestConnecting:
+    @pytest.mark.parametrize("said", [b"", b"\0", b"SSH-2.0-OpenSSH_9.6\r\n" * 3])
+    def test_what_is_no_scheduler_is_an_error(self, said: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._CONNECT_SECONDS", 1)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+
+            def serve() -> None:
+                with suppress(OSError):
+                    while True:
+                        held.append(server.accept()[0])
+                        held[-1].sendall(said)
+
+            held: list[socket.socket] = []
+            threading.Thread(target=serve, daemon=True).start()
+            message = rf"^scheduler: found no dask scheduler at '{address}' \([^\n]+\)$"
+            with pytest.raises(OSError, match=message), cluster_client(address):
+                pass
+            assert held
+        for peer in held:
+            peer.close()
+
+    def test_a_local_cluster_listens_on_loopback_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("os.cpu_count", lambda: 1)
+        with cluster_client("local") as client:
+            own = psutil.Process()
+            sockets = [c for p in (own, *own.children(recursive=True)) for c in p.net_connections(kind="tcp")]
+            assert {client.scheduler.address.split("/")[2].split(":")[0]} == {"127.0.0.1"}
+            assert client.dashboard_link.startswith("http://127.0.0.1:")
+        listening = {c.laddr.ip for c in sockets if c.status == psutil.CONN_LISTEN}
+        assert listening == {"127.0.0.1"}

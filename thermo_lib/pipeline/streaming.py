@@ -7,9 +7,8 @@ in shards again. A run that was stopped goes on after the last complete shard, o
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,7 +21,6 @@ from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.extras import needs
 from thermo_lib.files.folders import only_writer, replace_folder
 from thermo_lib.files.outputs import RUN_NAME, mark, output_folder, unfinished
 from thermo_lib.files.reading import read_object
@@ -35,6 +33,7 @@ from thermo_lib.models.families import read_config, tensor_name
 from thermo_lib.models.lm import check_unquantized, last_norm, model_folder
 from thermo_lib.models.streamed import Checkpoint, load_streamed
 from thermo_lib.models.tokenization import read_carried, read_chat_template, read_tokenizer, save_tokenizer
+from thermo_lib.pipeline.cluster import run_on
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, linear_names, tables
 from thermo_lib.pipeline.phases import first_starts
@@ -52,7 +51,6 @@ _SHARDS = "shards"  # in RUN_NAME: the SHA-256 of each complete one
 _KEPT = "complete shards are kept, the same call goes on after them"
 _SHARD_BYTES = 2**29
 _ROWS_BYTES = 2**26  # of the rows that are read at a time
-_WORKER_SECONDS = 60  # for the first worker of a cluster to come
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def quantize_checkpoint(
             be replaced or that another run is writing, or an unfinished run of another source, configuration or
             calibration.
         OSError: no space left, no right to write, no worker, every worker that tried a shard was lost, or the
-            scheduler was.
+            scheduler was or doesn't answer any more.
     """
     if config.needs_calibration:
         if calibration is None:
@@ -362,33 +360,13 @@ def _written(
         for number, (shard, path) in enumerate(zip(shards, paths, strict=True)):
             yield number, _write_shard(path, shard, digests, model_config, config, device)
         return
-    as_completed = needs("distributed").as_completed
-    from distributed.comm import CommClosedError
-    from distributed.scheduler import KilledWorker
-
     absolute = [path.absolute() for path in paths]
-    futures: dict[Any, int] = {}
-    try:
-        client.wait_for_workers(1, timeout=_WORKER_SECONDS)
-        for number, (shard, path) in enumerate(zip(shards, absolute, strict=True)):
-            work = path, shard, dict(digests), model_config, config, device
-            futures[client.submit(_write_shard, *work, pure=False)] = number
-        for future in as_completed(futures):
-            found = future.result()
-            if not paths[futures[future]].is_file():
-                raise OSError(
-                    f"output: found no {absolute[futures[future]]}, which a worker wrote on its own file system"
-                )
-            yield futures[future], found
-    except TimeoutError as error:
-        raise OSError(f"scheduler: found no worker in {_WORKER_SECONDS} s, allowed is at least one; {_KEPT}") from error
-    except KilledWorker as error:
-        raise OSError(f"scheduler: every worker that tried a shard was lost ({error}); {_KEPT}") from error
-    except (CancelledError, CommClosedError) as error:
-        raise OSError(f"scheduler: the scheduler was lost ({error}); {_KEPT}") from error
-    finally:
-        with suppress(CancelledError, OSError):  # from a scheduler that was lost
-            client.cancel(list(futures))
+    arguments = (dict(digests), model_config, config, device)
+    calls = [partial(_write_shard, p, s, *arguments) for s, p in zip(shards, absolute, strict=True)]
+    for number, found in run_on(client, calls, _KEPT):
+        if not paths[number].is_file():
+            raise OSError(f"output: found no {absolute[number]}, which a worker wrote on its own file system")
+        yield number, found
 
 
 def _run(
