@@ -1,6 +1,7 @@
 """What is no text, no JSON or lacks a field is one line that names file, line and field."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,25 @@ NOT_JSON = {
 }
 
 
-@pytest.mark.parametrize("content", NOT_JSON, ids=lambda content: ascii(content[:9]))
-@pytest.mark.parametrize("read", [read_json, read_object])
+NO_NUMBERS = (b"[NaN]", b"[1e999]", b"-Infinity")
+
+
+@pytest.mark.parametrize("content", NO_NUMBERS, ids=ascii)
+def test_of_settings_the_reader_of_the_field_refuses_what_is_no_number(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(b'{"a": ' + content + b"}")
+    value = read_object(path)["a"]
+    assert not math.isfinite(value[0] if isinstance(value, list) else value)
+
+
+@pytest.mark.parametrize(
+    ("read", "content"),
+    [
+        *((read_json, content) for content in NOT_JSON),
+        *((read_object, content) for content in NOT_JSON if content not in NO_NUMBERS),
+    ],
+    ids=lambda each: ascii(each[:9]) if isinstance(each, bytes) else each.__name__,
+)
 def test_a_file_that_is_not_json_is_named(content: bytes, read: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"\n\n" + content)

@@ -56,20 +56,22 @@ def shown(path: str | Path) -> str:
     return str(path) if str(path).isprintable() else ascii(str(path))
 
 
-def parse_json(text: str, where: str, *, is_line: bool = False) -> Any:
+def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool = False) -> Any:
     """What JSON says.
 
     Args:
         text: the JSON.
         where: file and perhaps line, for errors.
         is_line: ``where`` names the line already.
+        any_number: take NaN and infinity, as Python writes them, for numbers: who reads the field refuses them by name.
 
     Raises:
         ValueError: not JSON (NaN isn't), a number that no float holds, a key twice in an object, half of a surrogate
             pair, a number of thousands of digits, or nested too deep.
     """
     try:
-        content = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_constant)
+        finite = {} if any_number else {"parse_float": _finite, "parse_constant": _no_constant}
+        content = json.loads(text, object_pairs_hook=_object, **finite)
         if _HALF.search(text):
             json.dumps(content, ensure_ascii=False).encode()
         return content
@@ -118,7 +120,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """The object in a JSON file, such as a model's settings; NaN and infinity are for its reader to refuse by name.
 
     Raises:
         ValueError: no such file, a large one, what ``parse_json`` refuses, one that is nested too deep, or something
@@ -127,7 +129,7 @@ def read_object(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if path.is_file() and (size := path.stat().st_size) > _MOST_BYTES:
         raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {_MOST_BYTES} at most")
-    content = parse_json(read_text(path), shown(path))
+    content = parse_json(read_text(path), shown(path), any_number=True)
     if not isinstance(content, dict):
         raise ValueError(f"{shown(path)}: found a {type(content).__name__}, expected an object")
     level, depth = [content], 0
