@@ -234,3 +234,13 @@ class TestRefit:
         after = refit(weight, before, hessian, 1e9)
         torch.testing.assert_close(after.scale, before.scale, rtol=2 * HALF_ULP, atol=0)
         torch.testing.assert_close(after.zero_point, before.zero_point, rtol=2 * HALF_ULP, atol=2e-3)
+
+    def test_a_group_whose_best_scale_is_negative_keeps_its_parameters(self) -> None:
+        weight = weights(3, 32, 0)
+        turned = torch.cat([-weight[:, :16], weight[:, 16:]], 1)  # the codes of the first group go the other way
+        before = round_to_nearest(turned, 4, 16)
+        before.scale[:, 1] *= 1.5
+        after = refit(weight, before, torch.eye(32), 0.001)
+        assert torch.equal(after.scale[:, 0], before.scale[:, 0])
+        assert torch.equal(after.zero_point[:, 0], before.zero_point[:, 0])
+        assert (after.scale[:, 1] < before.scale[:, 1]).all()

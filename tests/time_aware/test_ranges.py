@@ -175,11 +175,10 @@ class TestBestStarts:
         assert TimeGroups(TIMESTEPS, 3, starts).boundaries == list(starts)
 
     def test_they_are_found_where_the_inputs_are(self) -> None:
-        sample = sample_of(tokens=2, channels=2, growth=3.0)
+        parts = [part[:6] for part in vars(sample_of(tokens=2, channels=2, growth=3.0)).values()]  # three timesteps
         with PretendedDevice() as device:
-            there = InputSample(*(part.to(DEVICE) for part in (sample.x, sample.is_masked, sample.timestep)))
-            found = best_starts([there], TIMESTEPS, 2, 4)
-        assert found == best_starts([sample], TIMESTEPS, 2, 4)
+            found = best_starts([InputSample(*(part.to(DEVICE) for part in parts))], 3, 2, 4)
+        assert found == best_starts([InputSample(*parts)], 3, 2, 4)
         assert device.count["to device"] == 3
 
 
