@@ -154,6 +154,12 @@ class TestClippedRanges:
         assert scale[0, 0] == scale[0, 1]
         assert zero[0, 0] == zero[0, 1]
 
+    def test_a_time_group_without_an_input_is_named(self) -> None:
+        sample = sample_of()
+        early = sample.select(sample.timestep < 3)
+        with pytest.raises(ValueError, match=r"calibration: found no state in timesteps 3\.\.5"):
+            clipped_ranges(early, TimeGroups(TIMESTEPS, 2), 4, token_states=False, group_size=None)
+
 
 class TestBestStarts:
     """Time groups where the activations change."""
