@@ -1,6 +1,7 @@
 """Several processes stream the files that one process streams, whichever of them dies."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -124,26 +125,34 @@ class TestCluster:
         monkeypatch.undo()
         assert files(output) == EARLIER
 
-    def test_a_scheduler_that_does_not_answer_and_a_worker_that_does_not_come_back_are_errors(
+    def test_a_scheduler_that_does_not_answer_is_an_error(
         self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """The scheduler is stopped while the second shard is worked on; then it goes on, and the only worker dies."""
+        """It is stopped while the second shard is worked on."""
         source = write()
-        monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 0.5)
-        monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 0.5)
-        with outside(processes) as (client, scheduler, worker):
-            with monkeypatch.context() as patch:
-                patch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGSTOP))
-                with pytest.raises(
-                    OSError, match=r"scheduler: the scheduler was lost \(no answer in 0\.5 s\); complete"
-                ):
-                    quantize_checkpoint(source, output, configured(), client=client)
-            os.kill(scheduler, signal.SIGCONT)
-            monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 15)
-            monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 1)
-            monkeypatch.setattr(streaming, "_write_shard", Signals(worker, signal.SIGKILL))
-            with pytest.raises(OSError, match="scheduler: found no worker in 1 s, allowed is at least one"):
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 1)
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 3)
+        with outside(processes) as (client, scheduler, _):
+            monkeypatch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGSTOP))
+            with pytest.raises(OSError, match=r"scheduler: the scheduler was lost \(no answer in 3 s\); complete"):
                 quantize_checkpoint(source, output, configured(), client=client)
+            os.kill(scheduler, signal.SIGCONT)
+        assert files(output) == EARLIER
+
+    def test_a_last_worker_that_does_not_come_back_is_an_error(
+        self, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At first there is one, as it seems, then none."""
+        counts = itertools.chain([1], itertools.repeat(0))
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._workers", lambda *_: next(counts))
+        monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 0.5)
+        with (
+            LocalCluster(n_workers=0, dashboard_address=None) as empty,
+            Client(empty) as client,
+            pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
+        ):
+            quantize_checkpoint(write(), output, configured(), client=client)
+        assert next(counts) == 0
         assert files(output) == EARLIER
 
     def test_with_calibration_it_is_refused(
