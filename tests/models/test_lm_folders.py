@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from thermo_lib import ThermoConfig, quantize, save_quantized
+from thermo_lib.files.outputs import MARKER_NAME
 from thermo_lib.files.tensors import INDEX_NAME, WEIGHTS_NAME
 from thermo_lib.models import lm
 from thermo_lib.models.architectures import DreamModel
@@ -120,7 +121,7 @@ class TestSaveAndLoad:
     def test_more_text_files_are_written_beside_the_weights(self, tiny: DiffusionLM, tmp_path: Path) -> None:
         save_model(tiny, tmp_path / "m", extra={"training.json": "{}\n"})
         assert {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "m").iterdir()} == dict.fromkeys(
-            ["model.safetensors", "config.json", "tokenizer.json", "training.json"], 0o644
+            ["model.safetensors", "config.json", "tokenizer.json", "training.json", MARKER_NAME], 0o644
         )
 
     def test_shards_are_read_as_one_model(self, folder: Path, saved: Path) -> None:
