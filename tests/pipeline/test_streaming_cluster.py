@@ -43,7 +43,7 @@ def cluster(processes: BaseContext) -> Iterator[LocalCluster]:
     once = {"distributed.scheduler.allowed-failures": 1}  # other than 3, so that giving up takes less time
     with (
         dask.config.set(once),
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address="127.0.0.1:0") as cluster,
     ):
         yield cluster
 
@@ -105,7 +105,7 @@ class TestCluster:
     ) -> None:
         monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 0.5)
         with (
-            LocalCluster(n_workers=0, dashboard_address=None) as empty,
+            LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
             Client(empty) as client,
             pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
         ):
@@ -147,7 +147,7 @@ class TestCluster:
         monkeypatch.setattr("thermo_lib.pipeline.cluster._workers", lambda *_: next(counts))
         monkeypatch.setattr("thermo_lib.pipeline.cluster._WORKER_SECONDS", 0.5)
         with (
-            LocalCluster(n_workers=0, dashboard_address=None) as empty,
+            LocalCluster(n_workers=0, dashboard_address="127.0.0.1:0") as empty,
             Client(empty) as client,
             pytest.raises(OSError, match=r"scheduler: found no worker in 0\.5 s, allowed is at least one"),
         ):
