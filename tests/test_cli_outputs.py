@@ -93,7 +93,8 @@ class TestBeforeTheWork:
         Path("thesis.json").write_text(text)
         status, _, err = run("point", "quantizer=rtn", "--output", "thesis.json")
         assert status == 2
-        assert "thesis.json: found " in err
+        assert err.startswith("error: thesis.json")
+        assert "found " in err
         assert len(err.splitlines()) == 1
         assert Path("thesis.json").read_text() == text
 

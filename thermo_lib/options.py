@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import re
 from pathlib import Path
 
@@ -92,10 +91,11 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"data: found no file {shown(path)}")
     if arguments.command in _WORDS:
         arguments.settings = read_words(arguments.command, arguments.fields, _WORDS[arguments.command])
-    if arguments.command in _FILES and arguments.output is not None:
-        _check_output(arguments.output)
-    if arguments.command == "benchmark":
-        _check_output(arguments.output / "report.json")
+    is_file = arguments.command in _FILES and arguments.output is not None
+    if is_file or arguments.command == "benchmark":
+        from thermo_lib.files.outputs import output_file  # it imports more than a wrong word needs
+
+        output_file(arguments.output if is_file else arguments.output / "report.json")
 
 
 def _check_text(option: str, text: str, is_name: bool) -> None:
@@ -105,13 +105,3 @@ def _check_text(option: str, text: str, is_name: bool) -> None:
         raise ValueError(f"{option}: found {len(text)} characters, allowed are at most {_LONGEST_PATH}")
     if is_name and not text:
         raise ValueError(f"{option}: found '', allowed is a text that isn't empty")
-
-
-def _check_output(path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"output: found the folder {shown(path)}, allowed is a file")
-    holder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not holder.is_dir():
-        raise ValueError(f"output: found {shown(path)} inside a file, allowed is a file in a folder")
-    if not os.access(holder, os.W_OK | os.X_OK):
-        raise PermissionError(f"output: found {shown(holder)}, which can't be written in; name a file elsewhere")

@@ -338,6 +338,10 @@ class TestConfiguration:
         assert [phase.steps for phase in changed.training] == [1, 9, 2]
         assert config.replace(**{"time_norms.count": 1}).time_norms.smoothing is None
 
+    def test_a_phase_as_a_field_is_named(self) -> None:
+        with pytest.raises(ValueError, match="^time_norms: found {'count': 3}, allowed are the fields weights"):
+            ThermoConfig(time_norms={"count": 3})
+
     @pytest.mark.parametrize(
         ("fields", "message"),
         [

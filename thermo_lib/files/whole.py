@@ -92,9 +92,11 @@ def workplace(path: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if not _is_half_done(folder):
-            remove(folder)
-        os.close(lock)
+        try:
+            if not _is_half_done(folder):
+                remove(folder)
+        finally:
+            os.close(lock)
 
 
 @contextmanager

@@ -408,7 +408,7 @@ class OneLine:
             raise ValueError("; ".join(found[:_MOST_TOLD]) + more) from None
 
     def _in_words(self, error: Mapping[str, Any]) -> str:
-        path = [part for part in error["loc"] if part not in _TAGS]
+        path = [part for part in error["loc"] if part not in _TAGS] or list(error["loc"][-1:])
         field = ".".join(map(str, path))
         field = self.names.get(field, field)
         if error["type"] == "value_error" and str(error["ctx"]["error"]) not in KINDS:
