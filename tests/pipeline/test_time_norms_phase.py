@@ -339,7 +339,7 @@ class TestConfiguration:
         assert config.replace(**{"time_norms.count": 1}).time_norms.smoothing is None
 
     def test_a_phase_as_a_field_is_named(self) -> None:
-        with pytest.raises(ValueError, match="^time_norms: found {'count': 3}, allowed are the fields weights"):
+        with pytest.raises(ValueError, match=r"^time_norms: found \{'count': 3\}, allowed are the fields weights"):
             ThermoConfig(time_norms={"count": 3})
 
     @pytest.mark.parametrize(
