@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[^\s;+]+)")
@@ -131,6 +132,13 @@ def test_every_direct_dependency_is_locked_at_a_version_that_is_allowed(
             assert number(locked[name]) >= number(oldest), (
                 f"{extra}: {name} is locked at {locked[name]}, below {oldest}"
             )
+
+
+def test_what_is_locked_installs_with_the_first_python_3_11() -> None:
+    found = importlib.metadata.distributions(path=[sysconfig.get_path("purelib")])
+    needed = {each.name: each.metadata["Requires-Python"] for each in found if each.metadata["Requires-Python"]}
+    assert {name for name, versions in needed.items() if "3.11.0" not in SpecifierSet(versions)} == set()
+    assert len(needed) > 100
 
 
 def test_installed_versions_are_the_locked_ones(locked: dict[str, str]) -> None:
