@@ -97,7 +97,11 @@ def run_on(client: "Client", calls: Sequence[Callable[[], Any]], after: str) -> 
             with suppress(TimeoutError):
                 done = wait(list(futures), timeout=step, return_when="FIRST_COMPLETED").done
             for future in done:
-                result = future.result()
+                try:
+                    result = future.result(timeout=_ANSWER_SECONDS)  # the scheduler is asked for it
+                except TimeoutError as error:
+                    answers, found = False, f"no answer in {_ANSWER_SECONDS} s"
+                    raise OSError(f"scheduler: the scheduler was lost ({found}); {after}") from error
                 yield futures.pop(future), result
     except KilledWorker as error:
         raise OSError(f"scheduler: every worker that tried a shard was lost ({error}); {after}") from error
