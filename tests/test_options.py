@@ -4,11 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from thermo_lib import __main__ as command_line
-from thermo_lib import commands
+from thermo_lib import commands, options
+from thermo_lib.pipeline.parts import SmoothingMethod
+from thermo_lib.studies.grid import MixName, Recipe
 
 GENERATE = ("generate", "--prompt", "a")
 
@@ -113,3 +116,10 @@ def test_a_wrong_word_is_refused_without_torch(word: str) -> None:
     heavy = {"torch", "transformers", "numpy", "scipy", "pydantic", "tokenizers", "safetensors"}
     assert {"thermo_lib.options", "thermo_lib.pipeline.words"} < set(lines)
     assert {name for name in lines if name.partition(".")[0] in heavy} == set()
+
+
+def test_names_that_are_written_again_to_import_nothing_are_those_of_the_library() -> None:
+    point = options._WORDS["point"]
+    assert get_args(SmoothingMethod) == options.SMOOTHING
+    assert point["recipe"] == (*get_args(Recipe), None)
+    assert [name for name in point if name.startswith("mix.")] == list(get_args(MixName))

@@ -326,7 +326,6 @@ def _benchmark(
 
 def run_study(arguments: argparse.Namespace) -> None:
     """Measure a grid; a run that was stopped goes on."""
-    output_file(arguments.output)
     reproducible()
     points = [p for points in slices(default(f"study.{arguments.axes}")).values() for p in points]
     inputs = grid_inputs()  # a wrong file is refused before the work
@@ -341,7 +340,6 @@ def run_point(arguments: argparse.Namespace) -> None:
     if "seed" in fields:
         raise ValueError(f"seed: found {fields['seed']!r}, allowed is --seeds {fields['seed']!r}")
     points = [point(seed, **fields) for seed in arguments.seeds]
-    output_file(arguments.output)
     reproducible()
     grid = Grid(arguments.output, load_model("reference"))
     with printed_if_lost(grid):

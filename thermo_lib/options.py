@@ -7,7 +7,7 @@ from pathlib import Path
 
 from thermo_lib.files.reading import shown
 from thermo_lib.pipeline.presets import PRESETS
-from thermo_lib.pipeline.words import read_words
+from thermo_lib.pipeline.words import WHOLE, read_words
 
 SMOOTHING = ("linear", "cubic", "sigmoid", "spline")
 _RECIPES = ("best starts", "best per layer", "best per layer by path KL")
@@ -46,7 +46,7 @@ _FILES = ("evaluate", "study", "point", "speed", "gpu-check", "report")  # comma
 
 def whole(text: str) -> int:
     """A whole number as JSON has it, for ``argparse``."""
-    if not re.fullmatch("-?(0|[1-9][0-9]{0,18})", text):
+    if not re.fullmatch(WHOLE, text):
         raise argparse.ArgumentTypeError(f"found {text!r:.80}, allowed is a whole number such as 16")
     return int(text)
 

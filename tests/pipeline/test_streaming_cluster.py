@@ -112,31 +112,33 @@ class TestCluster:
             quantize_checkpoint(write(), output, configured(), client=client)
         assert files(output) == EARLIER
 
-    def test_a_scheduler_that_is_lost_is_an_error(
-        self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        ("number", "message"),
+        [
+            (signal.SIGKILL, "scheduler: the scheduler was lost"),
+            (signal.SIGSTOP, r"scheduler: the scheduler was lost \(no answer in 3 s\); complete"),
+        ],
+        ids=["lost", "silent"],
+    )
+    def test_a_scheduler_that_dies_or_stops_is_an_error(
+        self,
+        processes: BaseContext,
+        write: Callable[..., Path],
+        output: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        number: signal.Signals,
+        message: str,
     ) -> None:
-        """It dies while the second shard is worked on."""
-        source = write()
-        monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 1)
-        with outside(processes) as (client, scheduler, _):
-            monkeypatch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGKILL))
-            with pytest.raises(OSError, match="scheduler: the scheduler was lost"):
-                quantize_checkpoint(source, output, configured(), client=client)
-        monkeypatch.undo()
-        assert files(output) == EARLIER
-
-    def test_a_scheduler_that_does_not_answer_is_an_error(
-        self, processes: BaseContext, write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        """It is stopped while the second shard is worked on."""
+        """It does so while the second shard is worked on."""
         source = write()
         monkeypatch.setattr("thermo_lib.pipeline.cluster._ASK_SECONDS", 1)
         monkeypatch.setattr("thermo_lib.pipeline.cluster._ANSWER_SECONDS", 3)
         with outside(processes) as (client, scheduler, _):
-            monkeypatch.setattr(streaming, "_write_shard", Signals(scheduler, signal.SIGSTOP))
-            with pytest.raises(OSError, match=r"scheduler: the scheduler was lost \(no answer in 3 s\); complete"):
+            monkeypatch.setattr(streaming, "_write_shard", Signals(scheduler, number))
+            with pytest.raises(OSError, match=message):
                 quantize_checkpoint(source, output, configured(), client=client)
-            os.kill(scheduler, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(scheduler, signal.SIGCONT)
         assert files(output) == EARLIER
 
     def test_a_last_worker_that_does_not_come_back_is_an_error(

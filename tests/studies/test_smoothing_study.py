@@ -147,6 +147,10 @@ class TestGrid:
             (lambda file: _row(file, "point", WHERE | {"config": 7}), "point: config: found 7, allowed is an object"),
             (lambda file: _row(file, "point", WHERE | {"config": {"seed": "x"}}), "row 0: point: seed: found 'x'"),
             (lambda file: _row(file, "point", WHERE | {"calibration_seed": -1}), "point: calibration_seed: found -1"),
+            (
+                lambda file: _row(file, "point", WHERE | {"mix": {"x": 1}}),
+                "point: mix.x: unknown, allowed are mix.",
+            ),
             (lambda file: _row(file, "point", WHERE | {"recipe": "x"}), "point: recipe: found 'x', allowed are best"),
         ],
     )

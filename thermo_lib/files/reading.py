@@ -42,13 +42,18 @@ def read_whole(path: Path, newline: str | None = None) -> str:
     Raises:
         ValueError: not UTF-8, or a file that would take much memory.
     """
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {_MOST_BYTES} at most")
+    _check_size(path)
     try:
         with path.open(encoding="utf-8", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
         raise ValueError(f"{shown(path)}: found no UTF-8 ({error})") from error
+
+
+def _check_size(path: Path) -> None:
+    """Raise ValueError for a file that would take much memory."""
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {_MOST_BYTES} at most")
 
 
 def shown(path: str | Path) -> str:
@@ -127,8 +132,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
             else than an object.
     """
     path = Path(path)
-    if path.is_file() and (size := path.stat().st_size) > _MOST_BYTES:
-        raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {_MOST_BYTES} at most")
+    if path.is_file():
+        _check_size(path)
     content = parse_json(read_text(path), shown(path), any_number=True)
     if not isinstance(content, dict):
         raise ValueError(f"{shown(path)}: found a {type(content).__name__}, expected an object")

@@ -14,9 +14,9 @@ from thermo_lib.pipeline.flat import FLAT, PARTS, nearest
 
 # Of ``ThermoConfig``; ``flat`` has the names of single settings.
 WHOLE_FIELDS = ("weights", "activations", "time_groups", "training", "embedding_bits", "timesteps", "seed")
-_WHOLE = "-?(0|[1-9][0-9]{0,18})"
-_NUMBER = re.compile(rf"{_WHOLE}(\.[0-9]{{1,30}})?([eE][+-]?[0-9]{{1,3}})?")
-_LIST = re.compile(rf"\[ *({_WHOLE}( *, *{_WHOLE})*)? *\]")
+WHOLE = "-?(0|[1-9][0-9]{0,18})"  # a pattern, of what JSON takes for one
+NUMBER = re.compile(rf"{WHOLE}(\.[0-9]{{1,30}})?([eE][+-]?[0-9]{{1,3}})?")
+_LIST = re.compile(rf"\[ *({WHOLE}( *, *{WHOLE})*)? *\]")
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*( [A-Za-z0-9_-]+)*")
 _SETTING = re.compile(rf"({'|'.join(PARTS)})\.[a-z_]+")
 
@@ -33,7 +33,7 @@ def read_value(name: str, text: str) -> Any:
     """
     if _LIST.fullmatch(text) and len(text) < 10_000:
         return json.loads(text)
-    if _NUMBER.fullmatch(text):
+    if NUMBER.fullmatch(text):
         value = json.loads(text)
         if math.isfinite(value):
             return value

@@ -56,7 +56,7 @@ class Mix:
         return replace(inputs, **{name: value for name, value in vars(self).items() if value is not None})
 
 
-MIX_FIELDS = ("mix.code_sequences", "mix.puzzles", "mix.source")
+MixName = Literal["mix.code_sequences", "mix.puzzles", "mix.source"]
 
 
 @dataclass(frozen=True)
@@ -111,8 +111,15 @@ class Point:
                 raise ValueError(f"{name}: found none, allowed is what a point has")
         if not isinstance(content["config"], dict):
             raise ValueError(f"config: found {content['config']!r:.80}, allowed is an object")
-        mix = Mix(**field_of(content, "mix", dict, "point")) if "mix" in content else None
-        return cls(ThermoConfig(**content["config"]), content["calibration_seed"], content["recipe"], mix)
+        mix = field_of(content, "mix", dict, "point", default={})
+        if found := sorted(mix.keys() - Mix.__annotations__.keys()):
+            raise ValueError(f"mix.{found[0]}: unknown, allowed are {', '.join(get_args(MixName))}")
+        return cls(
+            ThermoConfig(**content["config"]),
+            content["calibration_seed"],
+            content["recipe"],
+            Mix(**mix) if mix else None,
+        )
 
 
 def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None, **fields: Any) -> Point:
@@ -128,7 +135,7 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
     Raises:
         ValueError: a wrong field, seed or recipe, or a method with one time group.
     """
-    mix = {name.partition(".")[2]: fields.pop(name) for name in MIX_FIELDS if name in fields}
+    mix = {name.partition(".")[2]: fields.pop(name) for name in get_args(MixName) if name in fields}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "time_groups.window")  # the study asks for windows that are cut
         config = ThermoConfig(**fields)

@@ -6,20 +6,19 @@ file says is checked as a whole, by ``schema``, when it is read.
 """
 
 import json
-import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from thermo_lib.extras import needs
 from thermo_lib.files.reading import read_text, shown
+from thermo_lib.pipeline.words import NUMBER
 from thermo_lib.studies.grid import Inputs
 from thermo_lib.studies.schema import Where, problems
 
 PARAMS_FILE = Path(__file__).resolve().parents[2] / "params.yaml"
 _MOST_CHARACTERS = 2**16  # ten times the file
 _CONSTANTS = {"true": True, "false": False, "null": None, "": None}
-_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,18})(\.[0-9]{1,30})?([eE][+-]?[0-9]{1,3})?")
 
 
 @cache
@@ -93,7 +92,7 @@ def _read_yaml(path: Path) -> tuple[Any, dict[Where, int]]:
 
 def _scalar(text: str) -> Any:
     """A scalar without quotes, as JSON reads it; what JSON doesn't know is a text."""
-    return json.loads(text) if _NUMBER.fullmatch(text) else _CONSTANTS.get(text, text)
+    return json.loads(text) if NUMBER.fullmatch(text) else _CONSTANTS.get(text, text)
 
 
 def default(key: str, path: Path = PARAMS_FILE) -> Any:

@@ -8,6 +8,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.pipeline.flat import is_single, nearest
+from thermo_lib.pipeline.parts import SmoothingMethod
+from thermo_lib.studies.grid import MixName
 
 _MOST = 2**20
 Count = Annotated[int, Field(ge=1, le=_MOST)]
@@ -19,7 +21,6 @@ Positive = Annotated[Finite, Field(gt=0)]
 Share = Annotated[Finite, Field(ge=0, le=1)]
 Bits = Literal[8, 7, 6, 5, 4, 3, 2]
 InputBits = Literal[16, 8, 7, 6, 5, 4, 3, 2]
-Method = Literal["linear", "cubic", "sigmoid", "spline"]
 Quantizer = Literal["rtn", "least_squares", "gptq", "trellis"]
 
 
@@ -41,7 +42,6 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-MixName = Literal["mix.code_sequences", "mix.puzzles", "mix.source"]
 Mix = dict[MixName, Annotated[int, Field(ge=0, le=_MOST)] | Literal["forward", "trajectory"]]
 Settings = dict[Annotated[str, AfterValidator(_setting)], Annotated[Any, AfterValidator(_scalar)]]
 Text = Annotated[str, Field(min_length=1)]
@@ -163,7 +163,7 @@ class Smoothing(_Section):
 
     activation_bits: list[Annotated[InputBits, BeforeValidator(_whole)]] = Field(min_length=1)
     overhead_bits: list[Annotated[InputBits, BeforeValidator(_whole)]] = Field(min_length=1)
-    methods: list[Method] = Field(min_length=1)
+    methods: list[SmoothingMethod] = Field(min_length=1)
 
 
 class Steps(_Section):
@@ -196,7 +196,7 @@ class Axes(_Section):
     activation_bits: list[Annotated[InputBits, BeforeValidator(_whole)]]
     num_time_groups: list[Length]
     few_groups: list[Length]
-    methods: list[Method]
+    methods: list[SmoothingMethod]
     windows: list[Window]
     timesteps: list[Steps]
     quantizers: list[Quantizer]
