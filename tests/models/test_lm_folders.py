@@ -295,6 +295,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             load_model(str(folder))
 
+    def test_long_names_in_an_index_end_in_a_short_line(self, folder: Path) -> None:
+        into_shards(folder)
+        for name, shard, message in (
+            ("model.norm.weight", "m" * 3000, "found 'mmm"),
+            ("n\u2028" * 3000, 5, r"weight_map: 'n\\u2028n.*found 5"),
+            ("model.norm.weight", "ä" * 130 + ".safetensors", "found a name of 272 bytes, allowed are 255 at most"),
+        ):
+            edit_index(folder, lambda weight_map, n=name, s=shard: weight_map.update({n: s}))
+            with pytest.raises(ValueError, match=message) as error:
+                load_model(str(folder))
+            assert len(str(error.value)) < 600
+            assert len(str(error.value).splitlines()) == 1
+            edit_index(folder, lambda weight_map, n=name: weight_map.pop(n))
+
     def test_an_index_without_entries_says_so(self, folder: Path) -> None:
         into_shards(folder)
         edit_index(folder, lambda weight_map: weight_map.clear())

@@ -121,6 +121,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"post_processor": {"type": "BertProcessing", "sep": ["x", 9], "cls": ["<m>", 0]}},
         "post_processor: BertProcessing: sep: found ['x', 9], allowed are a token and its id",
     ),
+    "BERT's with an id that is a list": (
+        {"post_processor": {"type": "BertProcessing", "sep": ["<m>", [0]], "cls": ["<m>", 0]}},
+        "post_processor: BertProcessing: sep: found ['<m>', [0]], allowed are a token and its id",
+    ),
+    "a step whose type is a list": (
+        {"pre_tokenizer": {"type": ["Split"], "pattern": {"String": "a"}, "behavior": "Isolated", "invert": False}},
+        "not a tokenizer file (data did not match",
+    ),
+    "an unknown token that is a list": (
+        {"model": WORD_PIECE | {"unk_token": ["<m>"], "vocab": VOCABULARY}},
+        "model: unk_token: found ['<m>'], allowed is a token of the vocabulary",
+    ),
     "token of another id": (
         {"added_tokens": [TOKEN | {"id": 7, "special": True}]},
         "added_tokens: found id 7 for '<m>', expected 0",

@@ -61,6 +61,11 @@ def shown(path: str | Path) -> str:
     return str(path) if str(path).isprintable() else ascii(str(path))
 
 
+def brief(name: object) -> str:
+    """The name of a field or tensor as an error has it: on one line, with 80 characters at most."""
+    return f"{shown(str(name)):.80}"
+
+
 def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool = False) -> Any:
     """What JSON says.
 

@@ -1,5 +1,6 @@
 """Safetensors files of a model folder, and the checks of what they hold; pickles are never read."""
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from thermo_lib.files.reading import read_object
+from thermo_lib.files.reading import brief, read_object
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -35,6 +36,7 @@ _TYPES = {
 }
 _MOST_HEADER = 2**22  # bytes, of about 30,000 tensors; a million take a minute before one is found missing
 _NO_ROOM = ("unable to mmap", "os error 12")
+_LONGEST_NAME = 255  # bytes of a file's name on any usual file system
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 CONVERT = (
     "pickled weights are never read; on a machine where you trust them: "
@@ -85,11 +87,14 @@ def _shards(index: Path) -> list[Path]:
         found = "an empty object" if weight_map == {} else type(weight_map).__name__
         raise ValueError(f"{index}: weight_map: found {found}, expected an object from tensors to files")
     for tensor, name in weight_map.items():
+        where = f"{index}: weight_map: {brief(tensor)}"
         allowed = f"allowed are files in {index.parent} that end in .safetensors"
         if not isinstance(name, str) or not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: weight_map: {tensor}: found {name!r}, {allowed}")
+            raise ValueError(f"{where}: found {name!r:.80}, {allowed}")
         if Path(name).name != name:
-            raise ValueError(f"{index}: weight_map: {tensor}: found shard {name!r} outside the folder, {allowed}")
+            raise ValueError(f"{where}: found shard {name!r:.80} outside the folder, {allowed}")
+        if (size := len(os.fsencode(name))) > _LONGEST_NAME:
+            raise ValueError(f"{where}: found a name of {size} bytes, allowed are {_LONGEST_NAME} at most")
     paths = [index.with_name(name) for name in sorted(set(weight_map.values()))]
     holder = dict(weight_map)
     for path in paths:

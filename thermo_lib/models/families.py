@@ -374,9 +374,9 @@ def _with_block_length(family: str, content: dict[str, Any], asked: int | None) 
     if asked is None:
         return content
     if key is None:
-        raise ValueError(f"block_length: found {asked!r}, allowed is None with {family!r}, whose attention is full")
+        raise ValueError(f"block_length: found {asked!r:.80}, allowed is None with {family!r}, whose attention is full")
     if content.get(key) not in (None, asked):
-        raise ValueError(f"block_length: found {asked!r}, allowed is {content[key]!r}, which is {key} of config.json")
+        raise ValueError(f"block_length: found {asked!r:.80}, allowed is {content[key]!r}, its {key} in config.json")
     return content | {key: asked}
 
 
@@ -391,12 +391,12 @@ def _family(content: dict[str, Any], asked: str | None) -> str:
         check_supported(found, content)
         plain = sorted({entry.blocks for entry in ARCHITECTURES.values()})
         supported = f"supported are {', '.join(ARCHITECTURES)}, and with a family {', '.join(plain)}"
-        raise ValueError(f"model_type: found {found!r}, {supported}")
+        raise ValueError(f"model_type: found {found!r:.80}, {supported}")
     if asked is None and found not in ARCHITECTURES:
         allowed = f"allowed with {found!r} blocks, which say nothing of diffusion, are {', '.join(fitting)}"
         raise ValueError(f"family: found None, {allowed}")
     if asked is not None and asked not in fitting:
-        raise ValueError(f"family: found {asked!r}, allowed with model_type {found!r} is {', '.join(fitting)}")
+        raise ValueError(f"family: found {asked!r:.80}, allowed with model_type {found!r} is {', '.join(fitting)}")
     return fitting[0] if asked is None else asked
 
 

@@ -340,7 +340,7 @@ def model_folder(name: str) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
         reason = f"{type(error).__name__}; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
-        raise ValueError(f"model: found {name!r}, allowed are {allowed} ({reason})") from error
+        raise ValueError(f"model: found {name!r:.80}, allowed are {allowed} ({reason})") from error
 
 
 def load_model(
@@ -407,7 +407,7 @@ def check_unquantized(folder: Path) -> None:
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method == "thermo":
         raise ValueError(f"model: found a quantized model in {folder}, load it with load_quantized")
-    raise ValueError(f"{path}: quantization_config: found quant_method {method!r}, allowed is a model without")
+    raise ValueError(f"{path}: quantization_config: found quant_method {method!r:.80}, allowed is a model without")
 
 
 def save_model(

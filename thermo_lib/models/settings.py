@@ -1,6 +1,5 @@
 """The settings in a published ``config.json``: what an architecture needs of them, and whether they can be computed."""
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
     """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
     rope = content.get("rope_parameters") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"rope_parameters: found {rope!r}, allowed is rope_type 'default' with a rope_theta")
+        raise ValueError(f"rope_parameters: found {rope!r:.80}, allowed is rope_type 'default' with a rope_theta")
     return rope | content
 
 
@@ -109,6 +108,7 @@ FLAGS = same(
 )
 _SMALL = ("rms_norm_eps", "layer_norm_eps", "norm_eps")
 _POSITIVE = ("rope_theta", "global_rope_theta", "local_rope_theta")
+_MOST_POSITIVE = 2**53  # torch holds larger whole numbers neither as such nor as they are
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "classifier_activation")
 _POSITIONS = ("absolute", "rotary")
 # Of what would take all memory or all time before a tensor of the wrong shape is found.
@@ -141,7 +141,7 @@ def in_one_line() -> Iterator[None]:
 def check_supported(model_type: Any, content: dict[str, Any]) -> None:
     """Raise ValueError for a model that is known to compute something else than the modules here do."""
     if isinstance(model_type, str) and model_type in _UNSUPPORTED:
-        raise ValueError(f"model_type: found {model_type!r}, {_UNSUPPORTED[model_type]}, which isn't supported yet")
+        raise ValueError(f"model_type: found {model_type!r:.80}, {_UNSUPPORTED[model_type]}, which isn't supported yet")
     experts = [key for key in content if "expert" in key and content[key]]
     if experts:
         found = f"{experts[0]}: found {content[experts[0]]!r:.80}"
@@ -161,7 +161,7 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
     for key, allowed in architecture.fixed.items():
         # 0 == False and 1 == True in Python, but not in a configuration.
         if not any(content.get(key) == value and type(content.get(key)) is type(value) for value in allowed):
-            raise ValueError(f"{key}: found {content.get(key)!r}, allowed is {allowed[0]!r}")
+            raise ValueError(f"{key}: found {content.get(key)!r:.80}, allowed is {allowed[0]!r}")
     _check_beside(content)
     values: dict[str, Any] = {}
     for key, attribute in architecture.sizes.items():
@@ -202,8 +202,8 @@ def _check_setting(key: str, attribute: str, found: Any) -> None:
         if not (type(found) is float and 0 < found < 1):
             raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0 and below 1")
     elif attribute in _POSITIVE:
-        if not (type(found) in (int, float) and 0 < found <= sys.float_info.max):  # neither infinity nor NaN
-            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0")
+        if not (type(found) in (int, float) and 0 < found <= _MOST_POSITIVE):
+            raise ValueError(f"{key}: found {found!r:.80}, allowed are numbers above 0 up to {_MOST_POSITIVE}")
     elif attribute == "max_position_embeddings":
         _check_whole(key, found, 1, 2**31)
     elif attribute in TOKEN_IDS or attribute in ("cls_token_id", "sep_token_id"):

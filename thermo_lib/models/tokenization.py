@@ -55,7 +55,7 @@ def read_tokenizer(folder: Path, vocab_size: int | None = None) -> Tokenizer:
     tokenizer = _read_any(folder)
     token, number = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
     if vocab_size is not None and number >= vocab_size:
-        raise ValueError(f"{folder}: tokenizer: found id {number} of {token!r}, allowed is below {vocab_size=}")
+        raise ValueError(f"{folder}: tokenizer: found id {number} of {token!r:.80}, allowed is below {vocab_size=}")
     return tokenizer
 
 
@@ -79,7 +79,7 @@ def _read_any(folder: Path) -> Tokenizer:
     if not (vocabulary.is_file() and merges.is_file()):
         raise ValueError(f"model: found no tokenizer.json in {folder}, nor vocab.json with merges.txt, nor vocab.txt")
     if settings.get("tokenizer_class") not in QWEN2_CLASSES:
-        found = f"found {settings.get('tokenizer_class')!r}, allowed are {', '.join(QWEN2_CLASSES)}"
+        found = f"found {settings.get('tokenizer_class')!r:.80}, allowed are {', '.join(QWEN2_CLASSES)}"
         raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: {found}; others need a tokenizer.json")
     with errors_of_tokenizers(f"{vocabulary}, {merges.name}: not a BPE vocabulary"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
@@ -103,7 +103,7 @@ def _list_kind(folder: Path, settings: Mapping[str, Any]) -> str:
     kind = str(found).removesuffix("Fast")
     if kind not in LISTS:
         allowed = f"allowed with {LIST_NAME} are {', '.join(LISTS)}"
-        raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: found {found!r}, {allowed}")
+        raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: found {found!r:.80}, {allowed}")
     return kind
 
 
@@ -117,7 +117,7 @@ def _add_tokens(tokenizer: Tokenizer, settings: Mapping[str, Any], path: Path) -
         tokenizer.add_tokens([token])
         # A new token gets the next free id: with a gap, or a wrong vocabulary, every later id would be wrong too.
         if tokenizer.token_to_id(token.content) != number:
-            found = f"found id {number} for {token.content!r}, expected {tokenizer.token_to_id(token.content)}"
+            found = f"found id {number} for {token.content!r:.80}, expected {tokenizer.token_to_id(token.content)}"
             raise ValueError(f"{path}: added_tokens_decoder: {found}, the next after the vocabulary")
 
 
@@ -135,7 +135,7 @@ def read_mask_token_id(folder: Path, text: str) -> int:
     number = read_tokenizer(folder).token_to_id(text)
     if number is None:
         expected = "expected that token, or mask_token_id in config.json"
-        raise ValueError(f"{folder}: mask_token: found no {text!r} in the tokenizer, {expected}")
+        raise ValueError(f"{folder}: mask_token: found no {text!r:.80} in the tokenizer, {expected}")
     return number
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from thermo_lib.files.reading import read_object
+from thermo_lib.files.reading import brief, read_object
 
 NAME = "tokenizer.json"
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -126,7 +126,7 @@ def _check_model(model: dict[str, Any]) -> set[int]:
         if type(longest) is not int or longest > _LONGEST:
             allowed = f"allowed is {_LONGEST} at most"
             raise ValueError(f"model: max_input_chars_per_word: found {longest!r:.80}, {allowed}")
-        if unknown not in vocabulary:
+        if not isinstance(unknown, str) or unknown not in vocabulary:
             raise ValueError(f"model: unk_token: found {unknown!r:.80}, allowed is a token of the vocabulary")
     ids = set(map(_number, vocabulary.values()))
     if len(ids) < len(vocabulary):  # which of two tokens an id stands for, the library draws
@@ -151,7 +151,7 @@ def _steps(part: Any, name: str) -> Iterator[dict[str, Any]]:
 
 def _check_step(step: dict[str, Any], part: str, ids: set[int]) -> None:
     """Refuse a step that is unsafe, by its fields: older files don't say its type."""
-    where = f"{part}: {step.get('type')}"
+    where = f"{part}: {brief(step.get('type'))}"
     if "pattern" in step:
         text = _pattern(step["pattern"])
         if text is None or len(text) > _PATTERN or (not text and "content" in step):
@@ -164,7 +164,7 @@ def _check_step(step: dict[str, Any], part: str, ids: set[int]) -> None:
     for key in ("sep", "cls"):
         if key in step:
             pair = step[key]
-            if not (isinstance(pair, list) and len(pair) == 2 and pair[1] in ids):
+            if not (isinstance(pair, list) and len(pair) == 2 and type(pair[1]) is int and pair[1] in ids):
                 raise ValueError(f"{where}: {key}: found {pair!r:.80}, allowed are a token and its id")
     for key, names in (("single", "A"), ("pair", "AB")):
         if key in step:
@@ -211,7 +211,7 @@ def _pattern(found: Any) -> str | None:
 
 def _growth(step: Mapping[str, Any], part: str) -> float:
     """How many characters a step makes of one, at most."""
-    kind = step.get("type")
+    kind = str(step.get("type"))
     if "pattern" in step and "content" in step:
         longest = len(str(step["content"]))
         if "Regex" in step["pattern"]:  # which may match nothing, before and after each character

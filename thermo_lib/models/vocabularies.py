@@ -35,10 +35,10 @@ def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], specia
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for number, token in enumerate(tokens) if vocabulary[token] != number)
-        raise ValueError(f"{path}: found {twice!r} twice, allowed is each token once")
+        raise ValueError(f"{path}: found {twice!r:.80} twice, allowed is each token once")
     texts = texts | {name: text for name, text in special.items() if name in texts}
     if missing := [text for text in texts.values() if text not in vocabulary]:
-        raise ValueError(f"{path}: found no {missing[0]!r}, expected every special token of {kind}")
+        raise ValueError(f"{path}: found no {missing[0]!r:.80}, expected every special token of {kind}")
     tokenizer = make(vocabulary, texts, settings, folder)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts.values()])
     first, last = texts["cls_token"], texts.get("sep_token", texts.get("eos_token"))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from thermo_lib.files.reading import brief
 from thermo_lib.pipeline.flat import FLAT, nearest
 from thermo_lib.pipeline.scalars import (
     KINDS,
@@ -410,7 +411,7 @@ class OneLine:
     def _in_words(self, error: Mapping[str, Any]) -> str:
         path = [part for part in error["loc"] if part not in _TAGS] or list(error["loc"][-1:])
         field = ".".join(map(str, path))
-        field = self.names.get(field, field)
+        field = brief(self.names.get(field, field))
         if error["type"] == "value_error" and str(error["ctx"]["error"]) not in KINDS:
             message = str(error["ctx"]["error"])  # of a validator of this module, which names the field
             name, _, rest = (f"{field}.{message}" if field else message).partition(": ")

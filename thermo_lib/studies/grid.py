@@ -21,7 +21,7 @@ from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batc
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
 from thermo_lib.evaluation.summary import markov
 from thermo_lib.files.locks import locked
-from thermo_lib.files.reading import field_of, read_report, shown
+from thermo_lib.files.reading import brief, field_of, read_report, shown
 from thermo_lib.files.snapshots import digest
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM
@@ -113,7 +113,7 @@ class Point:
             raise ValueError(f"config: found {content['config']!r:.80}, allowed is an object")
         mix = field_of(content, "mix", dict, "point", default={})
         if found := sorted(mix.keys() - Mix.__annotations__.keys()):
-            raise ValueError(f"mix.{found[0]}: unknown, allowed are {', '.join(get_args(MixName))}")
+            raise ValueError(f"mix.{brief(found[0])}: unknown, allowed are {', '.join(get_args(MixName))}")
         return cls(
             ThermoConfig(**content["config"]),
             content["calibration_seed"],
@@ -207,7 +207,8 @@ def _read_rows(path: Path) -> tuple[Any, dict[str, PointRow]]:
                 raise ValueError(f"{where}: {name}: found {row[name]!r:.80}, allowed is a list of numbers")
         if found := sorted(row.keys() ^ PointRow.__annotations__.keys()):
             problem = "unknown" if found[0] in row else "missing"
-            raise ValueError(f"{where}: {found[0]}: {problem}, allowed are {', '.join(PointRow.__annotations__)}")
+            allowed = ", ".join(PointRow.__annotations__)
+            raise ValueError(f"{where}: {brief(found[0])}: {problem}, allowed are {allowed}")
         try:
             read = PointRow(**row | {"point": Point.from_dict(row["point"])})
         except ValueError as error:
