@@ -11,7 +11,7 @@ from thermo_lib.diffusion.states import forward_states
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.weights import input_hessians
 from thermo_lib.time_aware.groups import TimeGroups
-from thermo_lib.transition.blocks import BlockStream
+from thermo_lib.transition.blocks import BlockStream, decisive_dtype
 from thermo_lib.transition.fit import fit_block
 
 
@@ -56,6 +56,41 @@ def test_hessians_are_those_of_the_whole_model(tiny: DiffusionLM, two_lengths: C
     weighted = stream.hessians(names[:2], groups, twice)
     assert torch.equal(weighted[names[0]], found[names[0]])
     torch.testing.assert_close(weighted[names[1]], 2 * found[names[1]])
+
+
+def shuffled(states: Calibration) -> Calibration:
+    """The same states in another order: sums over them are added up in another one."""
+    order = [torch.randperm(len(part.ids), generator=torch.Generator().manual_seed(1)) for part in states.parts]
+    return Calibration(tuple(p[i] for p, i in zip(states.parts, order, strict=True)), states.timesteps, states.source)
+
+
+def test_what_decides_codes_does_not_hang_on_the_order_of_sums(tiny: DiffusionLM, two_lengths: Calibration) -> None:
+    names = [f"model.layers.1.{linear}" for linear in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+    before = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+
+    def hessians(states: Calibration, dtype: torch.dtype) -> list[Tensor]:
+        stream = BlockStream(tiny, states, dtype)
+        stream.advance()
+        return list(stream.hessians(names, TimeGroups(3, 1)).values())
+
+    def differences(dtype: torch.dtype) -> list[float]:
+        pairs = zip(hessians(two_lengths, dtype), hessians(shuffled(two_lengths), dtype), strict=True)
+        return [float((a - b).norm() / a.norm()) for a, b in pairs]
+
+    assert decisive_dtype(tiny) == torch.float64
+    assert max(differences(torch.float64)) < 1e-14
+    assert min(differences(torch.float32)) > 1e-9
+    pairs = zip(hessians(two_lengths, torch.float64), hessians(two_lengths, torch.float32), strict=True)
+    assert max(float((a - b).norm() / a.norm()) for a, b in pairs) < 1e-5
+    for name, parameter in tiny.model.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, before[name])
+
+
+def test_a_model_in_another_type_computes_in_its_own(build_tiny: Callable[[int], DiffusionLM]) -> None:
+    lm = build_tiny(0)
+    lm.model.to(torch.bfloat16)
+    assert decisive_dtype(lm) == torch.bfloat16
 
 
 def at_block_0(tiny: DiffusionLM, other: DiffusionLM, states: Calibration) -> tuple[BlockStream, list[Tensor]]:

@@ -29,7 +29,7 @@ from thermo_lib.quant.codes import check_weight, pack
 from thermo_lib.quant.hessians import Hessians
 from thermo_lib.quant.rounding import least_squares
 from thermo_lib.time_aware.groups import TimeGroups
-from thermo_lib.transition.blocks import BlockStream
+from thermo_lib.transition.blocks import BlockStream, decisive_dtype
 from thermo_lib.transition.loss import token_importance
 
 
@@ -122,7 +122,7 @@ def quantize_weights(
     if counts_tokens(config):
         importance = token_importance(lm, calibration, names, config.seed, "importance" if progress else None)
     prepare_quantizer(lm, quantizer, calibration, importance)
-    stream, snapshots = BlockStream(lm, calibration), BlockSnapshots(snapshot)
+    stream, snapshots = BlockStream(lm, calibration, decisive_dtype(lm)), BlockSnapshots(snapshot)
     for block, linears in tqdm(names_by_block(names).items(), desc=label, disable=not progress, leave=False):
         keep(stream.block)
         if not snapshots.restore(lm, block):
@@ -154,7 +154,7 @@ def prepare_quantizer(
     """
     if not quantizer.needs_all_hessians:
         return
-    stream = BlockStream(lm, calibration)
+    stream = BlockStream(lm, calibration, decisive_dtype(lm))
     for linears in names_by_block(linear_names(lm.model)).values():
         for name, hessians in stream.hessians(linears, lm.config.weight_groups, token_weights).items():
             quantizer.see(name, lm.model.get_submodule(name), hessians.sum(0))

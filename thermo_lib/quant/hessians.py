@@ -30,10 +30,10 @@ class Hessians:
 
         Args:
             name: of the linear.
-            x: its inputs, ``(..., in_features)``.
+            x: its inputs, ``(..., in_features)``; float64 is multiplied as such, all else in float32.
             group: number of the time group that they belong to.
             token_weights: what each token counts, of ``x``'s leading shape; None counts every token 1.
         """
-        x = x.flatten(0, -2).float()  # float16 doesn't reach the squares of its numbers
+        x = x.flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))  # float16 doesn't reach their squares
         weighted = x if token_weights is None else x * token_weights.reshape(-1, 1)
         self.sums[name][group] += x.T @ weighted

@@ -123,7 +123,7 @@ class QuantizedLinear(TimestepTable):
         if self.chosen not in ("plain", "compiled"):
             return self._plus_bias(backends.product(self.chosen, self, x))
         x = self.quantized_input(x)
-        if x.dtype != torch.float32 and self.has_planes:
+        if x.dtype.itemsize < torch.float32.itemsize and self.has_planes:
             row = self.row()
             parameters = self.packed, self.scale[row], self.zero_point[row]
             return planes.packed_linear(x, *parameters, self.bits, self._bias(x.dtype), compiled=self.compiled)

@@ -1,7 +1,8 @@
 """The hidden states that enter a model's blocks, one block after the other."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,31 @@ def _home(device: torch.device, size: int) -> torch.device:
     return device if is_there else torch.device("cpu")
 
 
+def decisive_dtype(lm: DiffusionLM) -> torch.dtype:
+    """In which type passes run whose results decide codes: float64 for a model in float32 on a CPU, else the model's.
+
+    GPTQ hands the error of a column on to the next ones, so that one code that is rounded the other way changes those
+    after it. In float32 a processor's order of adding up decides about some of them; what is left of that in float64
+    is far smaller than the distance of a weight from the middle between two codes.
+    """
+    is_float32 = lm.device.type == "cpu" and lm.model.dtype == torch.float32
+    return torch.float64 if is_float32 else lm.model.dtype
+
+
+@contextmanager
+def _computing_in(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """While it is entered (``with``), the floating-point numbers of a block have a wider type."""
+    tensors = [t for t in chain(block.parameters(), block.buffers()) if t.dtype == torch.float32 != dtype]
+    narrow = [t.data for t in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+        yield
+    finally:
+        for tensor, data in zip(tensors, narrow, strict=True):
+            tensor.data = data
+
+
 class BlockStream:
     """The hidden states that enter one block of a model, on all calibration states.
 
@@ -43,6 +69,7 @@ class BlockStream:
     Args:
         lm: the model.
         calibration: the states.
+        dtype: of the hidden states and of the blocks while they run; None for the model's.
 
     Attributes:
         number: of the block at which it stands.
@@ -50,15 +77,16 @@ class BlockStream:
             are in the host's memory, see ``taken``.
     """
 
-    def __init__(self, lm: DiffusionLM, calibration: Calibration):
+    def __init__(self, lm: DiffusionLM, calibration: Calibration, dtype: torch.dtype | None = None):
         calibration = calibration.to(lm.device)
         self.lm, self.calibration, self.number = lm, calibration, 0
-        enter = lm.model.enter
+        self._dtype = dtype or lm.model.dtype
         numbers = sum(part.ids.numel() for part in calibration.parts) * lm.model.config.hidden_size
-        where = _home(lm.device, numbers * lm.model.dtype.itemsize)
+        where = _home(lm.device, numbers * self._dtype.itemsize)
         with torch.no_grad():
             self.hidden = [
-                torch.cat([enter(some).to(where) for some in part.ids.split(_BATCH)]) for part in calibration.parts
+                torch.cat([lm.model.enter(some).to(where, self._dtype) for some in part.ids.split(_BATCH)])
+                for part in calibration.parts
             ]
             self._arguments = [lm.model.block_arguments(x[:1].to(lm.device)) for x in self.hidden]
         self._batch = states_at_a_time(lm, calibration)
@@ -76,7 +104,8 @@ class BlockStream:
     def run(self, part: int, x: Tensor) -> Tensor:
         """The block on hidden states ``(batch, length, hidden)`` of one part of the calibration."""
         hold(self.block)
-        return self.block(x, **self._arguments[part][self.number])
+        with _computing_in(self.block, self._dtype):
+            return self.block(x, **self._arguments[part][self.number])
 
     def _output(self, part: int, timestep: int, rows: Tensor) -> Tensor:
         """The block on some states of one timestep."""
