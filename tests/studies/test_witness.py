@@ -14,6 +14,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from thermo_lib import load_model
+from thermo_lib.diffusion.states import forward_states
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.studies import second_model, witness
 from thermo_lib.studies.grid import Grid, Point, PointRow
@@ -120,7 +121,7 @@ def measured(lm: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
 class TestReport:
     @pytest.fixture(scope="class")
     def found(self, measured: Grid) -> dict[str, Any]:
-        return second_model.report(measured, Grid("none.json", measured.reference), {})
+        return second_model.report(measured, Grid("none.json", measured.reference), {}, [])
 
     def test_rows_are_those_that_are_measured(self, found: dict[str, Any]) -> None:
         names = [row["method"] for row in found["rows"]]
@@ -172,6 +173,25 @@ class TestReport:
         assert [(t["verdict"], t["smoothing_method"], t["target"]) for t in found] == (
             [(verdict, "linear", 0.02)] if accuracy else []
         )
+
+
+def test_published_sequences_are_masked_and_filled(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(witness, "PUBLIC", ("ACDEFG", "KLMNP"))
+    shares = []
+    for letters in witness.PUBLIC:
+        ids = torch.tensor([lm.tokenizer.encode(letters).ids])
+        allowed = torch.tensor([[False, *(True for _ in letters), False]])
+        states = forward_states(ids, allowed, 4, lm.mask_token_id, 1_002)
+        right = (lm.model(states.ids).logits[..., lm.writable].argmax(-1) == states.clean - 5) & states.is_masked
+        masked = states.is_masked.sum(1).double()
+        shares.append((right.sum(1) / masked).mean())
+    assert witness.public_accuracy(lm, 4, masks=1).tolist() == pytest.approx([float(sum(shares) / 2)])
+    assert len(set(witness.public_accuracy(lm, 4, masks=8).tolist())) > 1
+    few = {name: witness.FIRST[name] for name in ("round-to-nearest", "GPTQ", "trellis, sequential")}
+    monkeypatch.setattr(second_model, "FIRST", few)
+    rows = second_model.public_rows(lm, SMALL, progress=False)
+    assert [row["method"] for row in rows] == ["full precision", "round-to-nearest", "GPTQ"]
+    assert all(row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1] for row in rows)
 
 
 def test_both_models_are_compared_by_share() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from thermo_lib.evaluation.report import versions
 from thermo_lib.evaluation.smoothing import CLAIMED, target_row
@@ -17,6 +18,7 @@ from thermo_lib.evaluation.statistics import interval
 from thermo_lib.files.locks import locked
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
+from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow
 from thermo_lib.studies.smoothing import gain, path_kl_change, verdicts
 from thermo_lib.studies.variance import FACTORS, variance_shares
@@ -36,6 +38,7 @@ from thermo_lib.studies.witness import (
     norm_points,
     norms_plan,
     plan,
+    public_accuracy,
     question_points,
 )
 
@@ -73,6 +76,11 @@ NORM_COLUMNS = {
     "path KL": ("path_kl", "{:.2f}"),
     "change": ("change", "{:+z.3f}"),
     "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
+}
+PUBLIC_COLUMNS = {
+    "method": ("method", "{}"),
+    "accuracy": ("accuracy", "{:.3f}"),
+    "95 %, over masks": ("accuracy_ci", "{0[0]:.3f}..{0[1]:.3f}"),
 }
 # Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
 _ON_REFERENCE = {
@@ -113,13 +121,34 @@ def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
     return [grid[p] for p in points if p.key in grid.rows]
 
 
-def report(grid: Grid, reference: Grid, variance: Mapping[str, Any]) -> dict[str, Any]:
+def public_rows(lm: DiffusionLM, inputs: WitnessInputs, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Accuracy on the two published sequences: of full precision, and of the methods that train nothing, seed 0.
+
+    Returns:
+        Rows with ``method``, ``accuracy`` (0-1) and ``accuracy_ci``, a 95 % interval over the masks that are drawn.
+    """
+    rows = []
+    untrained = [name for name, fields in FIRST.items() if "training" not in fields]
+    calibration = inputs.calibration(lm, TIMESTEPS, SEEDS[0])
+    for name in tqdm([None, *untrained], desc="public sequences", unit="model", disable=not progress):
+        config = name and method_points(name)[0].config
+        model = quantize(lm, config, calibration) if config else lm
+        found = public_accuracy(model).numpy()
+        ci = interval(lambda index, found=found: float(found[index].mean()), len(found))
+        rows.append({"method": name or "full precision", "accuracy": float(found.mean()), "accuracy_ci": list(ci)})
+    return rows
+
+
+def report(
+    grid: Grid, reference: Grid, variance: Mapping[str, Any], public: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """The content of ``reports/witness.json``, of what has been measured.
 
     Args:
         grid: of the witness.
         reference: of time-aware norms of the reference model.
         variance: model to what ``variances`` returns.
+        public: see ``public_rows``.
     """
     rows, targets, norms = [], [], []
     for name in FIRST:
@@ -144,6 +173,7 @@ def report(grid: Grid, reference: Grid, variance: Mapping[str, Any]) -> dict[str
         "seeds": list(SEEDS),
         "timesteps": TIMESTEPS,
         "rows": rows,
+        "public": list(public),
         "targets": targets,
         "time_norms": norms,
         "variance": variance,
@@ -252,10 +282,11 @@ def main() -> None:
             "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
             WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
         }
+        public = public_rows(grid.reference, WitnessInputs())
         work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
         for measured, points in work:
             measured.run(points)
-            write_json(REPORT, report(grid, reference, variance))
+            write_json(REPORT, report(grid, reference, variance, public))
 
 
 if __name__ == "__main__":

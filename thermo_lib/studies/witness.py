@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from thermo_lib.diffusion.states import Calibration, calibrate, forward_states, trajectory_states
-from thermo_lib.evaluation.scores import Suite
+from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, masked_token_scores
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import write_json
@@ -38,6 +38,10 @@ TIMESTEPS = 16
 SEEDS = (0, 1, 2)
 PRECISIONS = (4, None, 8)  # bits of activations
 METHODS = (None, "linear", "cubic", "sigmoid")
+PUBLIC = (  # the heavy and the light chain that the description of the published package shows
+    "EVQLVQSGPEVKKPGTSVKVSCKASGFTFMSSAVQWVRQARGQRLEWIGWIVIGSGNTNYAQKFQERVTITRDMSTSTAYMELSSLRSEDTAVYYCAAPYCSSISCNDGFDIWGQGTMVTVS",
+    "DVVMTQTPFSLPVSLGDQASISCRSSQSLVHSNGNTYLHWYLQKPGQSPKLLIYKVSNRFSGVPDRFSGSGSGTDFTLKISRVEAEDLGVYFCSQSTHVPYTFGGGTKLEIK",
+)
 _INSIDE = "antiberty/trained_models/"
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 _TOKENS = ("pad_token", "unk_token", "cls_token", "eos_token", "mask_token")
@@ -140,6 +144,27 @@ class WitnessInputs:
         """The model's own trajectories of a seed."""
         batches = [starts(reference, self.calibration_sequences, length) for length in self.calibration_residues]
         return calibrate(reference, batches, timesteps=timesteps, seed=seed, progress=False)
+
+
+def public_accuracy(lm: DiffusionLM, timesteps: int = TIMESTEPS, masks: int = 32) -> Tensor:
+    """Masked-token accuracy on the two sequences that its authors show.
+
+    Args:
+        lm: the model, full precision or quantized.
+        timesteps: ``T``; masks are drawn at the ratio of each.
+        masks: drawn of each sequence and timestep, with seed 1,002.
+
+    Returns:
+        float64 ``(masks,)``: the accuracy with each of them, mean over timesteps and sequences.
+    """
+    found = []
+    for letters in PUBLIC:
+        ids, allowed = starts(lm, masks, len(letters))
+        ids[:, 1:-1] = torch.tensor([lm.tokenizer.token_to_id(letter) for letter in letters])
+        states = forward_states(ids, allowed, timesteps, lm.mask_token_id, 1_002)
+        correct, masked, _ = masked_token_scores(lm, states, timesteps)
+        found.append(accuracy_per_sequence(correct, masked))
+    return torch.stack(found).mean(0)
 
 
 _PLAIN: dict[str, Any] = {"activations": None, "time_groups": None, "timesteps": TIMESTEPS}
