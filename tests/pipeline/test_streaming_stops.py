@@ -252,6 +252,28 @@ class TestInterrupted:
         quantize_checkpoint(source, output, configured())
         assert files(output) == files(tmp_path / "whole")
 
+    def test_snapshots_that_cannot_be_removed_are_not_in_the_output(
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source = write()
+        config = configured(quantizer="gptq")
+        calibration = states_of(source)
+        quantize_checkpoint(source, tmp_path / "whole", config, calibration=calibration)
+        unlink = os.unlink
+
+        def fail(path: Any, *more: Any, **named: Any) -> None:
+            if str(path).endswith(".safetensors") and named.get("dir_fd") is not None:  # as a folder is removed
+                raise OSError(errno.EIO, "Input/output error")
+            unlink(path, *more, **named)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "unlink", fail)
+            with pytest.raises(OSError, match="Input/output error"):
+                quantize_checkpoint(source, output, config, calibration=calibration)
+        assert files(output) == EARLIER
+        quantize_checkpoint(source, output, config, calibration=calibration)
+        assert files(output) == files(tmp_path / "whole")
+
     @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
     def test_no_file_may_be_larger_than_the_disk(
         self, write: Callable[..., Path], tmp_path: Path, output: Path, quantizer: str

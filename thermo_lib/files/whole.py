@@ -175,10 +175,15 @@ def is_leftover(name: str) -> bool:
     return len(name) == len(".tmp") + 6 and name.startswith(".tmp")
 
 
-def remove(path: Path) -> None:
-    """Remove a folder with all in it as far as that is allowed, or whatever else is there."""
+def remove(path: Path, *, wholly: bool = False) -> None:
+    """Remove a folder with all in it as far as that is allowed, or whatever else is there.
+
+    Args:
+        path: of it; it needn't be there.
+        wholly: raise OSError where a part of a folder stays.
+    """
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=not wholly)
     else:
         path.unlink(missing_ok=True)
 

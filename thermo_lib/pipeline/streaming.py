@@ -196,7 +196,7 @@ def _quantize(
         text = quantized_config_json(model_config, config, _stored_norm(partial, weight_map, model_config).dtype)
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(tokenizer, chat_template, partial, carried)
-        remove(partial / SNAPSHOTS_NAME)
+        remove(partial / SNAPSHOTS_NAME, wholly=True)
         for leftover in [*partial.glob(".*"), *partial.glob("*.tmp"), output / RUN_NAME]:
             remove(leftover)
         mark(partial, digest(run))
