@@ -9,14 +9,16 @@ A mark is a comment, which no Markdown renderer shows. Before a number in a sent
 The words before the last ones name a *source*:
 
 - ``best``, a name of ``PEERS``: a row of ``reports/peers.json``; ``best/gptq`` compares two of them in pairs.
-- ``study(activation_bits=4 num_time_groups=3)``, in the words of ``thermo point``: the three seeds of a configuration in
-  ``reports/study.json``; ``study(... / ...)`` compares two, ``+`` before a word adds it to the second one's words.
+- ``study(activation_bits=4 num_time_groups=3)``, in the words of ``thermo point``: the three seeds of a configuration
+  in ``reports/study.json``; ``study(... / ...)`` compares two, and ``+`` first adds words to those of the second.
 - ``witness.rows[method=GPTQ]``: the records of a JSON file in ``reports/`` with these fields; ``~`` in place of ``=``
   takes a part of the field's text.
+- ``variance(layer)``: the share of a factor in the variance of log ranges, a field for each model.
 - ``dream_7b /(\\d+) s, /``: what an executed notebook printed, the pattern's group.
 
 The last word is a *quantity*: a name of ``QUANTITIES``, or a field with a format, such as ``seconds:.0f``; ``min:``,
-``max:``, ``mean:`` and ``count:`` before a field take several records together. ``-`` leaves a cell as it is.
+``max:``, ``mean:`` and ``count:`` before a field take several records together. ``-`` leaves a cell as it is, and
+``256@ms:.1f`` takes the source with 256 in the place of its ``*``.
 """
 
 import json
@@ -37,7 +39,7 @@ from thermo_lib.studies.params import default
 from thermo_lib.studies.peers import accuracy_kept, compare
 from thermo_lib.studies.smoothing import gain, path_kl_change
 
-PAGES = ("README.md", "docs/index.md", "docs/presets.md", "docs/results.md", "docs/choose.md", "docs/field.md")
+PAGES = ("README.md", "docs/index.md", "docs/presets.md", "docs/results.md", "docs/choose.md", "docs/field.md", "docs/how-it-works.md")
 PEERS = {  # a short name to method and setting
     "rtn": ("round-to-nearest", "group 128"),
     "quanto": ("quanto qint2", "HQQ optimizer"),
@@ -66,9 +68,9 @@ PEERS = {  # a short name to method and setting
 SEEDS = (0, 1, 2)
 
 Record = Mapping[str, Any]
-_MARK = re.compile(r"<!--= *(?P<spec>[^>]*?) *-->(?P<text>.*?)<!--/-->", re.DOTALL)
+_MARK = re.compile(r"<!--= *(?P<spec>[^>]*?) *-->(?P<text>[^<]*)<!--/-->")
 _ROW = re.compile(
-    r"^\|(?P<first>[^|]*<!--= *(?P<spec>[^>]*?): (?P<quantities>[^>]*?) *-->[^|]*)\|(?P<cells>.*)\|$", re.M
+    r"^\|(?P<first>[^|]*<!--= *(?P<spec>[^>]*?): (?P<quantities>[^>]*?) *-->[^|]*)\|(?P<cells>.*)\|$", re.MULTILINE
 )
 _CELL = re.compile(r"(?P<before>\s*(?:\*\*)?)(?P<value>.*?)(?P<after>(?:\*\*)?(?: [¹²³⁴⁵])?\s*)")
 _FILTERED = re.compile(r"(?P<file>\w+)(?P<steps>(?:\.[^.\[\]]+|\[[^\]]*\])*)")
@@ -128,15 +130,14 @@ def _studied(text: str) -> Record:
     if new.startswith("+"):
         new = f"{old} {new[1:]}"
     rows = _points(new)
-    record: dict[str, Any] = {
-        name: statistics.fmean(getattr(row, name) for row in rows)
-        for name in ("accuracy", "path_kl", "bits_per_weight")
-    }
-    for name in ("accuracy", "path_kl"):
+    scores = ("accuracy", "path_kl", "bits_per_weight")
+    record: dict[str, Any] = {name: statistics.fmean(getattr(row, name) for row in rows) for name in scores}
+    for name in scores:
         record |= {f"{name}_{end.__name__}": end(getattr(row, name) for row in rows) for end in (min, max)}
     if old:
         base = _points(old)
         record["gain"], record["gain_ci"] = gain(rows, base)
+        record["path_kl_baseline"] = statistics.fmean(row.path_kl for row in base)
         record["path_kl_change"], record["path_kl_change_ci"] = path_kl_change(rows, base)
     return record
 
@@ -172,6 +173,9 @@ def records(source: str) -> list[Record]:
     """
     if source.startswith("study("):
         return [_studied(source[6:-1])]
+    if source.startswith("variance("):
+        models = _report("witness")["variance"]
+        return [{name: statistics.fmean(model["shares"][source[9:-1]]) for name, model in models.items()}]
     new, _, old = source.partition("/")
     if {new, old} <= {*PEERS, "full", ""}:
         return [_peer(new) | (compare(_peer(new), _peer(old)) | {"of": _peer(old)} if old else {})]
@@ -181,8 +185,9 @@ def records(source: str) -> list[Record]:
 
 
 def number(value: float, form: str) -> str:
-    """A number in a format; a share in per cent has a space before its sign, and nothing is minus zero."""
-    return re.sub(r"(\d)%$", r"\1 %", format(value, form.replace(".", "z.", 1) if "." in form else form))
+    """A number in a format; a share in per cent has a space before its sign, and zero has no sign."""
+    text = format(value, form.replace(".", "z.", 1) if "." in form else form)
+    return re.sub(r"(\d)%$", r"\1 %", re.sub(r"^\+(?=0(\.0+)?%?$)", "", text))
 
 
 def spread(ci: Sequence[float], form: str) -> str:
@@ -191,12 +196,12 @@ def spread(ci: Sequence[float], form: str) -> str:
     return f"{low.removesuffix(' %')} to {high.removesuffix(' %')}"
 
 
-def _with_ci(key: str, form: str, *, sign: int = 1, unit: str = "", prefix: str = "") -> Callable[[Record], str]:
+def _with_ci(key: str, form: str, *, sign: int = 1, unit: str = "") -> Callable[[Record], str]:
     """The value with its 95 % interval in brackets; ``sign`` -1 turns a change into a lead."""
 
     def written(record: Record) -> str:
         ci = sorted(sign * end for end in record[f"{key}_ci"])
-        return f"{number(sign * record[key], form)}{unit} ({prefix}{spread(ci, form)})"
+        return f"{number(sign * record[key], form)}{unit} ({spread(ci, form)})"
 
     return written
 
@@ -229,6 +234,7 @@ QUANTITIES: dict[str, Callable[[Record], str]] = {
     "accuracy_ci": _with_ci("accuracy", ".3f"),
     "kl": lambda record: number(record["path_kl"], ".1f"),
     "kl2": lambda record: number(record["path_kl"], ".2f"),
+    "kl2_baseline": lambda record: number(record["path_kl_baseline"], ".2f"),
     "kl_ci": _with_ci("path_kl", ".1f"),
     "a4": lambda record: f"{number(record['accuracy_a4'], '.3f')}, {number(record['path_kl_a4'], '.1f')}",
     "accuracy_a4": lambda record: number(record["accuracy_a4"], ".3f"),
@@ -248,10 +254,13 @@ QUANTITIES: dict[str, Callable[[Record], str]] = {
     "kept_verdict": _kept_verdict,
     "gain_verdict": _verdict_of_gain,
     "share": _share,
-    "target": lambda record: f"{number(record['value'], '+.1%')} ({spread(record['ci'], '+.1%')})",
+    "target": lambda record: _with_ci("value", "+.1%")({**record, "value_ci": record["ci"]}),
     "target_only": lambda record: number(record["value"], "+.1%"),
-    "norms_change": lambda record: f"{number(record['change'], '+.2f')} ({spread(record['change_ci'], '+.2f')})",
-    "groups_change": lambda record: f"{number(record['change'], '+.1f')} ({spread(record['change_ci'], '+.1f')})",
+    "norms_gain": _with_ci("change", ".2f", sign=-1),
+    "norms_change": _with_ci("change", "+.2f"),
+    "kl_norms": lambda record: f"{record['path_kl']:.1f}, {_with_ci('change', '+.2f')(record)} against one set",
+    "overhead": lambda record: f"{number(record['value'], '+.1%')}, {record['verdict']}",
+    "groups_change": _with_ci("change", "+.1f"),
 }
 _TOGETHER: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
@@ -303,7 +312,9 @@ def _filled_row(match: re.Match[str]) -> str:
             around = _CELL.fullmatch(cells[place])
             assert around is not None  # the pattern takes any text of a line
             before, after = around["before"] or " ", around["after"] or " "
-            cells[place] = f"{before}{value(match['spec'], quantity)}{after}"
+            put, is_put, asked = quantity.rpartition("@")
+            source = match["spec"].replace("*", put) if is_put else match["spec"]
+            cells[place] = f"{before}{value(source, asked)}{after}"
     return f"|{match['first']}|{'|'.join(cells)}|"
 
 
