@@ -39,7 +39,14 @@ from thermo_lib.studies.params import default
 from thermo_lib.studies.peers import accuracy_kept, compare
 from thermo_lib.studies.smoothing import gain, path_kl_change
 
-PAGES = ("README.md", "docs/index.md", "docs/presets.md", "docs/results.md", "docs/choose.md", "docs/field.md", "docs/how-it-works.md")
+PAGES = (
+    "README.md",
+    "docs/choose.md",
+    "docs/field.md",
+    "docs/index.md",
+    "docs/presets.md",
+    "docs/results.md",
+)
 PEERS = {  # a short name to method and setting
     "rtn": ("round-to-nearest", "group 128"),
     "quanto": ("quanto qint2", "HQQ optimizer"),
