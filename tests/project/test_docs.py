@@ -159,6 +159,7 @@ def test_the_example_of_the_trellis(explained: str) -> None:
         assert f"{one}, {two} and {three}" in explained
 
 
+@pytest.mark.slow
 def test_pictures_are_what_the_code_draws(tmp_path: Path) -> None:
     """The text of an SVG depends on no fonts; that of another matplotlib may differ, and its version is locked."""
     spec = importlib.util.spec_from_file_location("draw", ROOT / "docs" / "figures" / "draw.py")
