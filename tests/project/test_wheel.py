@@ -137,18 +137,19 @@ for parent in (None, types.ModuleType("lm_eval")):
 SHORT = {
     "calibration = thermo.calibrate(lm)": (
         "from thermo_lib.diffusion.states import calibration_batches\n"
-        "calibration = thermo.calibrate(lm, calibration_batches(lm, sequences=2, puzzles=1), progress=False)"
+        "calibration = thermo.calibrate(lm, calibration_batches(lm, sequences=2, puzzles=1), timesteps=4, progress=False)"
     ),
 }
 ARGUMENTS = {  # of a command line of README, by its verb
-    "evaluate": ["--sequences", "1", "--trajectories", "1", "--sudoku", "1"],
+    "evaluate": ["--sequences", "1", "--trajectories", "1", "--timesteps", "2"],
 }
 
 
 def blocks(language: str) -> list[str]:
     """README's fenced blocks of a language."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
 
 
 @pytest.fixture(scope="module")
