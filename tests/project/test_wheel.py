@@ -137,7 +137,8 @@ for parent in (None, types.ModuleType("lm_eval")):
 SHORT = {
     "calibration = thermo.calibrate(lm)": (
         "from thermo_lib.diffusion.states import calibration_batches\n"
-        "calibration = thermo.calibrate(lm, calibration_batches(lm, sequences=2, puzzles=1), timesteps=4, progress=False)"
+        "few = calibration_batches(lm, sequences=2, puzzles=1)\n"
+        "calibration = thermo.calibrate(lm, few, timesteps=4, progress=False)"
     ),
 }
 ARGUMENTS = {  # of a command line of README, by its verb
