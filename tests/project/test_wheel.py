@@ -132,7 +132,7 @@ for parent in (None, types.ModuleType("lm_eval")):
     assert run(installed, "-c", code, cwd=empty).split() == ["lm_eval", "lm_eval.models"]
 
 
-# README's snippets with arguments that take seconds. Not run: `make repro` and `make test`, which take an hour and run
+# README's snippets with arguments that take seconds. Not run: `make repro` and `make test`, which measure all and run
 # this test, and `pip install`, which the fixture `installed` does without a network.
 SHORT = {
     "calibration = thermo.calibrate(lm)": (
