@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -129,3 +130,61 @@ for parent in (None, types.ModuleType("lm_eval")):
         print(error.name)
 """
     assert run(installed, "-c", code, cwd=empty).split() == ["lm_eval", "lm_eval.models"]
+
+
+# README's snippets with arguments that take seconds. Not run: `make repro` and `make test`, which measure all and run
+# this test, and `pip install`, which the fixture `installed` does without a network.
+SHORT = {
+    "calibration = thermo.calibrate(lm)": (
+        "from thermo_lib.diffusion.states import calibration_batches\n"
+        "few = calibration_batches(lm, sequences=2, puzzles=1)\n"
+        "calibration = thermo.calibrate(lm, few, timesteps=4, progress=False)"
+    ),
+}
+ARGUMENTS = {  # of a command line of README, by its verb
+    "evaluate": ["--sequences", "1", "--trajectories", "1", "--timesteps", "2"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    """README's fenced blocks of a language."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
+
+
+@pytest.fixture(scope="module")
+def after_snippets(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which README's Python ran, in its order."""
+    code = "\n".join(blocks("python"))
+    for long, short in SHORT.items():
+        assert long in code
+        code = code.replace(long, short, 1)
+    folder = tmp_path_factory.mktemp("snippets")
+    run(installed, "-c", code, cwd=folder)
+    return folder
+
+
+def test_readme_snippets_save_a_model(after_snippets: Path) -> None:
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (after_snippets / "reference-2bit").iterdir()}
+
+
+def test_readme_demonstration_prints_what_readme_shows(installed: Path, empty: Path) -> None:
+    demonstration, shown = next(
+        (one, other)
+        for one, other in zip(blocks(""), blocks("")[1:], strict=False)
+        if one.startswith("thermo generate --model reference")
+    )
+    environ_path = f"PATH={installed.parent}:{os.environ['PATH']}"
+    assert run("env", environ_path, "bash", "-c", demonstration, cwd=empty) == shown
+
+
+def test_readme_commands_run(installed: Path, after_snippets: Path) -> None:
+    """In their order, on the embedded model; ``chat`` reads one line and the end of the input."""
+    (commands,) = (block for block in blocks("") if block.startswith("thermo quantize"))
+    for line in commands.replace("DIR", "reference").splitlines():
+        extra = " ".join(ARGUMENTS.get(line.split()[1], []))
+        given = " < /dev/null" if line.startswith("thermo chat") else ""
+        command = f"{line} {extra}{given}"
+        run("env", f"PATH={installed.parent}:{os.environ['PATH']}", "bash", "-c", command, cwd=after_snippets)
+    assert (after_snippets / "OUT" / "config.json").is_file()
