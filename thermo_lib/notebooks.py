@@ -67,13 +67,16 @@ def results(root: Path = ROOT) -> Path:
     return root if in_pipeline() else root / _SCRATCH
 
 
-def earlier(name: str, read: Callable[[Path], Found], make: Callable[[], Found], *, root: Path = ROOT) -> Found:
-    """What an earlier stage left in ``artifacts``; where it isn't there, the same made here, which stderr then says.
+def earlier(
+    name: str, read: Callable[[Path], Found], make: Callable[[], Found], how: str = "computed", *, root: Path = ROOT
+) -> Found:
+    """What an earlier stage left in ``artifacts``; where it isn't there, the same from elsewhere, which stderr says.
 
     Args:
         name: of the file or folder in ``artifacts``.
         read: reads it.
         make: computes it, or takes it from a file that is committed; the pipeline never calls it.
+        how: what ``make`` does, for the message.
         root: the checkout.
 
     Raises:
@@ -85,7 +88,7 @@ def earlier(name: str, read: Callable[[Path], Found], make: Callable[[], Found],
     if in_pipeline():
         raise ValueError(f"artifacts/{name}: found none, needed is what an earlier stage of the pipeline writes")
     # stderr isn't compared, and isn't kept in an executed copy.
-    print(f"artifacts/{name} isn't there (`make repro` writes it): made for this run.", file=sys.stderr)
+    print(f"artifacts/{name} isn't there (`make repro` writes it): {how} for this run.", file=sys.stderr)
     return make()
 
 

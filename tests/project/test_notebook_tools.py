@@ -216,10 +216,10 @@ class TestWhereANotebookReadsAndWrites:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.delenv("DVC_STAGE", raising=False)
-        assert earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path) == "made"
+        assert earlier("int2.json", Path.read_text, lambda: "made", "taken from x", root=tmp_path) == "made"
         out, err = capsys.readouterr()
         assert out == ""
-        assert err == "artifacts/int2.json isn't there (`make repro` writes it): made for this run.\n"
+        assert err == "artifacts/int2.json isn't there (`make repro` writes it): taken from x for this run.\n"
         assert list(tmp_path.iterdir()) == []
 
     def test_what_is_missing_in_the_pipeline_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

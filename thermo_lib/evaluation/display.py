@@ -34,9 +34,12 @@ TARGETS: Columns = {**report.TARGET_COLUMNS, "method": ("smoothing_method", "{}"
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`*])")
 _STYLES = [
     {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold; padding: 4px 0"},
-    {"selector": "th", "props": "text-align: right; vertical-align: bottom"},
+    {"selector": "th", "props": "text-align: right; vertical-align: bottom; padding: 2px 8px"},
     {"selector": "th.col0", "props": "text-align: left"},
-    {"selector": "td", "props": "text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums"},
+    {
+        "selector": "td",
+        "props": "text-align: right; white-space: nowrap; padding: 2px 8px; font-variant-numeric: tabular-nums",
+    },
     {"selector": "td.col0", "props": "text-align: left"},
 ]
 
@@ -107,6 +110,7 @@ def table(
     best: Mapping[str, Callable[..., Any]] | None = None,
     ours: Collection[str] = (),
     aside: Collection[str] = (FULL_PRECISION,),
+    bars: bool = True,
 ) -> None:
     """Show rows as a styled table; its text form is a table too.
 
@@ -121,13 +125,14 @@ def table(
         ours: what the first column says of the rows that are this project's: their names are bold, and where there are
             such rows the bars of the others are grey.
         aside: what the first column says of rows that are not in the competition for the best.
+        bars: draw intervals; not where a column holds different quantities, which have no common scale.
 
     Raises:
         ValueError: no rows, or a heading in ``best`` that isn't one of the columns.
     """
     needs("IPython.display").display(
         {
-            "text/html": table_html(rows, columns, title=title, best=best, ours=ours, aside=aside),
+            "text/html": table_html(rows, columns, title=title, best=best, ours=ours, aside=aside, bars=bars),
             "text/plain": table_text(rows, columns, title=title, best=best, aside=aside),
         },
         raw=True,
@@ -160,6 +165,7 @@ def table_html(
     best: Mapping[str, Callable[..., Any]] | None = None,
     ours: Collection[str] = (),
     aside: Collection[str] = (FULL_PRECISION,),
+    bars: bool = True,
 ) -> str:
     """The HTML form of ``table``, whose arguments it takes; it loads nothing."""
     used, winners = _used(rows, columns), _winners(rows, columns, best or {}, aside)
@@ -171,7 +177,7 @@ def table_html(
         cells = {heading: html.escape(_cell(row, spec)) for heading, spec in used.items()}
         texts.append({name: f"<strong>{text}</strong>" if name in bold else text for name, text in cells.items()})
         color = OURS if is_ours[number] or not any(is_ours) else OTHERS
-        styles.append([_bar(row.get(key), rows, key, color) for key, _ in used.values()])
+        styles.append([_bar(row.get(key), rows, key, color) if bars else "" for key, _ in used.values()])
     frame = needs("pandas").DataFrame(texts, columns=list(used))
     frame.columns = [html.escape(heading) for heading in used]
     style = frame.style.hide(axis="index").set_uuid(_uuid(title, used)).set_caption(html.escape(title))
