@@ -33,12 +33,15 @@ BEST_SCORES = {"accuracy (0-1)": max, "path KL (nats)": min, "NELBO (nats a toke
 TARGETS: Columns = {**report.TARGET_COLUMNS, "method": ("smoothing_method", "{}")}
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z`*])")
 _STYLES = [
-    {"selector": "caption", "props": "caption-side: top; text-align: left; font-weight: bold; padding: 4px 0"},
+    {
+        "selector": "caption",
+        "props": "caption-side: top; text-align: left; white-space: nowrap; font-weight: bold; padding: 4px 0",
+    },
     {"selector": "th", "props": "text-align: right; vertical-align: bottom; padding: 2px 8px"},
     {"selector": "th.col0", "props": "text-align: left"},
     {
         "selector": "td",
-        "props": "text-align: right; white-space: nowrap; padding: 2px 8px; font-variant-numeric: tabular-nums",
+        "props": "text-align: right; white-space: nowrap; padding: 2px 8px 8px; font-variant-numeric: tabular-nums",
     },
     {"selector": "td.col0", "props": "text-align: left"},
 ]
@@ -239,7 +242,7 @@ def _bar(value: Any, rows: Sequence[Mapping[str, Any]], key: str, color: str) ->
     parts = [_stripe(start, max(place(value[1]), start + 2), color)]
     if low < 0 < high:
         parts.append(_stripe(max(place(0) - 0.5, 0), place(0) + 0.5, "#000000"))
-    return f"padding-bottom: 8px; background: {', '.join(parts)}"
+    return f"background: {', '.join(parts)}"
 
 
 def _stripe(start: float, stop: float, color: str) -> str:

@@ -172,7 +172,7 @@ def intervals(
     reference_label: str = "full precision",
     title: str = "",
     ours: Collection[str] = (),
-) -> None:
+) -> "Figure":
     """Values with their 95 % intervals, one row each.
 
     Args:
@@ -197,6 +197,7 @@ def intervals(
         ax.axvline(reference, color="#444444", linestyle="--", linewidth=1)
         style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
         ax.annotate(reference_label, (reference, 1), (0, 3), ha="center", color="#444444", **style)
+    return figure
 
 
 def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> None:

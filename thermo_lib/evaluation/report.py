@@ -161,17 +161,16 @@ def headline(
     """The content of ``scores.json``: the few numbers that ``dvc metrics`` and ``dvc exp`` compare.
 
     Returns:
-        ``accuracy`` (0-1) and ``path_kl`` (nats) of round-to-nearest, of GPTQ, and of the best configuration at the
-        fewest bits of activations, and how many ``targets`` are ``met``.
+        ``accuracy`` (0-1) of full precision (``full``), of GPTQ's weights alone (``gptq``) and, of the configurations
+        with the fewest bits of activations, of that with the lowest path KL (e.g. ``W2A4``); ``path_kl`` (nats) of the
+        last two; and how many ``targets`` are ``met``.
     """
-    named = {row["quantizer"]: row for row in _weights_only(configurations)}
-    fewest = min((row["activation_bits"] for row in configurations), default=None)
+    gptq = next(row for row in _weights_only(configurations) if row["quantizer"] == "gptq")
+    fewest = min(row["activation_bits"] for row in configurations)
     best = min((row for row in configurations if row["activation_bits"] == fewest), key=lambda row: row["path_kl"])
-    shown = {"rtn": named.get("rtn"), "gptq": named.get("gptq"), f"A{fewest}": best}
-    found = {name: row for name, row in shown.items() if row is not None}
-    accuracy = {"full": full_precision["accuracy"]} | {name: row["accuracy"] for name, row in found.items()}
+    found = {"gptq": gptq, f"W{best['bits']}A{fewest}": best}
     return {
-        "accuracy": accuracy,
+        "accuracy": {"full": full_precision["accuracy"]} | {name: row["accuracy"] for name, row in found.items()},
         "path_kl": {name: row["path_kl"] for name, row in found.items()},
         "targets": {"met": sum(row["verdict"] == "met" for row in targets)},
     }
