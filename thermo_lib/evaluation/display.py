@@ -52,6 +52,11 @@ def markdown(text: str) -> None:
     needs("IPython.display").display({"text/markdown": text, "text/plain": text}, raw=True)
 
 
+def sentences(text: str) -> int:
+    """How many sentences a text has: each but the last ends where a dot is followed by a capital, code or bold type."""
+    return len(_SENTENCE_END.split(text.strip())) if text.strip() else 0
+
+
 def answer(text: str) -> None:
     """Show the answer to a notebook's question.
 
@@ -61,7 +66,7 @@ def answer(text: str) -> None:
     Raises:
         ValueError: no sentence, or more than three.
     """
-    count = len(_SENTENCE_END.split(text.strip())) if text.strip() else 0
+    count = sentences(text)
     if not 1 <= count <= MOST_SENTENCES:
         raise ValueError(f"answer: found {count} sentences, allowed are 1 to {MOST_SENTENCES}")
     markdown(f"**Answer.** {text.strip()}")
