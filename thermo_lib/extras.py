@@ -4,12 +4,14 @@ import importlib
 from types import ModuleType
 
 EXTRAS = {
+    "IPython": "pipeline",
     "cuda": "cuda",
     "distributed": "cluster",
     "humming": "cuda",
     "lm_eval": "eval",
     "matplotlib": "pipeline",
     "nbformat": "pipeline",
+    "pandas": "pipeline",
     "triton": "cuda",
     "yaml": "pipeline",
 }

@@ -1,4 +1,8 @@
-"""What papermill leaves to do for notebooks that are committed and compared.
+"""What papermill leaves to do for notebooks that are committed and compared, and where a notebook reads and writes.
+
+A notebook is run by a stage of the pipeline, or by a person (in Lab, by papermill or by nbval). Only the pipeline
+writes what is committed or read by other stages. A person's run writes to ``artifacts/scratch``, and makes for itself
+what an earlier stage would have left and hasn't.
 
 An executed notebook keeps neither run times nor progress bars, so that two runs on one machine write the same
 file and nbval compares only results. It names the processor, since on another one the last bits of a sum differ,
@@ -8,9 +12,11 @@ GPTQ's codes with them, and all that is measured of these a little.
 import os
 import platform
 import re
+import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from thermo_lib.extras import needs
 from thermo_lib.files.reading import field_of, read_object, read_text, shown
@@ -19,8 +25,11 @@ from thermo_lib.files.whole import replacing
 if TYPE_CHECKING:
     import nbformat
 
+Found = TypeVar("Found")
+
 ROOT = Path(__file__).resolve().parent.parent
 THREADS = 2
+_SCRATCH = Path("artifacts", "scratch")
 
 # The instruction set decides the last bits of a float32 sum. One that every x86-64 server has since 2015 keeps the
 # numbers of a notebook equal from CPU to CPU; each library reads its variable at its first use.
@@ -43,6 +52,44 @@ def reproducible() -> None:
     torch.use_deterministic_algorithms(True)
     # Nothing reads it, and to fill it takes a tenth of the time.
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def in_pipeline() -> bool:
+    """Whether a stage of the pipeline runs this notebook: DVC tells each command of a stage the stage's name."""
+    return bool(os.environ.get("DVC_STAGE"))
+
+
+def results(root: Path = ROOT) -> Path:
+    """Below which folder this run's results go: the checkout's in the pipeline, else ``artifacts/scratch`` in it.
+
+    A result has the same path in both, e.g. ``results() / "artifacts" / "int2.json"``.
+    """
+    return root if in_pipeline() else root / _SCRATCH
+
+
+def earlier(
+    name: str, read: Callable[[Path], Found], make: Callable[[], Found], how: str = "computed", *, root: Path = ROOT
+) -> Found:
+    """What an earlier stage left in ``artifacts``; where it isn't there, the same from elsewhere, which stderr says.
+
+    Args:
+        name: of the file or folder in ``artifacts``.
+        read: reads it.
+        make: computes it, or takes it from a file that is committed; the pipeline never calls it.
+        how: what ``make`` does, for the message.
+        root: the checkout.
+
+    Raises:
+        ValueError: it isn't there, in the pipeline.
+    """
+    path = root / "artifacts" / name
+    if path.exists():
+        return read(path)
+    if in_pipeline():
+        raise ValueError(f"artifacts/{name}: found none, needed is what an earlier stage of the pipeline writes")
+    # stderr isn't compared, and isn't kept in an executed copy.
+    print(f"artifacts/{name} isn't there (`make repro` writes it): {how} for this run.", file=sys.stderr)
+    return make()
 
 
 def processor() -> str:
@@ -68,6 +115,14 @@ def _without_stderr(outputs: "list[nbformat.NotebookNode]") -> "list[nbformat.No
     return kept
 
 
+def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a cell's metadata a run doesn't change: tags, and whether Jupyter hides the code until a click."""
+    kept = {key: value for key, value in metadata.items() if key == "tags"}
+    jupyter = metadata.get("jupyter")
+    is_folded = isinstance(jupyter, dict) and jupyter.get("source_hidden") is True
+    return kept | ({"jupyter": {"source_hidden": True}} if is_folded else {})
+
+
 def _read_notebook(path: Path, nbformat: ModuleType) -> "nbformat.NotebookNode":
     content, where = read_object(path), shown(path)
     for name, kind in (("nbformat", int), ("nbformat_minor", int), ("metadata", dict), ("cells", list)):
@@ -88,6 +143,8 @@ def _read_notebook(path: Path, nbformat: ModuleType) -> "nbformat.NotebookNode":
 def tidy(path: str | Path) -> None:
     """Remove run times and progress bars (stderr) from a notebook that papermill has executed here, in place.
 
+    Of a cell's metadata its tags stay, and whether its code is folded.
+
     Raises:
         ValueError: no such file, no notebook of format 4, or one that holds the output of an error.
     """
@@ -100,7 +157,7 @@ def tidy(path: str | Path) -> None:
     for key in set(notebook.metadata) - {"kernelspec", "language_info", "processor"}:
         del notebook.metadata[key]
     for number, cell in enumerate(notebook.cells):
-        cell.metadata = nbformat.from_dict({k: v for k, v in cell.metadata.items() if k == "tags"})
+        cell.metadata = nbformat.from_dict(_lasting(cell.metadata))
         if "id" in cell:
             cell.id = f"cell-{number:02d}"
         if cell.cell_type != "code":

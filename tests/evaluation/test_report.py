@@ -1,5 +1,6 @@
 """Reports: text and JSON that are written whole or not at all, and say what was measured with what."""
 
+import copy
 import csv
 import importlib.metadata
 import json
@@ -211,6 +212,79 @@ def record_of(points: int) -> dict[str, Any]:
         "planning_loss": [2.0 - 0.01 * i for i in range(points)],
         "settings": settings,
     }
+
+
+class TestFewNumbers:
+    """What `dvc metrics` shows, what stands in for missing files of the stages, and what moved between two runs."""
+
+    @staticmethod
+    def row(name: str, bits: int, groups: int, accuracy: float, path_kl: float) -> dict[str, Any]:
+        settings = {"bits": 2, "activation_bits": bits, "num_time_groups": groups, "quantizer": name.split()[1]}
+        ends = {"accuracy_ci": [accuracy - 0.02, accuracy + 0.02], "path_kl_ci": [path_kl - 2, path_kl + 2]}
+        return {"name": name, **settings, "accuracy": accuracy, "path_kl": path_kl, **ends}
+
+    @pytest.fixture
+    def rows(self) -> list[dict[str, Any]]:
+        return [
+            self.row("W2A16 rtn", 16, 1, 0.31, 84.0),
+            self.row("W2A16 gptq", 16, 1, 0.38, 24.0),
+            self.row("W2A16 gptq, time groups", 16, 3, 0.39, 23.0),
+            self.row("W2A4 gptq, one group", 4, 1, 0.34, 53.0),
+            self.row("W2A4 gptq, dynamic per token", 4, 1, 0.37, 31.0),
+        ]
+
+    def test_the_headline_has_few_numbers_and_each_is_that_of_its_row(self, rows: list[dict[str, Any]]) -> None:
+        targets = [{"verdict": "met"}, {"verdict": "not met"}, {"verdict": "met"}]
+        assert report.headline({"accuracy": 0.41}, rows, targets) == {
+            "accuracy": {"full": 0.41, "gptq": 0.38, "W2A4": 0.37},
+            "path_kl": {"gptq": 24.0, "W2A4": 31.0},
+            "targets": {"met": 2},
+        }
+
+    def test_what_the_stages_left_is_found_again_in_the_report(self, rows: list[dict[str, Any]]) -> None:
+        """The report is made of what the stages left, in this order."""
+        full, of_smoothing = {"name": "full precision"}, [{"name": "Markov score"}]
+        of_time = [{"name": "overhead of inference"}]
+        timings = {"int2": {"seconds_to_quantize": {"rtn": 0.1}}, "smoothing": {"W2A4": {"inference": {"ratio": 1.0}}}}
+        found = report.stage_results(
+            report.build_report("m", full, rows, [*of_smoothing, *of_time]), copy.deepcopy(timings)
+        )
+        assert found == {
+            "reference.json": {"full_precision": full},
+            "int2.json": rows[:2],
+            "smoothing.json": {"configurations": rows[2:], "targets": of_smoothing},
+            "timings/int2.json": timings["int2"],
+            "timings/smoothing.json": {**timings["smoothing"], "targets": of_time},
+        }
+
+    def test_only_what_differs_has_moved_and_by_its_share_of_the_interval(self, rows: list[dict[str, Any]]) -> None:
+        assert report.moved(rows, rows) == []
+        changed = [*rows[:1], {**rows[1], "path_kl": 27.0, "path_kl_ci": [20.0, 30.0]}, *rows[2:]]
+        (found,) = report.moved(changed, rows)
+        assert found == {
+            "name": "W2A16 gptq",
+            "number": "path KL (nats)",
+            "committed": 24.0,
+            "ci": [22.0, 26.0],
+            "value": 27.0,
+            "change": 3.0,
+            "of_interval": 1.5,
+        }
+
+    def test_a_number_without_an_interval_moves_without_a_share(self) -> None:
+        (found,) = report.moved([{"name": "a", "nelbo": 3.5}], [{"name": "a", "nelbo": 3.0}])
+        assert (found["change"], found["ci"], found["of_interval"]) == (0.5, None, None)
+
+    def test_a_configuration_that_is_not_committed_is_shown_without_a_change(self, rows: list[dict[str, Any]]) -> None:
+        found = report.moved(rows[:1], rows[1:])
+        assert [(row["number"], row["value"]) for row in found] == [("accuracy (0-1)", 0.31), ("path KL (nats)", 84.0)]
+        assert {row["committed"] for row in found} == {row["change"] for row in found} == {None}
+        assert report.table(found, report.MOVED_COLUMNS).splitlines()[0].split() == [
+            "configuration",
+            "number",
+            "this",
+            "run",
+        ]
 
 
 class TestModelCard:

@@ -3,16 +3,20 @@
 import ast
 import contextlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dvc.cli import main as dvc_main
 from dvc.repo import Repo
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+STAGES: dict[str, Any] = PIPELINE["stages"]
+COLUMNS = 120  # of a terminal
 
 # Stands in for a stage's notebook: every output depends on the parameters, so a change reaches what is downstream.
 STAND_IN = """
@@ -184,3 +188,45 @@ def test_a_fresh_clone_runs_every_stage_but_training(name: str) -> None:
 def test_what_a_fresh_clone_does_not_run_is_committed_whole(name: str) -> None:
     assert not any(path.startswith("artifacts/") for path in [*outputs(STAGES[name]), *STAGES[name]["deps"]])
     assert STAGES.keys() == ALL_BUT_TRAINING | set(COMMITTED_WHOLE)
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's metrics and plots in a repository without stages."""
+    folder = tmp_path_factory.mktemp("shown")
+    metrics = [path for stage in STAGES.values() for entry in stage.get("metrics", []) for path in entry]
+    for path in [*metrics, *PIPELINE["plots"]]:
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, folder / path)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"metrics": metrics, "plots": PIPELINE["plots"]}))
+    Repo.init(str(folder), no_scm=True).close()
+    return folder
+
+
+def test_metrics_fit_into_a_terminal(
+    shown: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(shown)
+    assert dvc_main(["metrics", "show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "path_kl.gptq" in lines[0]
+    assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.mark.slow
+def test_plots_are_shown_without_a_network(shown: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(shown)
+    assert dvc_main(["plots", "show", "--out", "plots"]) == 0
+    page = (shown / "plots" / "index.html").read_text()
+    assert "<script" not in page
+    pictures = re.findall(r'<img src="([^"]+)"', page)
+    assert len(pictures) == len(PIPELINE["plots"]) > 0
+    assert all((shown / "plots" / picture).is_file() for picture in pictures)
+    assert "http" not in page
+
+
+def test_what_metrics_and_plots_show_is_written_by_the_report() -> None:
+    assert [name for name, stage in STAGES.items() if "metrics" in stage] == ["report"]
+    assert set(PIPELINE["plots"]) < set(outputs(STAGES["report"]))
+    assert "reports/metrics.json" in outputs(STAGES["report"])

@@ -14,7 +14,7 @@ from thermo_lib.extras import EXTRAS, needs
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where the name of the module isn't that of what is installed.
-DISTRIBUTIONS = {"cuda": "cuda-bindings", "humming": "humming-kernels", "yaml": "pyyaml"}
+DISTRIBUTIONS = {"IPython": "ipython", "cuda": "cuda-bindings", "humming": "humming-kernels", "yaml": "pyyaml"}
 
 
 def message(module: str, extra: str) -> str:

@@ -1,5 +1,6 @@
-"""``tidy`` leaves in an executed notebook what two runs have in common."""
+"""``tidy`` leaves in an executed notebook what two runs have in common; where a notebook reads and writes."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from nbformat import v4
 
 from thermo_lib import notebooks
-from thermo_lib.notebooks import THREADS, processor, reproducible, tidy
+from thermo_lib.notebooks import THREADS, earlier, in_pipeline, processor, reproducible, results, tidy
 
 TIMES = {"start_time": "2026-01-01T00:00:00", "duration": 1.5}
 
@@ -78,6 +79,24 @@ class TestTidy:
         assert code.outputs[1].data == {"text/plain": "42"}
         metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
         assert metadata.keys() == {"kernelspec", "language_info", "processor"}
+
+    @pytest.mark.parametrize(
+        ("jupyter", "kept"),
+        [
+            ({"source_hidden": True}, {"jupyter": {"source_hidden": True}}),
+            ({"source_hidden": True, "outputs_hidden": True}, {"jupyter": {"source_hidden": True}}),
+            ({"source_hidden": False}, {}),
+            ({"outputs_hidden": True}, {}),
+        ],
+    )
+    def test_code_stays_folded_and_outputs_are_never(
+        self, jupyter: dict[str, bool], kept: dict[str, Any], tmp_path: Path
+    ) -> None:
+        content = notebook(1)
+        content.cells[2].metadata["jupyter"] = jupyter
+        path = write(tmp_path / "n.ipynb", content)
+        tidy(path)
+        assert nbformat.read(path, as_version=4).cells[2].metadata == kept
 
     def test_no_trace_of_times_or_bars_is_left(self, tmp_path: Path) -> None:
         path = write(tmp_path / "n.ipynb", notebook(1))
@@ -163,6 +182,63 @@ class TestTidy:
         assert message in str(error.value)
         assert len(str(error.value).splitlines()) == 1
         assert text is None or path.read_text(encoding="utf-8") == text
+
+
+class TestWhereANotebookReadsAndWrites:
+    """Only the pipeline writes what is committed; elsewhere what is missing is made."""
+
+    @pytest.mark.parametrize("stage", [None, ""])
+    def test_a_persons_run_writes_to_a_scratch_folder(
+        self, stage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delenv("DVC_STAGE", raising=False)
+        if stage is not None:
+            monkeypatch.setenv("DVC_STAGE", stage)
+        assert not in_pipeline()
+        assert results(tmp_path) == tmp_path / "artifacts" / "scratch"
+
+    def test_a_stage_writes_to_the_checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DVC_STAGE", "report")
+        assert in_pipeline()
+        assert results(tmp_path) == tmp_path
+
+    @pytest.mark.parametrize("stage", ["", "report"])
+    def test_what_is_there_is_read(
+        self, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("DVC_STAGE", stage)
+        (tmp_path / "artifacts").mkdir()
+        (tmp_path / "artifacts" / "int2.json").write_text("rows")
+        assert earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path) == "rows"
+        assert capsys.readouterr() == ("", "")
+
+    def test_what_is_missing_is_made_and_stderr_says_so(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("DVC_STAGE", raising=False)
+        assert earlier("int2.json", Path.read_text, lambda: "made", "taken from x", root=tmp_path) == "made"
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err == "artifacts/int2.json isn't there (`make repro` writes it): taken from x for this run.\n"
+        assert list(tmp_path.iterdir()) == []
+
+    def test_what_is_missing_in_the_pipeline_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("DVC_STAGE", "report")
+        with pytest.raises(ValueError, match=r"^artifacts/int2\.json: found none, needed is what an earlier stage"):
+            earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path)
+
+    def test_dvc_names_the_stage_to_its_commands(self, tmp_path: Path) -> None:
+        """The variable that tells the pipeline from a person is one that DVC sets, and no other program here."""
+        from dvc.env import DVC_STAGE
+        from dvc.repo import Repo
+
+        command = 'python3 -c \'import os; open("seen", "w").write(os.environ["DVC_STAGE"])\''
+        (tmp_path / "dvc.yaml").write_text(json.dumps({"stages": {"report": {"cmd": command, "outs": ["seen"]}}}))
+        Repo.init(str(tmp_path), no_scm=True).close()
+        with contextlib.chdir(tmp_path), Repo() as repo:
+            repo.reproduce()
+        assert DVC_STAGE == "DVC_STAGE"
+        assert (tmp_path / "seen").read_text() == "report"
 
 
 def test_reproducible_sets_threads_deterministic_kernels_and_portable_instructions(

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thermo_lib.evaluation.display import OTHERS, OURS
 from thermo_lib.extras import needs
 from thermo_lib.files.text import write_text
 
@@ -32,6 +33,39 @@ def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Fig
     return figure, list(axes.flat)
 
 
+def _colors(names: Sequence[str], ours: Collection[str]) -> dict[str, str]:
+    """A colour for each series: one for ours and grey for the others; without any of ours a colour each."""
+    if any(name in ours for name in names):
+        return {name: OURS if name in ours else OTHERS for name in names}
+    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+
+
+def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
+    """Write each series' name at the right of the axes, at the height where its line ends, none on another."""
+    ax.autoscale_view()
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = {name: to_axes.transform(end)[1] for name, end in ends.items()}
+    order = sorted(heights, key=heights.__getitem__)
+    gap = 12 / (72 * ax.get_window_extent().height / ax.figure.dpi)
+    places, above = {}, -math.inf
+    for name in order:
+        above = places[name] = max(heights[name], above + gap)
+    # What was pushed out at the top goes down again.
+    below = math.inf
+    for name in reversed(order):
+        below = places[name] = min(places[name], below - gap, 1 + gap / 2)
+    for name, place in places.items():
+        color = colors[name] if colors[name] != OTHERS else "#444444"
+        style = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center", "fontsize": 9}
+        ax.annotate(name, (1, place), (6, 0), color=color, annotation_clip=False, **style)
+
+
+def _head(figure: "Figure", title: str) -> None:
+    """What to see, above a figure."""
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+
+
 def lines(
     series: Mapping[str, Sequence[float]],
     *,
@@ -40,35 +74,68 @@ def lines(
     ylabel: str,
     title: str = "",
     log: bool = False,
+    ours: Collection[str] = (),
     ax: "Axes | None" = None,
 ) -> "Axes":
-    """One line a series against timesteps (or ``x``)."""
+    """One line a series against timesteps (or ``x``), each with its name at its end.
+
+    Args:
+        series: name to values.
+        x: what the values belong to; without it their positions.
+        xlabel, ylabel: with units.
+        title: what to see.
+        log: for a logarithmic y axis.
+        ours: names that get the project's colour, and all else grey; without any a colour each.
+        ax: where to draw; without it a new figure.
+    """
     if ax is None:
-        ax = _axes()[1][0]
+        figure, (ax,) = _axes()
+        _head(figure, title)
+        title = ""
+    colors = _colors(list(series), ours)
+    ends = {}
     for number, (name, values) in enumerate(series.items()):
-        style = {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        ax.plot(range(len(values)) if x is None else x, values, label=name, **style)
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+        places = range(len(values)) if x is None else x
+        style = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        ax.plot(places, values, label=name, zorder=3 if name in ours else 2, **style)
+        last = max((n for n, value in enumerate(values) if value == value), default=None)
+        if last is not None:
+            ends[name] = places[last], values[last]
+    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    ax.set_title(title, loc="left", fontsize=11)
+    if x is None:
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
-        ax.legend(frameon=False, fontsize="small")
+        _label_ends(ax, ends, colors)
     return ax
 
 
-def loss_curves(steps: Sequence[int], curves: Mapping[str, Sequence[float]]) -> None:
-    """Training losses against optimizer steps, one panel each."""
-    _, axes = _axes(len(curves), width=5.2)
+def loss_curves(steps: Sequence[int], curves: Mapping[str, Sequence[float]], *, title: str = "") -> None:
+    """Training losses against optimizer steps, one panel each; the last value is written at its end."""
+    figure, axes = _axes(len(curves), width=5.2)
+    _head(figure, title)
     for ax, (name, values) in zip(axes, curves.items(), strict=True):
-        ax.plot(steps, values, color=COLORS[0])
-        ax.set(xlabel="optimizer step", ylabel="loss (nats per masked token)", title=name, ylim=(0, None))
+        ax.plot(steps, values, color=OURS)
+        ax.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=OURS)
+        ax.set(xlabel="optimizer step", ylabel="loss (nats per masked token)", ylim=(0, None))
+        ax.set_title(name, loc="left", fontsize=11)
 
 
 def panels(
-    figures: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str, log: bool = False, xlabel: str = "timestep"
-) -> None:
-    """Line plots side by side, one panel a title."""
-    _, axes = _axes(len(figures), width=5.2)
-    for ax, (title, series) in zip(axes, figures.items(), strict=True):
-        lines(series, ylabel=ylabel, title=title, log=log, xlabel=xlabel, ax=ax)
+    figures: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    ylabel: str,
+    log: bool = False,
+    xlabel: str = "timestep",
+    title: str = "",
+    ours: Collection[str] = (),
+) -> "list[Axes]":
+    """Line plots side by side, one panel a title; ``title`` says above all of them what to see. See ``lines``."""
+    figure, axes = _axes(len(figures), width=5.2)
+    _head(figure, title)
+    for ax, (name, series) in zip(axes, figures.items(), strict=True):
+        lines(series, ylabel=ylabel, title=name, log=log, xlabel=xlabel, ours=ours, ax=ax)
+    return axes
 
 
 def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -98,16 +165,39 @@ def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def intervals(
-    rows: Mapping[str, tuple[float, tuple[float, float]]], *, xlabel: str, reference: float | None = None
-) -> None:
-    """Values with their 95 % intervals, one row each; ``reference`` is drawn as a vertical line."""
-    _, (ax,) = _axes(width=7.5, height=0.9 + 0.34 * len(rows))
-    for number, (value, (low, high)) in enumerate(rows.values()):
-        ax.errorbar(value, number, xerr=[[value - low], [high - value]], fmt="o", color=COLORS[0], capsize=3)
+    rows: Mapping[str, tuple[float, tuple[float, float]]],
+    *,
+    xlabel: str,
+    reference: float | None = None,
+    reference_label: str = "full precision",
+    title: str = "",
+    ours: Collection[str] = (),
+) -> "Figure":
+    """Values with their 95 % intervals, one row each.
+
+    Args:
+        rows: name to ``(value, (low, high))``.
+        xlabel: with the unit.
+        reference: a value that the others are compared with, drawn as a vertical line.
+        reference_label: what stands at this line.
+        title: what to see.
+        ours: names that get the project's colour, and all else grey; without any all have it.
+    """
+    figure, (ax,) = _axes(width=7.5, height=1.2 + 0.34 * len(rows))
+    _head(figure, title)
+    some = any(name in ours for name in rows)
+    for number, (name, (value, (low, high))) in enumerate(rows.items()):
+        color = OTHERS if some and name not in ours else OURS
+        ax.errorbar(value, number, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3)
     ax.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
+    for label, name in zip(ax.get_yticklabels(), rows, strict=True):
+        label.set_fontweight("bold" if name in ours else "normal")
     if reference is not None:
-        ax.axvline(reference, color=COLORS[1], linestyle="--")
+        ax.axvline(reference, color="#444444", linestyle="--", linewidth=1)
+        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+        ax.annotate(reference_label, (reference, 1), (0, 3), ha="center", color="#444444", **style)
+    return figure
 
 
 def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> None:
@@ -134,23 +224,28 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) 
 
 
 def parameters_over_time(
-    before: Mapping[str, Sequence[float]], after: Mapping[str, Mapping[str, Sequence[float]]], *, ylabel: str
+    before: Mapping[str, Sequence[float]],
+    after: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    ylabel: str,
+    title: str = "",
+    ours: Collection[str] = (),
 ) -> None:
-    """A quantization parameter over the timesteps, unsmoothed (steps) and smoothed (markers), one panel a layer.
+    """A quantization parameter over the timesteps, unsmoothed (steps) and smoothed (lines), one panel a layer.
 
     Args:
         before: layer to values, one a timestep.
         after: layer to method to values.
         ylabel: the parameter with its unit.
+        title: what to see.
+        ours: methods that get the project's colour, see ``lines``.
     """
-    _, axes = _axes(len(before), width=4.6, height=3.8)
+    figure, axes = _axes(len(before), width=4.6, height=3.8)
+    _head(figure, title)
     for ax, (layer, values) in zip(axes, before.items(), strict=True):
-        ax.step(range(len(values)), values, where="mid", color=COLORS[6], label="none", linewidth=1.5)
-        for number, (method, smoothed) in enumerate(after[layer].items()):
-            ax.plot(smoothed, marker=MARKERS[number], markersize=4, color=COLORS[number], label=method, linewidth=0.8)
-        ax.set(xlabel="timestep", ylabel=ylabel, title=layer)
-        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].legend(frameon=False, fontsize="small")
+        lines(after[layer], ylabel=ylabel, title=layer, ours=ours, ax=ax)
+        ax.step(range(len(values)), values, where="mid", color=COLORS[6], linewidth=1.5, zorder=1)
+        ax.annotate("not smoothed", (0, values[0]), (0, 5), textcoords="offset points", fontsize=9)
 
 
 def heat_maps(
@@ -219,7 +314,7 @@ def labelled_points(
     figure, (ax,) = _axes(width=7.2, height=4.4)
     for name, (x, y) in points.items():
         is_ours = name in ours
-        color = COLORS[0] if is_ours else "#8a8a8a"
+        color = COLORS[0] if is_ours else OTHERS
         ax.scatter(
             x, y, s=44 if is_ours else 24, color=color, marker="D" if is_ours else "o", zorder=3 if is_ours else 2
         )
@@ -246,7 +341,7 @@ def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str]) -> No
     for name in methods:
         found = [row for row in rows if row["method"] == name]
         x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
-        color = COLORS[0] if name in ours else "#8a8a8a"
+        color = COLORS[0] if name in ours else OTHERS
         ax.plot(x, y, color=color, marker="D" if name in ours else "o", markersize=5, zorder=3 if name in ours else 2)
         ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=color, alpha=0.2)
         ends[name] = x[-1], y[-1]

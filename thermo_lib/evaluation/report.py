@@ -36,6 +36,24 @@ TARGET_COLUMNS = {
     "verdict": ("verdict", "{}"),
 }
 
+_MOVING = (  # numbers that two runs are compared by: a label with its unit, the key, and the key of its interval
+    ("accuracy (0-1)", "accuracy", "accuracy_ci"),
+    ("path KL (nats)", "path_kl", "path_kl_ci"),
+    ("NELBO (nats a token)", "nelbo", None),
+    ("Sudoku solved (0-1)", "sudoku_solved", None),
+    ("Markov score (0-1)", "markov_score", None),
+    ("bits per weight", "bits_per_weight", None),
+)
+MOVED_COLUMNS = {
+    "configuration": ("name", "{}"),
+    "number": ("number", "{}"),
+    "committed": ("committed", "{:.4f}"),
+    "committed, 95 %": ("ci", "{0[0]:.4f}..{0[1]:.4f}"),
+    "this run": ("value", "{:.4f}"),
+    "change": ("change", "{:+.4f}"),
+    "change / half of the interval": ("of_interval", "{:+.2f}"),
+}
+
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[str, str]] = _COLUMNS) -> str:
     """Rows as a text table; a value that is missing or None shows as a dash, a column without values not at all.
@@ -135,6 +153,92 @@ def metrics(
         where = f"{row['precision']} {row['smoothing_method'] or 'none'}"
         verdicts.setdefault(row["name"], {})[where] = row["verdict"]
     return {"configurations": scores, "verdicts": verdicts}
+
+
+def headline(
+    full_precision: Mapping[str, Any], configurations: Sequence[Mapping[str, Any]], targets: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, float]]:
+    """The content of ``scores.json``: the few numbers that ``dvc metrics`` and ``dvc exp`` compare.
+
+    Returns:
+        ``accuracy`` (0-1) of full precision (``full``), of GPTQ's weights alone (``gptq``) and, of the configurations
+        with the fewest bits of activations, of that with the lowest path KL (e.g. ``W2A4``); ``path_kl`` (nats) of the
+        last two; and how many ``targets`` are ``met``.
+    """
+    gptq = next(row for row in _weights_only(configurations) if row["quantizer"] == "gptq")
+    fewest = min(row["activation_bits"] for row in configurations)
+    best = min((row for row in configurations if row["activation_bits"] == fewest), key=lambda row: row["path_kl"])
+    found = {"gptq": gptq, f"W{best['bits']}A{fewest}": best}
+    return {
+        "accuracy": {"full": full_precision["accuracy"]} | {name: row["accuracy"] for name, row in found.items()},
+        "path_kl": {name: row["path_kl"] for name, row in found.items()},
+        "targets": {"met": sum(row["verdict"] == "met" for row in targets)},
+    }
+
+
+def _weights_only(configurations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Those with 16-bit activations and one time group: what the notebook ``03_int2_baseline`` measures."""
+    return [row for row in configurations if (row["activation_bits"], row["num_time_groups"]) == (16, 1)]
+
+
+def stage_results(report: Mapping[str, Any], timings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the stages left in ``artifacts``, from the report that was made of it.
+
+    Args:
+        report, timings: ``report.json``, ``timings.json``.
+
+    Returns:
+        name of a file in ``artifacts`` to its content; of ``reference.json`` only what the report has of it.
+    """
+    int2 = _weights_only(report["configurations"])
+    is_cost = [row["name"].startswith("overhead") for row in report["targets"]]
+    cost = [row for row, of_time in zip(report["targets"], is_cost, strict=True) if of_time]
+    return {
+        "reference.json": {"full_precision": report["full_precision"]},
+        "int2.json": int2,
+        "smoothing.json": {
+            "configurations": [row for row in report["configurations"] if row not in int2],
+            "targets": [row for row, of_time in zip(report["targets"], is_cost, strict=True) if not of_time],
+        },
+        "timings/int2.json": timings["int2"],
+        "timings/smoothing.json": {**timings["smoothing"], "targets": cost},
+    }
+
+
+def moved(rows: Sequence[Mapping[str, Any]], committed: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Which numbers of a run differ from those that are committed, and by how much.
+
+    Args:
+        rows: configurations of this run.
+        committed: those of ``report.json``; they are matched by name.
+
+    Returns:
+        A row for each number that differs: ``name``, ``number``, ``committed``, ``ci`` (of the committed one, None
+        where it has none), ``value``, ``change``, and ``of_interval``, the change in halves of that interval's width.
+        A configuration that isn't committed has rows without ``committed``.
+    """
+    before = {row["name"]: row for row in committed}
+    found = []
+    for row in rows:
+        for label, key, interval in _MOVING:
+            old, new = before.get(row["name"], {}).get(key), row.get(key)
+            if new is None or old == new:
+                continue
+            ends = before[row["name"]].get(interval) if old is not None and interval else None
+            change = None if old is None else new - old
+            half = (ends[1] - ends[0]) / 2 if ends else 0
+            found.append(
+                {
+                    "name": row["name"],
+                    "number": label,
+                    "committed": old,
+                    "ci": ends,
+                    "value": new,
+                    "change": change,
+                    "of_interval": change / half if half else None,
+                }
+            )
+    return found
 
 
 def write_per_timestep(path: str | Path, configurations: Sequence[Mapping[str, Any]], key: str) -> None:

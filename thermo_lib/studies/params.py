@@ -111,6 +111,12 @@ def default(key: str, path: Path = PARAMS_FILE) -> Any:
     return value
 
 
+def calibration_sizes() -> dict[str, int]:
+    """How much text the pipeline calibrates on, as ``calibration_batches`` takes it."""
+    sizes = {key: default(f"calibration.{key}") for key in ("sequences", "puzzles")}
+    return sizes | {"length": default("data.sequence_length"), "task_length": default("data.task_length")}
+
+
 def grid_inputs(path: Path = PARAMS_FILE) -> Inputs:
     """What the points of the study are calibrated and evaluated on."""
     evaluation, calibration = default("evaluation", path), default("calibration", path)
