@@ -200,27 +200,32 @@ def intervals(
     return figure
 
 
-def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> None:
+def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, title: str = "") -> None:
     """Shares of several factors, a bar a model beside each other; a dot is one of a share's values.
 
     Args:
-        models: model to factor to the values of its share, e.g. one a seed; a bar is their mean.
+        models: model to factor to the values of its share, e.g. one a seed; a bar is their mean. The first model has
+            the project's colour, the others are grey; the names stand at the bars of the first factor.
         xlabel: what a share is of.
+        title: what to see.
     """
     factors = list(next(iter(models.values())))
-    _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    figure, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    _head(figure, title)
     thickness = 0.8 / len(models)
     for number, (model, found) in enumerate(models.items()):
         places = [place + (number - (len(models) - 1) / 2) * thickness for place in range(len(factors))]
         means = [sum(found[factor]) / len(found[factor]) for factor in factors]
-        ax.barh(places, means, thickness, color=COLORS[number], label=model)
+        color = OURS if number == 0 else OTHERS
+        ax.barh(places, means, thickness, color=color)
         for place, mean, factor in zip(places, means, factors, strict=True):
             ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
-            ax.annotate(f"{mean:.1%}", (max(found[factor]), place), (6, 0), textcoords="offset points", va="center")
+            name = f"  {model}" if factor == factors[0] else ""
+            style = {"textcoords": "offset points", "va": "center", "color": color if name and not number else "#444444"}
+            ax.annotate(f"{mean:.1%}{name}", (max(found[factor]), place), (6, 0), **style)
     largest = max(share for found in models.values() for values in found.values() for share in values)
-    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.15 * largest))
+    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.25 * largest))
     ax.set_ylim(len(factors) - 0.5, -0.5)
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 
 def parameters_over_time(
