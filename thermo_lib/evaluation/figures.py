@@ -221,7 +221,11 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, 
         for place, mean, factor in zip(places, means, factors, strict=True):
             ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
             name = f"  {model}" if factor == factors[0] else ""
-            style = {"textcoords": "offset points", "va": "center", "color": color if name and not number else "#444444"}
+            style = {
+                "textcoords": "offset points",
+                "va": "center",
+                "color": color if name and not number else "#444444",
+            }
             ax.annotate(f"{mean:.1%}{name}", (max(found[factor]), place), (6, 0), **style)
     largest = max(share for found in models.values() for values in found.values() for share in values)
     ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.25 * largest))
@@ -300,6 +304,43 @@ def scatters(
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
+def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *, title: str = "") -> None:
+    """Grids of 4x4 Sudoku, a row of grids a model: clues grey (pale until the model has copied them), right cells
+    in our colour, wrong ones crossed out.
+
+    Args:
+        models: model to step to the 16 cells, row by row.
+        clues: 16 digits, 0 where a cell is to fill.
+        solution: 16 digits.
+        title: what to see.
+    """
+    steps = list(next(iter(models.values())))
+    size = (1.5 * len(steps) + 0.4, 1.8 * len(models) + 0.5)
+    figure, axes = plt.subplots(len(models), len(steps), figsize=size, layout="constrained", squeeze=False)
+    _head(figure, title)
+    for row, (model, grids) in zip(axes, models.items(), strict=True):
+        for ax, (step, cells) in zip(row, grids.items(), strict=True):
+            for at, (cell, clue, right) in enumerate(zip(cells, clues, solution, strict=True)):
+                x, y = at % 4 + 0.5, at // 4 + 0.5
+                wrong = cell not in ("·", right)
+                color = COLORS[1] if wrong else OURS if clue == "0" else "#777777"
+                if cell == "·" and clue != "0":
+                    cell, color = clue, "#c0c0c0"
+                weight = "bold" if clue == "0" else "normal"
+                ax.text(x, y, cell, ha="center", va="center", color=color, fontsize=13, fontweight=weight)
+                if wrong:
+                    ax.plot([x - 0.38, x + 0.38], [y + 0.38, y - 0.38], color=color, linewidth=2)
+            for line in range(5):
+                style = {"color": "#444444", "linewidth": 2 if line % 2 == 0 else 0.5}
+                ax.plot([line, line], [0, 4], **style)
+                ax.plot([0, 4], [line, line], **style)
+            ax.set(xlim=(-0.05, 4.05), ylim=(4.05, -0.05), aspect="equal", xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if ax in axes[0]:
+                ax.set_title(step, fontsize=10)
+        row[0].set_ylabel(model, fontsize=10)
+
+
 def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
     """What each worker of a cluster did when: a bar a task, from ``(worker, start, stop)`` in seconds."""
     workers = sorted({worker for worker, _, _ in tasks}, key=lambda name: min(s for w, s, _ in tasks if w == name))
@@ -313,10 +354,16 @@ def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
 
 
 def labelled_points(
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], ours: Collection[str], *, xlabel: str, ylabel: str
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ours: Collection[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
 ) -> "Figure":
     """Points with one label a series, at its lowest; ``ours`` in one colour, all else in grey. The y axis is a log."""
     figure, (ax,) = _axes(width=7.2, height=4.4)
+    _head(figure, title)
     for name, (x, y) in points.items():
         is_ours = name in ours
         color = COLORS[0] if is_ours else OTHERS

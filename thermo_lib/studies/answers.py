@@ -3,11 +3,13 @@
 Rows that aren't there yet make a sentence shorter, or name what has not been measured; they never stop a notebook.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from thermo_lib.evaluation.display import between, verdicts
+from thermo_lib.studies import peers
 
 Rows = Sequence[Mapping[str, Any]]
 EXPLAINED_COLUMNS = {
@@ -85,29 +87,20 @@ def _seeds(rows: Rows) -> str:
 
 
 def _order(both: Rows) -> str:
-    """Whether the methods have the same order on both models, and how far the best is ahead of GPTQ."""
-    if len(both) < 2:
+    """How many pairs of methods have the same order on both models, and how far the best is ahead of GPTQ."""
+    pairs = list(itertools.combinations(both, 2))
+    if not pairs:
         return "Too few methods were measured on both models to compare their order"
-    names = [[row["method"] for row in sorted(both, key=lambda row: row[model])] for model in ("reference", "witness")]
-    if names[0] == names[1]:
-        order = "The order of the methods is the same on both models"
-    else:
-        order = f"The order of the methods is not the same: {_in_words(names[0])} on the reference model, here "
-        order += _in_words(names[1])
+    same = sum((a["reference"] < b["reference"]) == (a["witness"] < b["witness"]) for a, b in pairs)
+    order = f"Of {len(pairs)} pairs of methods {same} have the same order of path KL on both models"
     named = {row["method"]: row for row in both}
-    best = min((row for row in both if row["method"].startswith("trellis")), key=_share_here, default=None)
-    if best is None or "GPTQ" not in named:
+    trellis = [row for row in both if row["method"].startswith("trellis")]
+    if not trellis or "GPTQ" not in named:
         return order
+    best = min(trellis, key=lambda row: row["witness"])
     here, there = (best[model] / named["GPTQ"][model] for model in ("witness", "reference"))
-    return f"{order}; the best trellis ({best['method']}) has {here:.2f} of GPTQ's path KL here and {there:.2f} there"
-
-
-def _share_here(row: Mapping[str, Any]) -> float:
-    return row["witness_share"]
-
-
-def _in_words(names: Sequence[str]) -> str:
-    return " < ".join(names)
+    leads = f"{best['method']}, leaves {here:.2f} of GPTQ's path KL ({there:.2f} on the reference model)"
+    return f"{order}; the best trellis, {leads}"
 
 
 def _time_shares(variance: Mapping[str, Any]) -> dict[str, float]:
@@ -123,8 +116,8 @@ def _time(variance: Mapping[str, Any], model: str) -> str:
     factors = {name: sum(values) / len(values) for name, values in variance[model]["shares"].items()}
     largest = max(factors, key=factors.__getitem__)
     there = f" ({shares['reference']:.0%} on the reference model)" if "reference" in shares else ""
-    time = f"Time matters little because the timestep explains {shares[model]:.0%} of the variance of a range{there}"
-    return f"{time}, while {largest} explains {factors[largest]:.0%}" if largest != "time" else time
+    time = f"The timestep explains {shares[model]:.0%} of the variance of a range{there}"
+    return f"{time}, and {largest}, the largest factor, {factors[largest]:.0%}" if largest != "time" else time
 
 
 def explained(models: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -179,3 +172,158 @@ def _unmeasured(measured: Mapping[str, Any], both: Rows) -> Iterator[str]:
     }
     if names := [name for name, found in missing.items() if not found]:
         yield f"Not measured yet: {', '.join(names)}."
+
+
+BOUNDS = {"kept": "accuracy_kept", "kept_a4": "accuracy_kept_a4", "share": "share"}  # argument to key in params.yaml
+OWN = {
+    "thermo_lib trellis": "thermo_lib, trellis",
+    "thermo_lib GPTQ": "thermo_lib, GPTQ",
+    "thermo_lib": "thermo_lib, GPTQ",
+}
+WHOLE, SMALL, LOW = "all phases", "all phases, below 2.1 bits", "all phases at W2A4"
+
+
+def family(method: str) -> str:
+    """What a method of ``reports/peers.json`` is called in a figure."""
+    return OWN.get(method, method)
+
+
+@dataclass(frozen=True)
+class Field:
+    """The rows of ``reports/peers.json`` that the comparison is about.
+
+    Attributes:
+        full: the scores in full precision.
+        ours: this project's rows by ``method: setting``, in the order of path KL.
+        others: those of other projects, in the order of path KL.
+        bits: peers that store at most so many bits per weight are called two-bit methods.
+    """
+
+    full: Mapping[str, Any]
+    ours: Mapping[str, Mapping[str, Any]]
+    others: Rows
+    bits: float
+
+    @classmethod
+    def of(cls, scored: Mapping[str, Any], bits: float) -> "Field":
+        """From what ``peers.score_all`` wrote."""
+        rows = sorted(scored["rows"], key=lambda row: row["path_kl"])
+        is_ours = [row["method"].startswith("thermo_lib") for row in rows]
+        ours = {f"{row['method']}: {row['setting']}": row for row, own in zip(rows, is_ours, strict=True) if own}
+        return cls(scored["full_precision"], ours, [r for r, own in zip(rows, is_ours, strict=True) if not own], bits)
+
+    def setting(self, name: str) -> Mapping[str, Any] | None:
+        """This project's trellis row of a setting; None where it hasn't been measured."""
+        return self.ours.get(f"thermo_lib trellis: {name}")
+
+    @property
+    def whole(self) -> Mapping[str, Any] | None:
+        """The whole pipeline; without it the best of this project's rows."""
+        return self.setting(WHOLE) or next(iter(self.ours.values()), None)
+
+    @property
+    def two_bit(self) -> Mapping[str, Any] | None:
+        """The best other method that stores at most ``bits``."""
+        return next((row for row in self.others if row["bits_per_weight"] <= self.bits), None)
+
+    def goals(self, kept: float, kept_a4: float, share: float) -> list[dict[str, Any]]:
+        """The goals that can be judged with the rows that are there; see ``peers.GOAL_COLUMNS``."""
+        whole, low, small, best = self.whole, self.setting(LOW), self.setting(SMALL), next(iter(self.others), None)
+        found = [peers.accuracy_kept(whole, self.full, kept)] if whole else []
+        rivals = [best] if best is self.two_bit else [self.two_bit, best]
+        for rival in rivals:
+            found += peers.shares_of(whole, rival, self.full, share) if whole and rival else []
+        found += [peers.ahead_of(whole, best)] if whole and best else []
+        found += [peers.ahead_of(small, self.two_bit)] if small and self.two_bit else []
+        found += [peers.accuracy_kept(low, self.full, kept_a4, 4)] if low else []
+        rival = min(self.others, key=lambda row: row["path_kl_a4"], default=None)
+        return found + ([peers.ahead_of(low, rival, 4)] if low and rival else [])
+
+
+def ablation(field: Field, names: Mapping[str, str], baseline: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of ``peers.ABLATION_COLUMNS``, each against a baseline, and the names of those that weren't measured.
+
+    Args:
+        field: all rows.
+        names: name to ``method: setting``.
+        baseline: the ``method: setting`` that is compared with.
+    """
+    plain = field.ours.get(baseline)
+    missing = [name for name, key in names.items() if key not in field.ours]
+    if plain is None:
+        return [], [baseline, *missing]
+    rows = [{"name": baseline.partition(": ")[0].removeprefix("thermo_lib ") + ", two-bit integers", **plain}]
+    for name, key in names.items():
+        if key in field.ours:
+            rows.append({"name": name, **field.ours[key], **peers.compare(field.ours[key], plain)})
+    return rows, missing
+
+
+def standing(field: Field, goals: Rows) -> Found:
+    """How far ahead of other methods this project is.
+
+    Args:
+        field: all rows.
+        goals: what ``field.goals`` returns.
+    """
+    whole = field.whole
+    if whole is None:
+        return Found("No row of this project has been measured.", "")
+    kept = next(goal for goal in goals if ": accuracy kept at W2A16" in goal["goal"])
+    low, high = kept["ci"]
+    first = (
+        f"At {whole['bits_per_weight']:.2f} bits per weight `{whole['setting']}` keeps {kept['value']:.1%} of the "
+        f"full-precision accuracy ({low:.1%} to {high:.1%})"
+    )
+    if rivals := _rivals(field, whole):
+        first += f", with a path KL (the distance to full-precision denoising) of {whole['path_kl']:.1f} nats: {rivals}"
+    shares = [goal for goal in goals if "share of" in goal["goal"]]
+    said = [f"to keep {goal['bound']:.0%} of the accuracy ({_where(goal)}): {goal['verdict']}" for goal in _kept(goals)]
+    if shares:
+        share = f"{shares[0]['bound']:.2f} of their path KL and of their loss of accuracy"
+        said = [f"to stay below {share}: {verdicts(shares)}", *said]
+    return Found(f"{first}. The goals: {'; '.join(said)}.", listed(list(_beside(field, whole))))
+
+
+def _where(goal: Mapping[str, Any]) -> str:
+    return goal["goal"].rpartition(" at ")[2]
+
+
+def _kept(goals: Rows) -> Rows:
+    return [goal for goal in goals if ": accuracy kept" in goal["goal"]]
+
+
+def _rivals(field: Field, whole: Mapping[str, Any]) -> str:
+    """What share of the best others' path KL a row has."""
+    described = {"of any size here": next(iter(field.others), None), f"of at most {field.bits} bits": field.two_bit}
+    parts = [
+        f"{whole['path_kl'] / row['path_kl']:.2f} of that of the best other method {which} ({row['method']}, "
+        f"{row['path_kl']:.1f} nats at {row['bits_per_weight']:.2f} bits)"
+        for which, row in reversed(described.items())
+        if row is not None
+    ]
+    return " and ".join(parts)
+
+
+def _beside(field: Field, whole: Mapping[str, Any]) -> Iterator[str]:
+    """What else is worth a sentence: fewer bits, 4-bit activations, what training adds, puzzles."""
+    best = next(iter(field.others), None)
+    small, low, untrained = (field.setting(name) for name in (SMALL, LOW, "spread bits"))
+    if small:
+        yield _against(f"At {small['bits_per_weight']:.2f} bits per weight", small, best)
+    if low:
+        rival = min(field.others, key=lambda row: row["path_kl_a4"], default=None)
+        yield _against("With 4-bit activations in addition", low, rival, "path_kl_a4")
+    if untrained:
+        yield _against("Without any training, the trellis code with spread bits", untrained, best)
+        yield f"Training brings path KL from {untrained['path_kl']:.1f} to {whole['path_kl']:.1f} nats."
+    solved = whole.get("sudoku_solved"), field.full.get("sudoku_solved")
+    if None not in solved:
+        yield f"4x4 Sudoku: {solved[0]:.0%} solved, {solved[1]:.0%} in full precision."
+
+
+def _against(subject: str, row: Mapping[str, Any], rival: Mapping[str, Any] | None, key: str = "path_kl") -> str:
+    if rival is None:
+        return f"{subject}: {row[key]:.1f} nats."
+    side = "ahead of" if row[key] < rival[key] else "behind"
+    return f"{subject}: {row[key]:.1f} nats, {side} the best other method ({rival['method']}, {rival[key]:.1f} nats)."
