@@ -138,30 +138,37 @@ def panels(
     return axes
 
 
-def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
+def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """Time against the dense product by number of tokens, a panel for each linear and a line for each kernel.
 
     Args:
         rows: with ``linear``, ``kernel``, ``tokens``, ``times_dense`` and its interval ``ci``.
+        title: what to see.
     """
     linears = list(dict.fromkeys(row["linear"] for row in rows))
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    _, axes = _axes(len(linears), width=4.6, height=3.8)
+    figure, axes = _axes(len(linears), width=5.2, height=3.8)
+    _head(figure, title)
+    colors = _colors(kernels, ())
     for ax, linear in zip(axes, linears, strict=False):
+        ends = {}
         for number, kernel in enumerate(kernels):
             found = [row for row in rows if (row["linear"], row["kernel"]) == (linear, kernel)]
-            x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
-            ax.plot(x, y, color=COLORS[number], marker=MARKERS[number], markersize=5, label=kernel)
-            ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=COLORS[number], alpha=0.2)
+            if found:
+                x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+                ax.plot(x, y, color=colors[kernel], marker=MARKERS[number], markersize=5)
+                ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=colors[kernel], alpha=0.2)
+                ends[kernel] = x[-1], y[-1]
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16", title=linear)
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
+        ax.set_title(linear, loc="left", fontsize=11)
         ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}), rotation=45)
         ax.set_ylim(0.5 if min(row["times_dense"] for row in rows) > 0.5 else 0.3, 5)
         ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
         ax.set_yticks([tick for tick in ticks if tick >= ax.get_ylim()[0]])
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-    axes[0].legend(frameon=False, fontsize="small")
+        _label_ends(ax, ends, colors)
 
 
 def intervals(
@@ -379,16 +386,18 @@ def labelled_points(
     return figure
 
 
-def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str]) -> None:
+def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str], *, title: str = "") -> None:
     """Time against the dense model by number of tokens: a line a method, ``ours`` in one colour, all else in grey.
 
     Args:
         rows: with ``method``, ``tokens``, ``times_dense`` and its interval ``ci``; those without a time are left out.
         ours: names of methods.
+        title: what to see.
     """
     rows = [row for row in rows if "times_dense" in row]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    _, (ax,) = _axes(width=8.4, height=5.0)
+    figure, (ax,) = _axes(width=8.4, height=5.0)
+    _head(figure, title)
     ends = {}
     for name in methods:
         found = [row for row in rows if row["method"] == name]
