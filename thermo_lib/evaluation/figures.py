@@ -273,19 +273,22 @@ def heat_maps(
     yticks: Sequence[object],
     label: str,
     form: str = "{:.1f}",
+    title: str = "",
 ) -> None:
     """Matrices of numbers side by side on one colour scale, each number written into its cell; NaN stays empty."""
     figure, axes = _axes(len(maps), width=5.0, height=4.0)
+    _head(figure, title)
     values = [v for rows in maps.values() for row in rows for v in row if v == v]
     low, high = min(values), max(values)
-    for ax, (title, rows) in zip(axes, maps.items(), strict=True):
+    for ax, (name, rows) in zip(axes, maps.items(), strict=True):
         image = ax.imshow(rows, vmin=low, vmax=high, cmap="cividis", aspect="auto", origin="lower")
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 if value == value:
                     dark = (value - low) < 0.6 * (high - low)
                     ax.text(x, y, form.format(value), ha="center", va="center", color="w" if dark else "k", fontsize=8)
-        ax.set(title=title, xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set(xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set_title(name, loc="left", fontsize=11)
         ax.set_xticklabels([str(tick) for tick in xticks])
         ax.set_yticklabels([str(tick) for tick in yticks])
         ax.set_ylabel(ylabel)
@@ -299,15 +302,18 @@ def scatters(
     xlabel: str,
     ylabel: str,
     log: bool = False,
+    title: str = "",
 ) -> None:
-    """Points, one panel a title and one colour and marker a series."""
-    _, axes = _axes(len(panels), width=5.2)
-    for ax, (title, series) in zip(axes, panels.items(), strict=True):
+    """Points, one panel a name and one colour and marker a series."""
+    figure, axes = _axes(len(panels), width=5.2)
+    _head(figure, title)
+    for ax, (panel, series) in zip(axes, panels.items(), strict=True):
         for number, (name, (x, y)) in enumerate(series.items()):
             turn, color = divmod(number, len(COLORS))
             style = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
             ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+        ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        ax.set_title(panel, loc="left", fontsize=11)
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
 
 

@@ -327,3 +327,78 @@ def _against(subject: str, row: Mapping[str, Any], rival: Mapping[str, Any] | No
         return f"{subject}: {row[key]:.1f} nats."
     side = "ahead of" if row[key] < rival[key] else "behind"
     return f"{subject}: {row[key]:.1f} nats, {side} the best other method ({rival['method']}, {rival[key]:.1f} nats)."
+
+
+def smoothing(targets: Rows, fair: Rows, fitted: Rows, trained: Rows, pulled: Rows, seeds: int) -> Found:
+    """Whether smoothing of time groups helps, and what does.
+
+    Args:
+        targets: what ``studies.smoothing.verdicts`` returns, of all precisions.
+        fair: rows of ``studies.smoothing.summary``: rivals of time groups, against one range.
+        fitted: the same, of ranges that are fitted to something else.
+        trained: the same, of ranges that are trained with the weights.
+        pulled: the same, of groups that are pulled together while they are trained.
+        seeds: number of seeds of the calibration data.
+    """
+    gains = [row for row in targets if row["name"] == _GAIN]
+    parts = ["What smoothing does to accuracy has not been measured"]
+    if gains:
+        change = between([row["value"] for row in gains], "{:+z.1%}")
+        parts = [
+            f"The claim that smoothing lifts accuracy by at least {gains[0]['target']:.0%} is {verdicts(gains)}: over "
+            f"{seeds} seed{'s' * (seeds > 1)} of calibration data smoothing time groups changes it by {change}"
+        ]
+    rows = {row["name"]: row for row in [*trained, *fitted, *fair]}
+    one, each = rows.get("one range"), rows.get("a range for every timestep")
+    if one and each:
+        parts.append(
+            f"A range for every timestep, the finest schedule there is, changes it by {_gain(each)} against one range "
+            f"for all steps (path KL, the distance to full-precision denoising: {each['path_kl']:.1f} against "
+            f"{one['path_kl']:.1f} nats)"
+        )
+    others = [row for row in rows.values() if row["name"] not in ("one range", "a range for every timestep")]
+    if others:
+        best = min(others, key=lambda row: row["path_kl"])
+        parts.append(f"The nearest to full precision is `{best['name']}`: {_gain(best)}, {best['path_kl']:.1f} nats")
+    more = [*_leading("Of the rivals of smoothing", fair), *_leading("Of what ranges are fitted to", fitted)]
+    more += [*_leading("Of what is trained together with the weights", trained), *_pulled(pulled)]
+    return Found(" ".join(f"{part}." for part in parts), listed(more))
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    return "0 %" if row["gain"] is None else f"{row['gain']:+z.1f} %"
+
+
+def _leading(subject: str, rows: Rows) -> Iterator[str]:
+    """The two rows that are nearest to full precision, with their intervals."""
+    compared = sorted((row for row in rows if row["gain"] is not None), key=lambda row: row["path_kl"])
+    if compared:
+        said = [
+            f"`{row['name']}` ({row['path_kl']:.1f} nats; accuracy {row['gain']:+z.1f} %, "
+            f"{row['gain_ci'][0]:+z.1f} to {row['gain_ci'][1]:+z.1f})"
+            for row in compared[:2]
+        ]
+        yield f"{subject}, the nearest to full precision: {', then '.join(said)}."
+
+
+def _pulled(rows: Rows) -> Iterator[str]:
+    compared = [row for row in rows if row["path_kl_change"] is not None]
+    if compared:
+        said = "; ".join(f"{row['name'].removeprefix('trained, ')}: {row['path_kl_change']:+z.1f}" for row in compared)
+        yield f"Pulling neighbouring groups together while they are trained changes path KL (nats): {said}."
+
+
+def correlation(title: str, rows: Rows) -> str:
+    """How the Markov score goes with path KL and accuracy, in a sentence.
+
+    Args:
+        title: which rows these are.
+        rows: with ``markov_score``, ``path_kl`` and ``accuracy``; fewer than three say nothing.
+    """
+    if len(rows) < 3:
+        return f"{title}: {len(rows)} points, too few for a correlation."
+    from scipy.stats import spearmanr  # takes half a second to import
+
+    scores = [row["markov_score"] for row in rows]
+    kl, accuracy = (spearmanr(scores, [row[key] for row in rows]).statistic for key in ("path_kl", "accuracy"))
+    return f"{title} ({len(rows)}): rank correlation of the score with path KL {kl:+.2f}, with accuracy {accuracy:+.2f}."
