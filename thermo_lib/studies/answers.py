@@ -401,4 +401,6 @@ def correlation(title: str, rows: Rows) -> str:
 
     scores = [row["markov_score"] for row in rows]
     kl, accuracy = (spearmanr(scores, [row[key] for row in rows]).statistic for key in ("path_kl", "accuracy"))
-    return f"{title} ({len(rows)}): rank correlation of the score with path KL {kl:+.2f}, with accuracy {accuracy:+.2f}."
+    return (
+        f"{title} ({len(rows)}): rank correlation of the score with path KL {kl:+.2f}, with accuracy {accuracy:+.2f}."
+    )
