@@ -50,5 +50,5 @@ def test_a_model_without_puzzles_says_so_in_one_line(lm: DiffusionLM) -> None:
     puzzle = Puzzle("sudoku", "1200\n0000\n0000\n0000", "1234\n3412\n2143\n4321")
     with pytest.raises(ValueError, match=r"^tokenizer: found no task markers.*$"):
         demo.sudoku_steps({"other": other}, puzzle, timesteps=STEPS)
-    with pytest.raises(ValueError, match="^task: found 'countdown', allowed is 'sudoku'$"):
+    with pytest.raises(ValueError, match=r"^task: found 'countdown', allowed is 'sudoku'$"):
         demo.sudoku_steps({"a": lm}, Puzzle("countdown", "1,2,3,6", ""), timesteps=STEPS)
