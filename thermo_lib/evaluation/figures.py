@@ -138,30 +138,37 @@ def panels(
     return axes
 
 
-def kernel_times(rows: Sequence[Mapping[str, Any]]) -> None:
+def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """Time against the dense product by number of tokens, a panel for each linear and a line for each kernel.
 
     Args:
         rows: with ``linear``, ``kernel``, ``tokens``, ``times_dense`` and its interval ``ci``.
+        title: what to see.
     """
     linears = list(dict.fromkeys(row["linear"] for row in rows))
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    _, axes = _axes(len(linears), width=4.6, height=3.8)
+    figure, axes = _axes(len(linears), width=5.2, height=3.8)
+    _head(figure, title)
+    colors = _colors(kernels, ())
     for ax, linear in zip(axes, linears, strict=False):
+        ends = {}
         for number, kernel in enumerate(kernels):
             found = [row for row in rows if (row["linear"], row["kernel"]) == (linear, kernel)]
-            x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
-            ax.plot(x, y, color=COLORS[number], marker=MARKERS[number], markersize=5, label=kernel)
-            ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=COLORS[number], alpha=0.2)
+            if found:
+                x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+                ax.plot(x, y, color=colors[kernel], marker=MARKERS[number], markersize=5)
+                ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=colors[kernel], alpha=0.2)
+                ends[kernel] = x[-1], y[-1]
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
-        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16", title=linear)
+        ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
+        ax.set_title(linear, loc="left", fontsize=11)
         ax.set_xticks(sorted({row["tokens"] for row in rows}), sorted({row["tokens"] for row in rows}), rotation=45)
         ax.set_ylim(0.5 if min(row["times_dense"] for row in rows) > 0.5 else 0.3, 5)
         ticks = [0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4]
         ax.set_yticks([tick for tick in ticks if tick >= ax.get_ylim()[0]])
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-    axes[0].legend(frameon=False, fontsize="small")
+        _label_ends(ax, ends, colors)
 
 
 def intervals(
@@ -200,27 +207,36 @@ def intervals(
     return figure
 
 
-def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str) -> None:
+def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, title: str = "") -> None:
     """Shares of several factors, a bar a model beside each other; a dot is one of a share's values.
 
     Args:
-        models: model to factor to the values of its share, e.g. one a seed; a bar is their mean.
+        models: model to factor to the values of its share, e.g. one a seed; a bar is their mean. The first model has
+            the project's colour, the others are grey; the names stand at the bars of the first factor.
         xlabel: what a share is of.
+        title: what to see.
     """
     factors = list(next(iter(models.values())))
-    _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    figure, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    _head(figure, title)
     thickness = 0.8 / len(models)
     for number, (model, found) in enumerate(models.items()):
         places = [place + (number - (len(models) - 1) / 2) * thickness for place in range(len(factors))]
         means = [sum(found[factor]) / len(found[factor]) for factor in factors]
-        ax.barh(places, means, thickness, color=COLORS[number], label=model)
+        color = OURS if number == 0 else OTHERS
+        ax.barh(places, means, thickness, color=color)
         for place, mean, factor in zip(places, means, factors, strict=True):
             ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
-            ax.annotate(f"{mean:.1%}", (max(found[factor]), place), (6, 0), textcoords="offset points", va="center")
+            name = f"  {model}" if factor == factors[0] else ""
+            style = {
+                "textcoords": "offset points",
+                "va": "center",
+                "color": color if name and not number else "#444444",
+            }
+            ax.annotate(f"{mean:.1%}{name}", (max(found[factor]), place), (6, 0), **style)
     largest = max(share for found in models.values() for values in found.values() for share in values)
-    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.15 * largest))
+    ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.25 * largest))
     ax.set_ylim(len(factors) - 0.5, -0.5)
-    ax.legend(frameon=False, fontsize="small", loc="lower right")
 
 
 def parameters_over_time(
@@ -257,19 +273,22 @@ def heat_maps(
     yticks: Sequence[object],
     label: str,
     form: str = "{:.1f}",
+    title: str = "",
 ) -> None:
     """Matrices of numbers side by side on one colour scale, each number written into its cell; NaN stays empty."""
     figure, axes = _axes(len(maps), width=5.0, height=4.0)
+    _head(figure, title)
     values = [v for rows in maps.values() for row in rows for v in row if v == v]
     low, high = min(values), max(values)
-    for ax, (title, rows) in zip(axes, maps.items(), strict=True):
+    for ax, (name, rows) in zip(axes, maps.items(), strict=True):
         image = ax.imshow(rows, vmin=low, vmax=high, cmap="cividis", aspect="auto", origin="lower")
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 if value == value:
                     dark = (value - low) < 0.6 * (high - low)
                     ax.text(x, y, form.format(value), ha="center", va="center", color="w" if dark else "k", fontsize=8)
-        ax.set(title=title, xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set(xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set_title(name, loc="left", fontsize=11)
         ax.set_xticklabels([str(tick) for tick in xticks])
         ax.set_yticklabels([str(tick) for tick in yticks])
         ax.set_ylabel(ylabel)
@@ -283,16 +302,56 @@ def scatters(
     xlabel: str,
     ylabel: str,
     log: bool = False,
+    title: str = "",
 ) -> None:
-    """Points, one panel a title and one colour and marker a series."""
-    _, axes = _axes(len(panels), width=5.2)
-    for ax, (title, series) in zip(axes, panels.items(), strict=True):
+    """Points, one panel a name and one colour and marker a series."""
+    figure, axes = _axes(len(panels), width=5.2)
+    _head(figure, title)
+    for ax, (panel, series) in zip(axes, panels.items(), strict=True):
         for number, (name, (x, y)) in enumerate(series.items()):
             turn, color = divmod(number, len(COLORS))
             style = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
             ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
-        ax.set(xlabel=xlabel, ylabel=ylabel, title=title, yscale="log" if log else "linear")
+        ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        ax.set_title(panel, loc="left", fontsize=11)
     axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *, title: str = "") -> None:
+    """Grids of 4x4 Sudoku, a row of grids a model: clues grey (pale until the model has copied them), right cells
+    in our colour, wrong ones crossed out.
+
+    Args:
+        models: model to step to the 16 cells, row by row.
+        clues: 16 digits, 0 where a cell is to fill.
+        solution: 16 digits.
+        title: what to see.
+    """
+    steps = list(next(iter(models.values())))
+    size = (1.5 * len(steps) + 0.4, 1.8 * len(models) + 0.5)
+    figure, axes = plt.subplots(len(models), len(steps), figsize=size, layout="constrained", squeeze=False)
+    _head(figure, title)
+    for row, (model, grids) in zip(axes, models.items(), strict=True):
+        for ax, (step, cells) in zip(row, grids.items(), strict=True):
+            for at, (cell, clue, right) in enumerate(zip(cells, clues, solution, strict=True)):
+                x, y = at % 4 + 0.5, at // 4 + 0.5
+                wrong = cell not in ("·", right)
+                color = COLORS[1] if wrong else OURS if clue == "0" else "#777777"
+                if cell == "·" and clue != "0":
+                    cell, color = clue, "#c0c0c0"
+                weight = "bold" if clue == "0" else "normal"
+                ax.text(x, y, cell, ha="center", va="center", color=color, fontsize=13, fontweight=weight)
+                if wrong:
+                    ax.plot([x - 0.38, x + 0.38], [y + 0.38, y - 0.38], color=color, linewidth=2)
+            for line in range(5):
+                style = {"color": "#444444", "linewidth": 2 if line % 2 == 0 else 0.5}
+                ax.plot([line, line], [0, 4], **style)
+                ax.plot([0, 4], [line, line], **style)
+            ax.set(xlim=(-0.05, 4.05), ylim=(4.05, -0.05), aspect="equal", xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if ax in axes[0]:
+                ax.set_title(step, fontsize=10)
+        row[0].set_ylabel(model, fontsize=10)
 
 
 def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
@@ -308,10 +367,16 @@ def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
 
 
 def labelled_points(
-    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], ours: Collection[str], *, xlabel: str, ylabel: str
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    ours: Collection[str],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str = "",
 ) -> "Figure":
     """Points with one label a series, at its lowest; ``ours`` in one colour, all else in grey. The y axis is a log."""
     figure, (ax,) = _axes(width=7.2, height=4.4)
+    _head(figure, title)
     for name, (x, y) in points.items():
         is_ours = name in ours
         color = COLORS[0] if is_ours else OTHERS
@@ -327,16 +392,18 @@ def labelled_points(
     return figure
 
 
-def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str]) -> None:
+def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str], *, title: str = "") -> None:
     """Time against the dense model by number of tokens: a line a method, ``ours`` in one colour, all else in grey.
 
     Args:
         rows: with ``method``, ``tokens``, ``times_dense`` and its interval ``ci``; those without a time are left out.
         ours: names of methods.
+        title: what to see.
     """
     rows = [row for row in rows if "times_dense" in row]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    _, (ax,) = _axes(width=8.4, height=5.0)
+    figure, (ax,) = _axes(width=8.4, height=5.0)
+    _head(figure, title)
     ends = {}
     for name in methods:
         found = [row for row in rows if row["method"] == name]

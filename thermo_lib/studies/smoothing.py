@@ -102,6 +102,24 @@ def summary(
     return rows
 
 
+def measured(
+    grid: Grid, configurations: Mapping[str, Mapping[str, Any]], seeds: Sequence[int]
+) -> tuple[dict[str, Mapping[str, Any]], list[str]]:
+    """Which configurations the grid has with every seed, and the names of those that it hasn't.
+
+    Args:
+        grid: the measured points.
+        configurations: name to what ``point`` takes.
+        seeds: seeds of the calibration data.
+    """
+    found = {
+        name: fields
+        for name, fields in configurations.items()
+        if all(point(seed, **fields).key in grid.rows for seed in seeds)
+    }
+    return found, [name for name in configurations if name not in found]
+
+
 @contextmanager
 def printed_if_lost(grid: Grid) -> Iterator[None]:
     """Print the points that this run has measured where the disk doesn't take them."""

@@ -1,0 +1,132 @@
+"""Something to see: models denoise the same puzzle, and continue the same code, side by side.
+
+The reference model is good at 4x4 Sudoku, and too small to write code that runs: what to see in its code is whether
+two bits say the same as full precision.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from thermo_lib.data.puzzles import Puzzle, decode_answers, encode_puzzles, is_solution
+from thermo_lib.diffusion.sampling import generate
+from thermo_lib.models.lm import DiffusionLM
+
+LENGTH = 42  # tokens of a puzzle, as in training
+MASKED, OTHER = "·", "?"
+STEP_COLUMNS = {
+    "model": ("model", "{}"),
+    "step": ("step", "{}"),
+    "cells filled": ("filled", "{}"),
+    "of them wrong": ("wrong", "{}"),
+    "grid": ("grid", "{}"),
+}
+SOLVED_COLUMNS = {
+    "model": ("model", "{}"),
+    "bits per weight": ("bits_per_weight", "{:.2f}"),
+    "puzzles": ("puzzles", "{}"),
+    "solved": ("solved", "{}"),
+}
+CODE_COLUMNS = {"prompt": ("prompt", "{}"), "model": ("model", "{}"), "continuation": ("text", "{}")}
+
+
+def sudoku_steps(models: Mapping[str, DiffusionLM], puzzle: Puzzle, *, timesteps: int) -> list[dict[str, Any]]:
+    """How each model fills a Sudoku, step by step.
+
+    Args:
+        models: name to model; all of them know the puzzles.
+        puzzle: a Sudoku with its solution.
+        timesteps: number of denoising steps.
+
+    Returns:
+        For each model ``timesteps + 1`` rows, from all masked to all filled: ``model``; ``step``; ``grid``, the 16
+        cells row by row with spaces between the rows, ``·`` where a cell is masked and ``?`` where a token is no digit;
+        ``filled``, the number of cells that aren't masked; ``wrong``, how many of them differ from the solution.
+
+    Raises:
+        ValueError: a puzzle of another task, or a tokenizer that doesn't have the puzzles' markers.
+    """
+    if puzzle.task != "sudoku":
+        raise ValueError(f"task: found {puzzle.task!r}, allowed is 'sudoku'")
+    rows = []
+    for name, lm in models.items():
+        ids, is_answer = encode_puzzles([puzzle], lm.tokenizer, LENGTH)
+        # One token a digit; the line ends between them are filled too, but aren't cells.
+        cells = [at for at in is_answer[0].nonzero().flatten().tolist() if _token(lm, ids[0, at]).isdigit()]
+        states: list[torch.Tensor] = []
+        start = ids.masked_fill(is_answer, lm.mask_token_id)
+        keep = lambda _timestep, _rows, state, kept=states: kept.append(state[0].cpu().clone())  # noqa: E731
+        states.append(generate(lm, start, timesteps=timesteps, on_state=keep)[0].cpu())
+        solution = puzzle.output.replace("\n", "")
+        for step, state in enumerate(states):
+            shown = "".join(_cell(lm, state[at]) for at in cells)
+            pairs = [(found, right) for found, right in zip(shown, solution, strict=True) if found != MASKED]
+            wrong = sum(found != right for found, right in pairs)
+            grid = " ".join(shown[at : at + 4] for at in range(0, 16, 4))
+            rows.append({"model": name, "step": step, "grid": grid, "filled": len(pairs), "wrong": wrong})
+    return rows
+
+
+def sudoku_solved(
+    models: Mapping[str, DiffusionLM], puzzles: Sequence[Puzzle], *, timesteps: int
+) -> list[dict[str, Any]]:
+    """How many puzzles each model solves.
+
+    Args:
+        models: name to model.
+        puzzles: of any task; any valid solution counts.
+        timesteps: number of denoising steps.
+
+    Returns:
+        Rows with ``model``, ``bits_per_weight`` (None in full precision), ``puzzles`` and ``solved`` (both counts).
+
+    Raises:
+        ValueError: a tokenizer that doesn't have the puzzles' markers.
+    """
+    rows = []
+    for name, lm in models.items():
+        ids, is_answer = encode_puzzles(list(puzzles), lm.tokenizer, LENGTH)
+        filled = generate(lm, ids.masked_fill(is_answer, lm.mask_token_id), timesteps=timesteps)
+        texts = decode_answers(filled.cpu(), is_answer, lm.tokenizer)
+        solved = sum(is_solution(puzzle, text) for puzzle, text in zip(puzzles, texts, strict=True))
+        bits = getattr(lm, "bits_per_weight", None)
+        rows.append({"model": name, "bits_per_weight": bits, "puzzles": len(puzzles), "solved": solved})
+    return rows
+
+
+def continuations(
+    models: Mapping[str, DiffusionLM], prompts: Sequence[str], *, tokens: int, timesteps: int
+) -> list[dict[str, Any]]:
+    """How each model continues texts.
+
+    Args:
+        models: name to model.
+        prompts: beginnings.
+        tokens: number of tokens to write.
+        timesteps: number of denoising steps.
+
+    Returns:
+        Rows with ``prompt``, ``model`` and ``text``, what was written; both texts as Python literals, on one line.
+    """
+    rows = []
+    for prompt in prompts:
+        for name, lm in models.items():
+            given = lm.tokenizer.encode(prompt).ids
+            ids = torch.tensor([[*given, *[lm.mask_token_id] * tokens]])
+            written = generate(lm, ids, timesteps=timesteps)[0, len(given) :].tolist()
+            text = lm.tokenizer.decode(written, skip_special_tokens=False)
+            rows.append({"prompt": repr(prompt), "model": name, "text": repr(text)})
+    return rows
+
+
+def _token(lm: DiffusionLM, token: torch.Tensor) -> str:
+    return lm.tokenizer.decode([int(token)], skip_special_tokens=False)
+
+
+def _cell(lm: DiffusionLM, token: torch.Tensor) -> str:
+    """One character for the token in a cell."""
+    if int(token) == lm.mask_token_id:
+        return MASKED
+    text = _token(lm, token)
+    return text if len(text) == 1 and text.isdigit() else OTHER
