@@ -72,6 +72,8 @@ def earlier(
 ) -> Found:
     """What an earlier stage left in ``artifacts``; where it isn't there, the same from elsewhere, which stderr says.
 
+    A person's run takes what another one of theirs has left in ``artifacts/scratch`` before it makes anything.
+
     Args:
         name: of the file or folder in ``artifacts``.
         read: reads it.
@@ -87,7 +89,11 @@ def earlier(
         return read(path)
     if in_pipeline():
         raise ValueError(f"artifacts/{name}: found none, needed is what an earlier stage of the pipeline writes")
+    own = results(root) / "artifacts" / name
     # stderr isn't compared, and isn't kept in an executed copy.
+    if own.exists():
+        print(f"artifacts/{name} isn't there: {own.relative_to(root)} of an earlier run is used.", file=sys.stderr)
+        return read(own)
     print(f"artifacts/{name} isn't there (`make repro` writes it): {how} for this run.", file=sys.stderr)
     return make()
 

@@ -222,6 +222,17 @@ class TestWhereANotebookReadsAndWrites:
         assert err == "artifacts/int2.json isn't there (`make repro` writes it): taken from x for this run.\n"
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_an_own_run_left_is_read_before_it_is_made(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.delenv("DVC_STAGE", raising=False)
+        own = results(tmp_path) / "artifacts" / "int2.json"
+        own.parent.mkdir(parents=True)
+        own.write_text("own rows")
+        assert earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path) == "own rows"
+        place = "artifacts/scratch/artifacts/int2.json"
+        assert capsys.readouterr().err == f"artifacts/int2.json isn't there: {place} of an earlier run is used.\n"
+
     def test_what_is_missing_in_the_pipeline_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DVC_STAGE", "report")
         with pytest.raises(ValueError, match=r"^artifacts/int2\.json: found none, needed is what an earlier stage"):

@@ -22,6 +22,7 @@ from thermo_lib.notebooks import processor
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 EXECUTED = ROOT / "notebooks" / "executed"
+STAGES = [path for path in SOURCES if path.stem[0].isdigit()]  # the pipeline's; the rest are nobody's inputs
 LONGEST_CELL = 18  # lines
 CHANGED = ("00_training", "05_report")  # which take little time up to their answers: each takes a kernel
 
@@ -71,7 +72,7 @@ def test_a_source_has_no_outputs_and_one_parameters_cell(path: Path) -> None:
     assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= LONGEST_CELL
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_a_notebook_begins_with_its_question_and_no_answer_is_typed(path: Path) -> None:
     notebook = read(path)
     assert notebook.cells[0].cell_type == "markdown"
@@ -96,7 +97,6 @@ def test_every_parameter_says_what_it_means(path: Path) -> None:
             assert "  # " in line or (number and lines[number - 1].startswith("# ")), line
 
 
-STAGES = [path for path in SOURCES if path.stem[0].isdigit()]  # the pipeline's; the rest are nobody's inputs
 WRITES = re.compile(r"\b(write_json|write_text|save|save_svg|save_quantized|write_per_timestep|export)\(")
 
 
@@ -111,7 +111,7 @@ def test_a_notebook_leaves_the_pipeline_s_files_alone_and_does_without_them(path
             assert "if in_pipeline():\n    evaluations.save()" in cell.source
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
 def test_a_reader_sees_the_answer_first_and_then_the_figure_that_shows_it(path: Path) -> None:
     first, second, *_ = visible(read(EXECUTED / path.name))
     found = first.get("data", {}).get("text/markdown", "")
