@@ -58,6 +58,8 @@ help:
 
 repro: .venv/.stamp
 	$(IN_VENV) $(KEEP_MEMORY) .venv/bin/dvc repro
+	.venv/bin/python -m thermo_lib.prose
+	.venv/bin/python docs/figures/draw.py
 
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
