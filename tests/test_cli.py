@@ -248,7 +248,12 @@ class TestEvaluate:
         suite = small_suite(load_model(str(folder), dtype=dtype), timesteps=4)
         lm = load_quantized("small", dtype=dtype)
         expected = summarize("small", lm, evaluate(lm, suite))
-        assert json.loads(Path("scores.json").read_text(encoding="utf-8")) == json.loads(json.dumps(expected))
+        written = json.loads(Path("scores.json").read_text(encoding="utf-8"))
+        sequences = written.pop("sequences")
+        assert written == json.loads(json.dumps(expected))
+        assert [len(sequences[key]) for key in ("accuracy", "nelbo", "path_kl", "sudoku_solved")] == [12, 12, 4, 2]
+        for key in ("accuracy", "nelbo", "path_kl", "sudoku_solved"):  # each score is the mean of its parts
+            assert sum(sequences[key]) / len(sequences[key]) == pytest.approx(written[key])
         assert out.splitlines()[2].startswith("small ")
         assert f"{expected['path_kl']:.2f}" in out
 

@@ -55,6 +55,20 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-block", type=whole, metavar="TOKENS", help=blocks)
 
 
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What models are scored on."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="score on this text, or JSON lines with 'text' or 'messages', instead of the project's held-out code",
+    )
+    parser.add_argument("--sequences", type=whole, help="number of held-out sequences (40)")
+    parser.add_argument("--trajectories", type=whole, help="number of the reference's own trajectories (16)")
+    parser.add_argument("--length", type=whole, help="number of tokens of both (128)")
+    parser.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"thermo_lib {importlib.metadata.version('thermo_lib')}")
@@ -133,20 +147,22 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--model", **some_model)
     _add_kind(judge)
     judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
-    judge.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="score on this text, or JSON lines with 'text' or 'messages', instead of the project's held-out code",
-    )
-    judge.add_argument("--sequences", type=whole, help="number of held-out sequences (40)")
-    judge.add_argument("--trajectories", type=whole, help="number of the reference's own trajectories (16)")
-    judge.add_argument("--length", type=whole, help="number of tokens of both (128)")
-    judge.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
+    _add_inputs(judge)
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
     judge.add_argument("--dense", **dense)
     judge.add_argument("--device", **devices)
+
+    pair = commands.add_parser("compare", help="say how a model, or a file of results, differs from another")
+    sides = "a model (as for evaluate, or preset=NAME: the reference, quantized so), or a JSON file of results"
+    pair.add_argument("a", metavar="A", help=sides)
+    pair.add_argument("b", metavar="B", help="the same kind of thing; what is said is said of B")
+    _add_kind(pair)
+    pair.add_argument("--reference", help="the full-precision model (A or B, if one of them is)")
+    _add_inputs(pair)
+    pair.add_argument("--output", type=Path, help="JSON file of the differences")
+    pair.add_argument("--dtype", **dtypes)
+    pair.add_argument("--device", **devices)
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
@@ -209,6 +225,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from thermo_lib.notebooks import tidy
 
             tidy(arguments.notebook)
+        elif arguments.command == "compare":
+            from thermo_lib import compare
+
+            compare.run_compare(arguments)
         else:
             from thermo_lib import commands
 

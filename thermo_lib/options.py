@@ -40,8 +40,17 @@ _LIMITS = {
     "tokens": (1, _MOST),
     "rounds": (2, 10_000),
 }
-_NAMES = ("model", "reference", "family", "device", "scheduler", "sampler")  # texts that mean nothing when empty
-_FILES = ("evaluate", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
+_NAMES = (
+    "model",
+    "reference",
+    "family",
+    "device",
+    "scheduler",
+    "sampler",
+    "a",
+    "b",
+)  # texts that mean nothing when empty
+_FILES = ("evaluate", "compare", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
 
 
 def whole(text: str) -> int:
