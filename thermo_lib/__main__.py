@@ -55,6 +55,10 @@ def _add_kind(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--attention-block", type=whole, metavar="TOKENS", help=blocks)
 
 
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
+
+
 def _add_inputs(parser: argparse.ArgumentParser) -> None:
     """What models are scored on."""
     parser.add_argument(
@@ -118,10 +122,12 @@ def _parser() -> argparse.ArgumentParser:
         help=f"preset={'|'.join(PRESETS)} (preset={DEFAULT}), and settings of ThermoConfig that differ from it, e.g. "
         "weights.bits=4 activations.bits=8",
     )
+    _add_json(writer)
 
     informer = commands.add_parser("info", help="say what a model folder holds, full precision or quantized")
     informer.add_argument("model", nargs="?", **some_model)
     _add_kind(informer)
+    _add_json(informer)
 
     teller = commands.add_parser("generate", help="let a model, full precision or quantized, continue a text")
     teller.add_argument("--model", **some_model)
@@ -132,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     teller.add_argument("--dtype", **dtypes)
     teller.add_argument("--dense", **dense)
     teller.add_argument("--device", **devices)
+    _add_json(teller)
 
     talker = commands.add_parser("chat", help="talk to an instruct model, line by line; /clear starts over, /exit ends")
     talker.add_argument("--model", **some_model)
@@ -152,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--dtype", **dtypes)
     judge.add_argument("--dense", **dense)
     judge.add_argument("--device", **devices)
+    _add_json(judge)
 
     pair = commands.add_parser("compare", help="say how a model, or a file of results, differs from another")
     sides = "a model (as for evaluate, or preset=NAME: the reference, quantized so), or a JSON file of results"
@@ -163,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     pair.add_argument("--output", type=Path, help="JSON file of the differences")
     pair.add_argument("--dtype", **dtypes)
     pair.add_argument("--device", **devices)
+    _add_json(pair)
 
     benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
     which = benchmark.add_mutually_exclusive_group()
@@ -184,6 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     window = "timesteps smoothed on each side, at most half of a group (5, or that half)"
     benchmark.add_argument("--smoothing-window", type=whole, help=window)
     benchmark.add_argument("--output", type=Path, default=Path("artifacts/benchmark"), help="folder (%(default)s)")
+    _add_json(benchmark)
 
     grid = commands.add_parser("study", help="measure the points of the smoothing study that are still missing")
     grid.add_argument("--axes", choices=["reduced", "full"], default="reduced", help="section of params.yaml")
@@ -195,11 +205,13 @@ def _parser() -> argparse.ArgumentParser:
     single.add_argument(
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
+    _add_json(single)
 
     clock = commands.add_parser("speed", help="time products from codes against dense bfloat16 ones on this processor")
     clock.add_argument("--tokens", type=whole, nargs="+", default=[1, 32, 256, 2048], help="of the input (%(default)s)")
     clock.add_argument("--rounds", type=whole, default=15, help="counted turns, at least 2 (%(default)s)")
     clock.add_argument("--output", type=Path, default=Path("reports/speed.json"), help="JSON file (%(default)s)")
+    _add_json(clock)
 
     text = "which kernels are right on this machine's GPU, and how long everything takes"
     checker = commands.add_parser("gpu-check", help=text)
@@ -210,6 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     printer = commands.add_parser("report", help="make one HTML page of a report: figures, tables, verdicts")
     printer.add_argument("report", nargs="?", type=Path, default=Path("reports/report.json"), help="(%(default)s)")
     printer.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (%(default)s)")
+    _add_json(printer)
 
     cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
     cleaner.add_argument("notebook", type=Path)

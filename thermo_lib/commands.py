@@ -1,9 +1,12 @@
 """What the commands of ``python -m thermo_lib`` do."""
 
 import argparse
+import json
+import math
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -41,7 +44,7 @@ from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_d
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.tokenizer_json import encode
 from thermo_lib.notebooks import reproducible
-from thermo_lib.pipeline.about import about
+from thermo_lib.pipeline.about import about, words
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.cluster import cluster_client
 from thermo_lib.pipeline.config import ThermoConfig
@@ -57,6 +60,22 @@ from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
+
+
+def tell(arguments: argparse.Namespace, text: str, content: Mapping[str, Any]) -> None:
+    """Print what was found: as text, or with ``--json`` as one JSON object, in which NaN and infinity are null."""
+    if not arguments.json:
+        print(text)
+        return
+    print(json.dumps(_without_nan(content), allow_nan=False))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def device_of(asked: str | None) -> str:
@@ -156,7 +175,9 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     peak = ""
     if torch.device(device).type == "cuda":
         peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory at most"
-    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s{peak}")
+    seconds = time.perf_counter() - start
+    content = {"output": str(arguments.output), "megabytes": size / 1e6, "seconds": seconds, "quantized": words(config)}
+    tell(arguments, f"{arguments.output}: {size / 1e6:.1f} MB of weights in {seconds:.0f} s{peak}", content)
 
 
 def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
@@ -181,7 +202,7 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
         save_quantized(quantize(lm, config, calibration_states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
         with cluster_client(arguments.scheduler) as client:
-            print(f"dashboard: {client.dashboard_link}")
+            print(f"dashboard: {client.dashboard_link}", file=sys.stderr if arguments.json else sys.stdout)
             write(client=client)
     else:
         write()
@@ -191,7 +212,7 @@ def run_info(arguments: argparse.Namespace) -> None:
     """Print what a model folder holds."""
     lines = about(arguments.model, **kind_of(arguments))
     width = max(map(len, lines))
-    print("\n".join(f"{title:{width}}  {text}" for title, text in lines.items()))
+    tell(arguments, "\n".join(f"{title:{width}}  {text}" for title, text in lines.items()), lines)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
@@ -211,7 +232,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
         progress="generate",
         **how,
     )
-    print(lm.decode(filled[0, len(prompt) :][: arguments.max_new_tokens]))
+    tokens = filled[0, len(prompt) :][: arguments.max_new_tokens]
+    content = {
+        "model": arguments.model,
+        "prompt": arguments.prompt,
+        "text": lm.decode(tokens),
+        "tokens": tokens.tolist(),
+    }
+    tell(arguments, content["text"], content)
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
@@ -252,7 +280,7 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
         row = scores(arguments.model, lm, computing, inputs(reference, arguments))
-        print(report.table([row]))  # first, so that a full disk loses nothing
+        tell(arguments, report.table([row]), row)  # first, so that a full disk loses nothing
         if arguments.output is not None:
             write_json(arguments.output, row)
 
@@ -290,7 +318,7 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         _check_reports(folder)
         content, timings = _benchmark(arguments, config, methods)
         text = report.report_text(content)
-        print(text)  # first, so that a full disk loses nothing
+        tell(arguments, text, content)  # first, so that a full disk loses nothing
         texts = {"report.json": as_json(content), "report.txt": text, "timings.json": as_json(timings)}
         replace_together(
             folder, {name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
@@ -356,20 +384,23 @@ def run_point(arguments: argparse.Namespace) -> None:
     with printed_if_lost(grid):
         grid.run(points)
     name = " ".join(arguments.fields)
-    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
+    rows = summary(grid, {name: fields}, arguments.seeds, name)
+    tell(arguments, report.table(rows, SUMMARY_COLUMNS), {"rows": rows})
 
 
 def run_report(arguments: argparse.Namespace) -> None:
     """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
     read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
     write_text(arguments.output, report_page(read))
+    if arguments.json:
+        tell(arguments, "", {"report": str(arguments.report), "output": str(arguments.output)})
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
     """Time products from codes against dense ones, print the report and write it."""
     with alone_in(arguments.output, ["processor", "rows"]):
         rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
-        print(report.table(rows, SPEED_COLUMNS))  # first, so that a full disk loses nothing
+        tell(arguments, report.table(rows, SPEED_COLUMNS), {"rows": rows})  # first, so that a full disk loses nothing
         write_speeds(arguments.output, rows)
 
 

@@ -35,12 +35,10 @@ def run_compare(arguments: argparse.Namespace) -> None:
     with alone_in(arguments.output, ["a", "b", "differences"]):
         content = (_results if are_files[0] else _models)(arguments)
         moved = [row for row in content["differences"] if content["kind"] == "models" or row["difference"] != 0]
-        parts = [
-            f"A: {arguments.a}\nB: {arguments.b}",
-            table(moved, DIFFERENCE_COLUMNS) if moved else "",
-            content["summary"],
-        ]
-        print("\n\n".join(part for part in parts if part))  # first, so that a full disk loses nothing
+        parts = [f"A: {arguments.a}\nB: {arguments.b}", content["summary"]]
+        if moved:
+            parts.insert(1, table(moved, DIFFERENCE_COLUMNS))
+        commands.tell(arguments, "\n\n".join(parts), content)  # first, so that a full disk loses nothing
         if arguments.output is not None:
             write_json(arguments.output, content)
 
