@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from small_runs import Run
 
-from thermo_lib import commands
+from thermo_lib.usage import tell
 
 FAST = ("preset=fast", "group_size=16", "timesteps=4")
 GENERATE = ("--prompt", "for i in", "--max-new-tokens", 6, "--timesteps", 3)
@@ -57,7 +57,7 @@ def test_benchmark_prints_its_report(run: Run, folder: Path) -> None:
 
 
 def test_a_number_that_json_has_no_word_for_is_null(capsys: pytest.CaptureFixture[str]) -> None:
-    commands.tell(SimpleNamespace(json=True), "text", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
+    tell(SimpleNamespace(json=True), "text", {"a": float("nan"), "b": [1.0, float("inf")], "c": {"d": 2}})
     assert json.loads(capsys.readouterr().out) == {"a": None, "b": [1.0, None], "c": {"d": 2}}
 
 

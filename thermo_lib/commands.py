@@ -1,12 +1,10 @@
 """What the commands of ``python -m thermo_lib`` do."""
 
 import argparse
-import json
-import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -55,27 +53,12 @@ from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
-from thermo_lib.studies.grid import Grid, point
+from thermo_lib.studies.grid import Grid, point, preset_fields
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
-
-
-def tell(arguments: argparse.Namespace, text: str, content: Mapping[str, Any]) -> None:
-    """Print what was found: as text, or with ``--json`` as one JSON object, in which NaN and infinity are null."""
-    if not arguments.json:
-        print(text)
-        return
-    print(json.dumps(_without_nan(content), allow_nan=False))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+from thermo_lib.usage import tell
 
 
 def device_of(asked: str | None) -> str:
@@ -300,15 +283,7 @@ def scores(name: str, lm: DiffusionLM, computing: DiffusionLM, suite: Suite) -> 
 
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Quantize, smooth, evaluate and write ``report.json``, ``report.txt`` and ``timings.json``."""
-    config = ThermoConfig(
-        bit_width=arguments.bits,
-        activation_bits=arguments.activation_bits,
-        quantizer=arguments.quantizer,
-        group_size=arguments.group_size,
-        timesteps=arguments.timesteps,
-        num_time_groups=arguments.num_time_groups,
-        enable_boundary_smoothing=False,
-    )
+    config = _benchmarked(arguments)
     check_comparable(config)
     methods = [arguments.smoothing_method] if arguments.smoothing_method else list(WINDOWED)
     for method in methods:
@@ -323,6 +298,30 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         replace_together(
             folder, {name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
         )
+
+
+_FLAGS = {"bits": "bit_width"}  # options of ``benchmark`` whose field has another name
+_BENCHMARK = {"bits": 2, "activation_bits": 16, "quantizer": "gptq", "group_size": 128, "timesteps": 16}
+
+
+def _benchmarked(arguments: argparse.Namespace) -> ThermoConfig:
+    """The configuration that is compared with and without smoothing: of options, or a preset and what differs from it.
+
+    Raises:
+        ValueError: a wrong setting, or one that is given by an option and by a word.
+    """
+    words = dict(arguments.settings)
+    given = _given(arguments, *_BENCHMARK, "num_time_groups")
+    if not words:
+        given = _BENCHMARK | {"num_time_groups": 3} | given
+    elif "num_time_groups" not in words and "time_groups.count" not in words:
+        given = {"num_time_groups": 3} | given
+    fields = {_FLAGS.get(name, name): value for name, value in given.items()} | {"enable_boundary_smoothing": False}
+    if twice := sorted(fields.keys() & words.keys()):
+        raise ValueError(f"{twice[0]}: found it as an option and as a word, allowed is one of them")
+    if not words:
+        return ThermoConfig(**fields)
+    return ThermoConfig.preset(words.pop("preset", DEFAULT), **words, **fields)
 
 
 def _check_reports(folder: Path) -> None:
@@ -378,6 +377,7 @@ def run_point(arguments: argparse.Namespace) -> None:
     fields = arguments.settings
     if "seed" in fields:
         raise ValueError(f"seed: found {fields['seed']!r}, allowed is --seeds {fields['seed']!r}")
+    fields = preset_fields(fields)  # refuses a wrong setting before the work
     points = [point(seed, **fields) for seed in arguments.seeds]
     reproducible()
     grid = Grid(arguments.output, load_model("reference"))

@@ -20,6 +20,7 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized
+from thermo_lib.usage import tell
 
 _PRESET = "preset="
 _OF_MODELS = ("reference", "data", "sequences", "trajectories", "length", "device", "family", "attention_block")
@@ -38,7 +39,7 @@ def run_compare(arguments: argparse.Namespace) -> None:
         parts = [f"A: {arguments.a}\nB: {arguments.b}", content["summary"]]
         if moved:
             parts.insert(1, table(moved, DIFFERENCE_COLUMNS))
-        commands.tell(arguments, "\n\n".join(parts), content)  # first, so that a full disk loses nothing
+        tell(arguments, "\n\n".join(parts), content)  # first, so that a full disk loses nothing
         if arguments.output is not None:
             write_json(arguments.output, content)
 

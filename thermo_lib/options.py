@@ -13,7 +13,9 @@ SMOOTHING = ("linear", "cubic", "sigmoid", "spline")
 _RECIPES = ("best starts", "best per layer", "best per layer by path KL")
 _WORDS = {  # commands that take NAME=VALUE, and their names beside the settings of ThermoConfig
     "quantize": {"preset": tuple(PRESETS)},
+    "benchmark": {"preset": tuple(PRESETS)},
     "point": {
+        "preset": tuple(PRESETS),
         "method": (*SMOOTHING, None),
         "recipe": (*_RECIPES, None),
         "mix.code_sequences": range(2**20),

@@ -31,7 +31,7 @@ FLOORS = (
     ("pipeline",),
     ("evaluation", "integrations"),
     ("studies",),
-    ("chat", "commands", "compare", "options"),
+    ("chat", "commands", "compare", "options", "usage"),
     ("__main__",),
     ("__init__",),  # the names for users: nothing in the library imports them
 )
