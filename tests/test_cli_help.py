@@ -80,6 +80,7 @@ def test_a_row_of_examples_runs(run: Run, folder: Path) -> None:
         (["benchmark", "--bits", "two"], "bits: found 'two', allowed is a whole number"),
         (["benchmark", "--smoothing-method", "cubik"], "smoothing-method: found 'cubik', allowed are linear, cubic"),
         (["benchmark", "--all-methods", "--smoothing-method", "linear"], "smoothing-method: not allowed with"),
+        (["--vershion"], "thermo: found '--vershion', allowed are --help, --version; did you mean '--version'?"),
         (["tidy"], "notebook: found none, allowed is a value, which must be given"),
         (["generate", "--prompt", "a", "b"], "generate: found 'b', allowed are --alg-temp"),
         (["evaluate", "--modle", "x"], "evaluate: found '--modle', allowed are --attention-block"),

@@ -88,7 +88,9 @@ class Parser(argparse.ArgumentParser):
         of_command = self._command(command)
         options = sorted(name for name in of_command._option_string_actions if name.startswith("--"))
         allowed = f"allowed are {', '.join(options)}"
-        of_command.error(f"{command}: found {word!a:.80}, {allowed}{nearest(word.partition('=')[0], options)}")
+        of_command.error(
+            f"{command or 'thermo'}: found {word!a:.80}, {allowed}{nearest(word.partition('=')[0], options)}"
+        )
 
     def _command(self, name: str | None) -> argparse.ArgumentParser:
         for action in self._actions:
