@@ -212,8 +212,7 @@ class TestFullDisk:
         monkeypatch.setattr(commands, "write_speeds", full)
         monkeypatch.setattr(commands, "kernel_speeds", lambda **_: [{"tokens": 7}])
         monkeypatch.setattr(commands, "build_suite", lambda *_, **__: None)
-        monkeypatch.setattr(commands, "evaluate", lambda *_, **__: None)
-        monkeypatch.setattr(commands, "summarize", lambda name, *_: {"name": "the model", "accuracy": 0.123})
+        monkeypatch.setattr(commands, "scores", lambda *_: {"name": "the model", "accuracy": 0.123})
         for words, shown in ((("evaluate", "--model", folder, "--timesteps", 4), "0.123"), (("speed",), "7")):
             status, out, err = run(*words, "--output", "out.json")
             assert status == 2

@@ -44,7 +44,10 @@ class TestPoint:
         ("word", "message"),
         [
             ("activation_bits", "point: found 'activation_bits', expected NAME=VALUE"),
-            ("colour=1", "NAME one of method, recipe, mix.code_sequences, mix.puzzles, mix.source, embedding_bits"),
+            (
+                "colour=1",
+                "NAME one of preset, method, recipe, mix.code_sequences, mix.puzzles, mix.source, embedding_bits",
+            ),
             ("num_time_groups=0", "num_time_groups: found 0"),
             ("method=linear", "method: found 'linear', allowed is None with one time group"),
             ("time_groups.smoothing=quadratic", "smoothing: found 'quadratic'"),

@@ -14,6 +14,9 @@ from pathlib import Path
 
 from thermo_lib.options import SMOOTHING, check, number, states, whole
 from thermo_lib.pipeline.presets import DEFAULT, PRESETS
+from thermo_lib.usage import FIRST_STEPS, Parser, page, program
+
+ABOUT = "Quantize diffusion language models, and measure what that costs."
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -42,34 +45,63 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stop-at-end",
         action=argparse.BooleanOptionalAction,
-        help="stop once all before an end is written (with the block length of a block-causal model)",
+        help="stop once all before an end is written",
     )
     parser.add_argument("--seed", type=whole, default=0, help="equal seeds give equal texts (%(default)s)")
 
 
 def _add_kind(parser: argparse.ArgumentParser) -> None:
     """What the files of a full-precision model may leave open."""
-    plain = "of a full-precision model whose config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"
+    plain = "where config.json is plain qwen2, qwen3 or llama, e.g. open-dcoder"
     parser.add_argument("--family", help=plain)
     blocks = "of block-causal attention, where config.json doesn't say it"
     parser.add_argument("--attention-block", type=whole, metavar="TOKENS", help=blocks)
 
 
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """What models are scored on."""
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="score on this text, or JSON lines with 'text' or 'messages'",
+    )
+    parser.add_argument("--sequences", type=whole, help="number of held-out sequences (40)")
+    parser.add_argument("--trajectories", type=whole, help="number of the reference's own trajectories (16)")
+    parser.add_argument("--length", type=whole, help="number of tokens of both (128)")
+    parser.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m thermo_lib", description=__doc__.splitlines()[0])
+    parser = Parser(prog=program(), usage="%(prog)s COMMAND [WORDS AND OPTIONS]", description=ABOUT, epilog=FIRST_STEPS)
     parser.add_argument("--version", action="version", version=f"thermo_lib {importlib.metadata.version('thermo_lib')}")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+
+    def command(name: str, text: str, words: str = "[options]") -> argparse.ArgumentParser:
+        how = {
+            "prog": f"{program()} {name}",
+            "usage": f"%(prog)s {words}",
+            "description": f"{text[0].upper()}{text[1:]}.",
+            "help": text,
+        }
+        return commands.add_parser(name, **how, **page(name))
+
     some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
     devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
     dtypes = {
         "choices": ["stored", "float32", "bfloat16", "float16"],
         "default": "stored",
-        "help": "of the computation: 'stored' is that of the model's files (%(default)s)",
+        "metavar": "TYPE",
+        "help": "of numbers: stored (that of the files), float32, bfloat16, float16 (%(default)s)",
     }
     dense = {"action": "store_true", "help": "dequantize once, for the speed and the memory of full precision"}
     some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
 
-    writer = commands.add_parser("quantize", help="write a quantized folder")
+    writer = command("quantize", "write a quantized folder", "--output FOLDER [options] [NAME=VALUE ...]")
     writer.add_argument("--model", **some_model)
     _add_kind(writer)
     writer.add_argument("--output", type=Path, required=True, help="folder; an earlier one is replaced at the end")
@@ -77,18 +109,18 @@ def _parser() -> argparse.ArgumentParser:
         "--layerwise",
         type=states,
         metavar="STATES",
-        help="calibrate block by block in little memory, on so many states of each length, or on 'all' there are",
+        help="calibrate in little memory, on so many states of each length or 'all'",
     )
     writer.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="of a dask cluster, e.g. tcp://host:8786, or 'local' for one of processes",
+        help="of a dask cluster, e.g. tcp://host:8786, or 'local'",
     )
     writer.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help="calibrate on this text, or JSON lines with 'text' or 'messages', instead of the project's code",
+        help="calibrate on this text, or JSON lines with 'text' or 'messages'",
     )
     writer.add_argument("--sequences", type=whole, help="number of sequences of that text (128)")
     writer.add_argument("--length", type=whole, help="number of tokens of each (512)")
@@ -96,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     writer.add_argument(
         "--float32",
         action="store_true",
-        help="run the model in float32 on a GPU, instead of TF32, which rounds numbers to 11 bits in products",
+        help="on a GPU, products in float32 instead of TF32 (numbers of 11 bits)",
     )
     writer.add_argument(
         "fields",
@@ -104,12 +136,14 @@ def _parser() -> argparse.ArgumentParser:
         help=f"preset={'|'.join(PRESETS)} (preset={DEFAULT}), and settings of ThermoConfig that differ from it, e.g. "
         "weights.bits=4 activations.bits=8",
     )
+    _add_json(writer)
 
-    informer = commands.add_parser("info", help="say what a model folder holds, full precision or quantized")
+    informer = command("info", "say what a model folder holds, full precision or quantized", "[MODEL] [options]")
     informer.add_argument("model", nargs="?", **some_model)
     _add_kind(informer)
+    _add_json(informer)
 
-    teller = commands.add_parser("generate", help="let a model, full precision or quantized, continue a text")
+    teller = command("generate", "let a model, full precision or quantized, continue a text", "--prompt TEXT [options]")
     teller.add_argument("--model", **some_model)
     _add_kind(teller)
     teller.add_argument("--prompt", required=True, help="the text")
@@ -118,8 +152,9 @@ def _parser() -> argparse.ArgumentParser:
     teller.add_argument("--dtype", **dtypes)
     teller.add_argument("--dense", **dense)
     teller.add_argument("--device", **devices)
+    _add_json(teller)
 
-    talker = commands.add_parser("chat", help="talk to an instruct model, line by line; /clear starts over, /exit ends")
+    talker = command("chat", "talk to an instruct model, line by line; /clear starts over, /exit ends")
     talker.add_argument("--model", **some_model)
     _add_kind(talker)
     talker.add_argument("--system", metavar="TEXT", help="what the model is told before all")
@@ -129,86 +164,108 @@ def _parser() -> argparse.ArgumentParser:
     talker.add_argument("--dense", **dense)
     talker.add_argument("--device", **devices)
 
-    judge = commands.add_parser("evaluate", help="accuracy, NELBO and path KL of a model, full precision or quantized")
+    judge = command("evaluate", "accuracy, NELBO and path KL of a model, full precision or quantized")
     judge.add_argument("--model", **some_model)
     _add_kind(judge)
     judge.add_argument("--reference", help="the full-precision model that a quantized one was made from")
-    judge.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="score on this text, or JSON lines with 'text' or 'messages', instead of the project's held-out code",
-    )
-    judge.add_argument("--sequences", type=whole, help="number of held-out sequences (40)")
-    judge.add_argument("--trajectories", type=whole, help="number of the reference's own trajectories (16)")
-    judge.add_argument("--length", type=whole, help="number of tokens of both (128)")
-    judge.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
+    _add_inputs(judge)
     judge.add_argument("--output", type=Path, help="JSON file of the scores")
     judge.add_argument("--dtype", **dtypes)
     judge.add_argument("--dense", **dense)
     judge.add_argument("--device", **devices)
+    _add_json(judge)
 
-    benchmark = commands.add_parser("benchmark", help="compare a model quantized with and without smoothing")
+    pair = command("compare", "say how a model, or a file of results, differs from another", "A B [options]")
+    sides = "a model (as for evaluate, or preset=NAME: the reference, quantized so), or a JSON file of results"
+    pair.add_argument("a", metavar="A", help=sides)
+    pair.add_argument("b", metavar="B", help="the same kind of thing; what is said is said of B")
+    _add_kind(pair)
+    pair.add_argument("--reference", help="the full-precision model (A or B, if one of them is)")
+    _add_inputs(pair)
+    pair.add_argument("--output", type=Path, help="JSON file of the differences")
+    pair.add_argument("--dtype", **dtypes)
+    pair.add_argument("--device", **devices)
+    _add_json(pair)
+
+    benchmark = command(
+        "benchmark", "compare a model quantized with and without smoothing", "[options] [NAME=VALUE ...]"
+    )
     which = benchmark.add_mutually_exclusive_group()
     which.add_argument("--all-methods", action="store_true", help="linear, cubic and sigmoid (default)")
     which.add_argument("--smoothing-method", choices=SMOOTHING, help="only this one")
     benchmark.add_argument("--model", **some_model)
     _add_kind(benchmark)
-    benchmark.add_argument("--bits", type=whole, default=2, help="weight bits (%(default)s)")
-    benchmark.add_argument("--activation-bits", type=whole, default=16, help="16 for none (%(default)s)")
     for flag, value, text in (
+        ("--bits", 2, "weight bits"),
+        ("--activation-bits", 16, "16 for none"),
         ("--quantizer", "gptq", "rtn, least_squares or gptq"),
         ("--group-size", 128, "weights that share scale and zero point"),
         ("--timesteps", 16, "number of denoising steps"),
         ("--num-time-groups", 3, "number of groups of them"),
     ):
-        benchmark.add_argument(
-            flag, type=whole if isinstance(value, int) else str, default=value, help=f"{text} (%(default)s)"
-        )
+        kind = whole if isinstance(value, int) else str
+        benchmark.add_argument(flag, type=kind, help=f"{text} ({value}; with preset= what it says)")
     window = "timesteps smoothed on each side, at most half of a group (5, or that half)"
     benchmark.add_argument("--smoothing-window", type=whole, help=window)
+    benchmark.add_argument(
+        "fields", **some_fields, help=f"preset={'|'.join(PRESETS)}, and settings that differ from it"
+    )
     benchmark.add_argument("--output", type=Path, default=Path("artifacts/benchmark"), help="folder (%(default)s)")
+    _add_json(benchmark)
 
-    grid = commands.add_parser("study", help="measure the points of the smoothing study that are still missing")
+    grid = command(
+        "study", "measure the points of the smoothing study that are still missing", "--output FILE [options]"
+    )
     grid.add_argument("--axes", choices=["reduced", "full"], default="reduced", help="section of params.yaml")
     grid.add_argument("--output", type=Path, required=True, help="JSON file of the points; what it holds is kept")
 
-    single = commands.add_parser("point", help="measure one configuration of the smoothing study")
-    single.add_argument("fields", **some_fields, help="e.g. activation_bits=4 method=linear")
+    single = command("point", "measure one configuration of the smoothing study", "[NAME=VALUE ...] [options]")
+    single.add_argument("fields", **some_fields, help="e.g. preset=gptq activation_bits=4 method=linear")
     single.add_argument("--seeds", type=whole, nargs="+", default=[0], help="of the calibration data (%(default)s)")
     single.add_argument(
         "--output", type=Path, default=Path("artifacts/points.json"), help="JSON file of points (%(default)s)"
     )
+    _add_json(single)
 
-    clock = commands.add_parser("speed", help="time products from codes against dense bfloat16 ones on this processor")
+    clock = command("speed", "time products from codes against dense bfloat16 ones on this processor")
     clock.add_argument("--tokens", type=whole, nargs="+", default=[1, 32, 256, 2048], help="of the input (%(default)s)")
     clock.add_argument("--rounds", type=whole, default=15, help="counted turns, at least 2 (%(default)s)")
     clock.add_argument("--output", type=Path, default=Path("reports/speed.json"), help="JSON file (%(default)s)")
+    _add_json(clock)
 
     text = "which kernels are right on this machine's GPU, and how long everything takes"
-    checker = commands.add_parser("gpu-check", help=text)
+    checker = command("gpu-check", text)
     checker.add_argument("--quick", action="store_true", help="within two minutes instead of eight")
     checker.add_argument("--device", **devices)
     checker.add_argument("--output", type=Path, default=Path("reports/gpu.json"), help="JSON file (%(default)s)")
 
-    printer = commands.add_parser("report", help="make one HTML page of a report: figures, tables, verdicts")
+    printer = command("report", "make one HTML page of a report: figures, tables, verdicts", "[REPORT] [options]")
     printer.add_argument("report", nargs="?", type=Path, default=Path("reports/report.json"), help="(%(default)s)")
     printer.add_argument("--output", type=Path, default=Path("report.html"), help="HTML file (%(default)s)")
+    _add_json(printer)
 
-    cleaner = commands.add_parser("tidy", help="remove run times and progress bars from an executed notebook")
+    cleaner = command("tidy", "remove run times and progress bars from an executed notebook", "NOTEBOOK")
     cleaner.add_argument("notebook", type=Path)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     try:
         check(arguments)
         if arguments.command == "tidy":  # the pipeline calls it after every stage; it needs hardly anything
             from thermo_lib.notebooks import tidy
 
             tidy(arguments.notebook)
+        elif arguments.command == "compare":
+            from thermo_lib import compare
+
+            compare.run_compare(arguments)
         else:
             from thermo_lib import commands
 

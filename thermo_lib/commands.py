@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,8 +21,9 @@ from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.evaluation import report
+from thermo_lib.evaluation.comparison import per_sequence
 from thermo_lib.evaluation.page import CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
-from thermo_lib.evaluation.scores import build_suite, evaluate
+from thermo_lib.evaluation.scores import Suite, build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
     check_comparable,
     compare_smoothing,
@@ -40,7 +42,7 @@ from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_d
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.tokenizer_json import encode
 from thermo_lib.notebooks import reproducible
-from thermo_lib.pipeline.about import about
+from thermo_lib.pipeline.about import about, words
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.cluster import cluster_client
 from thermo_lib.pipeline.config import ThermoConfig
@@ -51,14 +53,15 @@ from thermo_lib.pipeline.storage import is_quantized, load_any, save_quantized
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.quant.precision import FLOAT32, TF32, products_in
 from thermo_lib.studies import gpu
-from thermo_lib.studies.grid import Grid, point
+from thermo_lib.studies.grid import Grid, point, preset_fields
 from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
+from thermo_lib.usage import tell
 
 
-def _device(asked: str | None) -> str:
+def device_of(asked: str | None) -> str:
     """The device asked for, or the first GPU if there is one; raises ValueError where there is none of that name."""
     wanted = ("cuda" if torch.cuda.is_available() else "cpu") if asked is None else asked
     try:
@@ -70,26 +73,26 @@ def _device(asked: str | None) -> str:
     return wanted
 
 
-def _kind(arguments: argparse.Namespace) -> dict[str, Any]:
+def kind_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """What ``load_model`` takes where a model's files don't say what it is."""
     return {"family": arguments.family, "block_length": arguments.attention_block}
 
 
-def _load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
+def load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
     """A model, full precision or quantized, on the device asked for.
 
     Raises:
         ValueError: there is no such device, or what loading the model raises.
     """
-    device = _device(arguments.device)
-    kind = {} if is_quantized(name) else _kind(arguments)
+    device = device_of(arguments.device)
+    kind = {} if is_quantized(name) else kind_of(arguments)
     dtype = stored_dtype(name, **kind) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
     lm = load_any(name, dtype=dtype, **kind)
     lm.model.to(device)
     return lm
 
 
-def _computing(lm: DiffusionLM, arguments: argparse.Namespace) -> DiffusionLM:
+def computing_model(lm: DiffusionLM, arguments: argparse.Namespace) -> DiffusionLM:
     """The model that computes: with ``--dense`` one with the plain weights that a quantized one stands for.
 
     Raises:
@@ -102,7 +105,7 @@ def _computing(lm: DiffusionLM, arguments: argparse.Namespace) -> DiffusionLM:
     return dequantized(lm)
 
 
-def _check_texts(path: Path) -> None:
+def check_texts(path: Path) -> None:
     """Refuse a file that can't be read as text before a model is loaded, whose template then writes conversations."""
     read_texts(path, lambda messages: "\n".join(message["content"] for message in messages))
 
@@ -125,7 +128,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _states(lm: DiffusionLM, config: ThermoConfig, arguments: argparse.Namespace) -> Calibration:
+def calibration_states(lm: DiffusionLM, config: ThermoConfig, arguments: argparse.Namespace) -> Calibration:
     """Calibration states of the project's text, or of the file that was named."""
     own = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
     return calibrate(lm, timesteps=config.timesteps, seed=config.seed, **own)
@@ -146,8 +149,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         found = f"found {arguments.scheduler!r} with {config.needs_calibration}"
         raise ValueError(f"scheduler: {found}; allowed is what needs no calibration, such as preset=fast")
     if arguments.calibration is not None:
-        _check_texts(arguments.calibration)
-    device = "cpu" if arguments.scheduler is not None and arguments.device is None else _device(arguments.device)
+        check_texts(arguments.calibration)
+    device = "cpu" if arguments.scheduler is not None and arguments.device is None else device_of(arguments.device)
     start = time.perf_counter()
     with products_in(FLOAT32 if arguments.float32 else TF32):
         _quantize(arguments, config, device)
@@ -155,32 +158,34 @@ def run_quantize(arguments: argparse.Namespace) -> None:
     peak = ""
     if torch.device(device).type == "cuda":
         peak = f", {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB of GPU memory at most"
-    print(f"{arguments.output}: {size / 1e6:.1f} MB of weights in {time.perf_counter() - start:.0f} s{peak}")
+    seconds = time.perf_counter() - start
+    content = {"output": str(arguments.output), "megabytes": size / 1e6, "seconds": seconds, "quantized": words(config)}
+    tell(arguments, f"{arguments.output}: {size / 1e6:.1f} MB of weights in {seconds:.0f} s{peak}", content)
 
 
 def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) -> None:
     """Write the folder, in the way that was asked for."""
-    how = {**_kind(arguments), "device": device, "progress": True}
+    how = {**kind_of(arguments), "device": device, "progress": True}
     write = partial(quantize_checkpoint, arguments.model, arguments.output, config, **how)
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_streamed(arguments.model, **_kind(arguments), device=device)
-        calibration = _states(lm, config, arguments)
+        lm = load_streamed(arguments.model, **kind_of(arguments), device=device)
+        calibration = calibration_states(lm, config, arguments)
         if arguments.layerwise != "all":
             calibration = calibration.thinned(int(arguments.layerwise))
         write(calibration)
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_model(arguments.model, **_kind(arguments))
+        lm = load_model(arguments.model, **kind_of(arguments))
         lm.model.to(device)
-        save_quantized(quantize(lm, config, _states(lm, config, arguments), progress=True), arguments.output)
+        save_quantized(quantize(lm, config, calibration_states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
         with cluster_client(arguments.scheduler) as client:
-            print(f"dashboard: {client.dashboard_link}")
+            print(f"dashboard: {client.dashboard_link}", file=sys.stderr if arguments.json else sys.stdout)
             write(client=client)
     else:
         write()
@@ -188,15 +193,15 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Print what a model folder holds."""
-    lines = about(arguments.model, **_kind(arguments))
+    lines = about(arguments.model, **kind_of(arguments))
     width = max(map(len, lines))
-    print("\n".join(f"{title:{width}}  {text}" for title, text in lines.items()))
+    tell(arguments, "\n".join(f"{title:{width}}  {text}" for title, text in lines.items()), lines)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
     """Print a model's continuation of a text, up to the first special token."""
     how = _sampling(arguments)
-    lm = _computing(_load(arguments.model, arguments), arguments)
+    lm = computing_model(load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     (encoded,) = encode(lm.tokenizer, [text], add_special_tokens=not arguments.chat)
     prompt, end = list(encoded.ids), []
@@ -210,7 +215,14 @@ def run_generate(arguments: argparse.Namespace) -> None:
         progress="generate",
         **how,
     )
-    print(lm.decode(filled[0, len(prompt) :][: arguments.max_new_tokens]))
+    tokens = filled[0, len(prompt) :][: arguments.max_new_tokens]
+    content = {
+        "model": arguments.model,
+        "prompt": arguments.prompt,
+        "text": lm.decode(tokens),
+        "tokens": tokens.tolist(),
+    }
+    tell(arguments, content["text"], content)
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
@@ -218,7 +230,7 @@ def run_chat(arguments: argparse.Namespace) -> None:
     how = _sampling(arguments)
     check_system(arguments.raw, arguments.system)
     with suppress(KeyboardInterrupt):
-        lm = _computing(_load(arguments.model, arguments), arguments)
+        lm = computing_model(load(arguments.model, arguments), arguments)
         converse(Chat(lm, arguments.max_new_tokens, how, arguments.system, arguments.raw))
 
 
@@ -242,34 +254,36 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
             "reference: found none, expected the full-precision model that the quantized one was made from"
         )
     if arguments.data is not None:
-        _check_texts(arguments.data)
+        check_texts(arguments.data)
     with alone_in(arguments.output, ["name", "accuracy"]):
         reproducible()
-        lm = _load(arguments.model, arguments)
-        computing = _computing(lm, arguments)
-        reference = lm if arguments.reference is None else _load(arguments.reference, arguments)
+        lm = load(arguments.model, arguments)
+        computing = computing_model(lm, arguments)
+        reference = lm if arguments.reference is None else load(arguments.reference, arguments)
         if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
-        given = _given(arguments, "sequences", "trajectories", "length")
-        given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
-        suite = build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
-        row = summarize(arguments.model, lm, evaluate(computing, suite, progress=True))
-        print(report.table([row]))  # first, so that a full disk loses nothing
+        row = scores(arguments.model, lm, computing, inputs(reference, arguments))
+        tell(arguments, report.table([row]), row)  # first, so that a full disk loses nothing
         if arguments.output is not None:
             write_json(arguments.output, row)
 
 
+def inputs(reference: DiffusionLM, arguments: argparse.Namespace) -> Suite:
+    """What models are scored on: the project's held-out code, or the file that was named."""
+    given = _given(arguments, "sequences", "trajectories", "length")
+    given |= {} if arguments.data is None else {"texts": _own_texts(reference, arguments.data), "sudoku": 0}
+    return build_suite(reference, timesteps=arguments.timesteps, progress=True, **given)
+
+
+def scores(name: str, lm: DiffusionLM, computing: DiffusionLM, suite: Suite) -> dict[str, Any]:
+    """A model's row of scores, with what a paired comparison needs (``sequences``)."""
+    found = evaluate(computing, suite, progress=True)
+    return summarize(name, lm, found) | {"sequences": per_sequence(found, suite)}
+
+
 def run_benchmark(arguments: argparse.Namespace) -> None:
     """Quantize, smooth, evaluate and write ``report.json``, ``report.txt`` and ``timings.json``."""
-    config = ThermoConfig(
-        bit_width=arguments.bits,
-        activation_bits=arguments.activation_bits,
-        quantizer=arguments.quantizer,
-        group_size=arguments.group_size,
-        timesteps=arguments.timesteps,
-        num_time_groups=arguments.num_time_groups,
-        enable_boundary_smoothing=False,
-    )
+    config = _benchmarked(arguments)
     check_comparable(config)
     methods = [arguments.smoothing_method] if arguments.smoothing_method else list(WINDOWED)
     for method in methods:
@@ -279,11 +293,35 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         _check_reports(folder)
         content, timings = _benchmark(arguments, config, methods)
         text = report.report_text(content)
-        print(text)  # first, so that a full disk loses nothing
+        tell(arguments, text, content)  # first, so that a full disk loses nothing
         texts = {"report.json": as_json(content), "report.txt": text, "timings.json": as_json(timings)}
         replace_together(
             folder, {name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
         )
+
+
+_FLAGS = {"bits": "bit_width"}  # options of ``benchmark`` whose field has another name
+_BENCHMARK = {"bits": 2, "activation_bits": 16, "quantizer": "gptq", "group_size": 128, "timesteps": 16}
+
+
+def _benchmarked(arguments: argparse.Namespace) -> ThermoConfig:
+    """The configuration that is compared with and without smoothing: of options, or a preset and what differs from it.
+
+    Raises:
+        ValueError: a wrong setting, or one that is given by an option and by a word.
+    """
+    words = dict(arguments.settings)
+    given = _given(arguments, *_BENCHMARK, "num_time_groups")
+    if not words:
+        given = _BENCHMARK | {"num_time_groups": 3} | given
+    elif "num_time_groups" not in words and "time_groups.count" not in words:
+        given = {"num_time_groups": 3} | given
+    fields = {_FLAGS.get(name, name): value for name, value in given.items()} | {"enable_boundary_smoothing": False}
+    if twice := sorted(fields.keys() & words.keys()):
+        raise ValueError(f"{twice[0]}: found it as an option and as a word, allowed is one of them")
+    if not words:
+        return ThermoConfig(**fields)
+    return ThermoConfig.preset(words.pop("preset", DEFAULT), **words, **fields)
 
 
 def _check_reports(folder: Path) -> None:
@@ -304,7 +342,7 @@ def _benchmark(
     """The report and the timings."""
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
-        lm = load_model(arguments.model, **_kind(arguments))
+        lm = load_model(arguments.model, **kind_of(arguments))
         calibration = calibrate(lm, timesteps=config.timesteps)
         bar.update()
         suite = build_suite(lm, timesteps=config.timesteps, progress=True)
@@ -339,32 +377,36 @@ def run_point(arguments: argparse.Namespace) -> None:
     fields = arguments.settings
     if "seed" in fields:
         raise ValueError(f"seed: found {fields['seed']!r}, allowed is --seeds {fields['seed']!r}")
+    fields = preset_fields(fields)  # refuses a wrong setting before the work
     points = [point(seed, **fields) for seed in arguments.seeds]
     reproducible()
     grid = Grid(arguments.output, load_model("reference"))
     with printed_if_lost(grid):
         grid.run(points)
     name = " ".join(arguments.fields)
-    print(report.table(summary(grid, {name: fields}, arguments.seeds, name), SUMMARY_COLUMNS))
+    rows = summary(grid, {name: fields}, arguments.seeds, name)
+    tell(arguments, report.table(rows, SUMMARY_COLUMNS), {"rows": rows})
 
 
 def run_report(arguments: argparse.Namespace) -> None:
     """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
     read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
     write_text(arguments.output, report_page(read))
+    if arguments.json:
+        tell(arguments, "", {"report": str(arguments.report), "output": str(arguments.output)})
 
 
 def run_speed(arguments: argparse.Namespace) -> None:
     """Time products from codes against dense ones, print the report and write it."""
     with alone_in(arguments.output, ["processor", "rows"]):
         rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
-        print(report.table(rows, SPEED_COLUMNS))  # first, so that a full disk loses nothing
+        tell(arguments, report.table(rows, SPEED_COLUMNS), {"rows": rows})  # first, so that a full disk loses nothing
         write_speeds(arguments.output, rows)
 
 
 def run_gpu_check(arguments: argparse.Namespace) -> None:
     """Check and time the kernels, models and quantizers on a GPU, write the report and print it."""
-    device = torch.device(_device(arguments.device))
+    device = torch.device(device_of(arguments.device))
     if device.type != "cuda" and arguments.device is None:
         raise ValueError("device: found no GPU, allowed is --device cpu to try the command out")
     extent, found = gpu.QUICK if arguments.quick else gpu.WHOLE, {}

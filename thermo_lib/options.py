@@ -13,7 +13,9 @@ SMOOTHING = ("linear", "cubic", "sigmoid", "spline")
 _RECIPES = ("best starts", "best per layer", "best per layer by path KL")
 _WORDS = {  # commands that take NAME=VALUE, and their names beside the settings of ThermoConfig
     "quantize": {"preset": tuple(PRESETS)},
+    "benchmark": {"preset": tuple(PRESETS)},
     "point": {
+        "preset": tuple(PRESETS),
         "method": (*SMOOTHING, None),
         "recipe": (*_RECIPES, None),
         "mix.code_sequences": range(2**20),
@@ -40,8 +42,17 @@ _LIMITS = {
     "tokens": (1, _MOST),
     "rounds": (2, 10_000),
 }
-_NAMES = ("model", "reference", "family", "device", "scheduler", "sampler")  # texts that mean nothing when empty
-_FILES = ("evaluate", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
+_NAMES = (
+    "model",
+    "reference",
+    "family",
+    "device",
+    "scheduler",
+    "sampler",
+    "a",
+    "b",
+)  # texts that mean nothing when empty
+_FILES = ("evaluate", "compare", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
 
 
 def whole(text: str) -> int:

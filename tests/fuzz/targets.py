@@ -205,6 +205,7 @@ LINES = (
     "chat --raw --threshold 0.9 --sampler maskgit_plus --block-length 4",
     "study --axes full --output grid.json",
     "info --family Dream m",
+    "compare a.json b.json --output c.json --json",
     "tidy n.ipynb",
 )
 

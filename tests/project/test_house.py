@@ -31,7 +31,7 @@ FLOORS = (
     ("pipeline",),
     ("evaluation", "integrations"),
     ("studies",),
-    ("chat", "commands", "options", "prose"),
+    ("chat", "commands", "compare", "options", "prose", "usage", "workbench"),
     ("__main__",),
     ("__init__",),  # the names for users: nothing in the library imports them
 )

@@ -150,6 +150,22 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
     return Point(config, seed, recipe, Mix(**mix) if mix else None)
 
 
+def preset_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``point`` takes instead of ``preset=NAME`` and settings that differ from it; others stay as they are.
+
+    Raises:
+        ValueError: no such preset, or a wrong setting.
+    """
+    rest = dict(fields)
+    if "preset" not in rest:
+        return rest
+    kept = ("method", "recipe", "smoothing_window", *get_args(MixName))
+    own = {name: rest.pop(name) for name in kept if name in rest}
+    config = ThermoConfig.preset(rest.pop("preset"), **rest)
+    content = config.model_dump(mode="json", exclude={"seed"})  # ``point`` has one of the calibration data
+    return {name: value for name, value in content.items() if value is not None} | own
+
+
 @dataclass(frozen=True)
 class PointRow:
     """The scores of one point.
