@@ -8,6 +8,7 @@ EXTRAS = {
     "cuda": "cuda",
     "distributed": "cluster",
     "humming": "cuda",
+    "ipywidgets": "pipeline",
     "lm_eval": "eval",
     "matplotlib": "pipeline",
     "nbformat": "pipeline",

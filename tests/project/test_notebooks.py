@@ -20,7 +20,7 @@ from thermo_lib.evaluation.display import MOST_SENTENCES, sentences
 from thermo_lib.notebooks import processor
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+SOURCES = sorted(path for path in (ROOT / "notebooks").glob("*.ipynb") if path.stem != "workbench")  # a person's
 EXECUTED = ROOT / "notebooks" / "executed"
 STAGES = [path for path in SOURCES if path.stem[0].isdigit()]  # the pipeline's; the rest are nobody's inputs
 LONGEST_CELL = 18  # lines

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from thermo_lib.data.puzzles import encode_puzzles, knows_tasks, make_puzzles
+from thermo_lib.data.puzzles import TASK_LENGTH, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
@@ -25,18 +25,17 @@ from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import Samples, requantize_activations, resmooth, shared_input_samples
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
-from thermo_lib.pipeline.parts import GPTQ, LeastSquares, RoundToNearest, Trellis
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
 from thermo_lib.time_aware.markov import MarkovReport
 from thermo_lib.time_aware.smoothing import SMOOTHING_METHODS, WINDOWED
 from thermo_lib.workbench.job import Job, estimated_seconds
 
-WEIGHTS: dict[str, RoundToNearest | LeastSquares | GPTQ | Trellis] = {
-    "round-to-nearest": RoundToNearest(),
-    "least squares": LeastSquares(),
-    "GPTQ": GPTQ(),
-    "trellis": Trellis(bits=2, spread=False, token_weights="uniform", beam=16),
+WEIGHTS: dict[str, dict[str, Any]] = {  # two bits each
+    "round-to-nearest": {"method": "rtn"},
+    "least squares": {"method": "least_squares"},
+    "GPTQ": {"method": "gptq"},
+    "trellis": {"method": "trellis", "bits": 2, "spread": False, "token_weights": "uniform", "beam": 16},
 }
 QUICK = ("round-to-nearest", "least squares")  # made while one waits
 ACTIVATION_BITS = (16, 8, 4, 3, 2)
@@ -153,26 +152,30 @@ class Session:
         self.calibration: Calibration = calibrate(self.lm, batches, timesteps=timesteps, seed=seed, progress=False)
         size = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
         self.suite: Suite = build_suite(self.lm, timesteps=timesteps, seed=seed, **size)
-        self.prompt, self.start = self._default_prompt()
+        self.prompt, self.start = "", torch.empty(0)
         self._weights: dict[str, tuple[QuantizedLM, Samples]] = {}
         self._ranges: dict[tuple[str, int, int], QuantizedLM] = {}
         self._shown: tuple[str, QuantizedLM] | None = None
         self._last: np.ndarray | None = None
         self._full: tuple[str, list[list[str]]] | None = None
+        self.ask_puzzle()
 
     @property
     def layers(self) -> list[str]:
         """The linears whose parameters can be shown."""
         return list(self.weights("least squares")[0].quantized_layers())
 
-    def _default_prompt(self) -> tuple[str, Tensor]:
+    def ask_puzzle(self) -> None:
+        """Let models solve a 4x4 Sudoku from now on; a model that doesn't know the task continues code."""
         if not knows_tasks(self.lm.tokenizer):
-            return self.ask("def __init__(self")
+            self.ask("def __init__(self")
+            return
         (puzzle,) = make_puzzles("sudoku", 1, self.seed, test=True)
-        ids, is_answer = encode_puzzles([puzzle], self.lm.tokenizer, 42)
-        return puzzle.input, ids.masked_fill(is_answer, self.lm.mask_token_id)
+        ids, is_answer = encode_puzzles([puzzle], self.lm.tokenizer, TASK_LENGTH)
+        self.prompt, self.start = puzzle.input, ids.masked_fill(is_answer, self.lm.mask_token_id)
+        self._full = None
 
-    def ask(self, prompt: str, tokens: int = 24) -> tuple[str, Tensor]:
+    def ask(self, prompt: str, tokens: int = 24) -> None:
         """Let models continue another text from now on.
 
         Raises:
@@ -186,23 +189,31 @@ class Session:
         self.prompt = prompt
         self.start = torch.tensor([[*given, *[self.lm.mask_token_id] * tokens]])
         self._full = None
-        return self.prompt, self.start
+
+    def fields_of(self, choice: Choice) -> dict[str, Any]:
+        """What ``ThermoConfig`` is given; without quantized activations nothing depends on the timestep."""
+        fields: dict[str, Any] = {"weights": WEIGHTS[choice.weights], "timesteps": self.timesteps}
+        if choice.activation_bits < 16:
+            fields["activations"] = {"ranges": "static", "bits": choice.activation_bits}
+            if choice.time_groups > 1:
+                count, half = self._groups(choice)
+                is_windowed = choice.smoothing in WINDOWED
+                fields["time_groups"] = {
+                    "count": count,
+                    "smoothing": None if is_windowed and not half else choice.smoothing,
+                }
+                if is_windowed and half:
+                    fields["time_groups"]["window"] = min(choice.window, half)
+        return fields
+
+    def _groups(self, choice: Choice) -> tuple[int, int]:
+        """The number of groups, and half of the timesteps of the longest, which is the widest window."""
+        count = min(choice.time_groups, self.timesteps)
+        return count, -(-self.timesteps // count) // 2
 
     def config_of(self, choice: Choice) -> ThermoConfig:
-        """The configuration that a choice means; without quantized activations nothing depends on the timestep."""
-        has_ranges = choice.activation_bits < 16
-        grouping = None
-        if has_ranges and choice.time_groups > 1:
-            grouping = {"count": min(choice.time_groups, self.timesteps), "smoothing": choice.smoothing}
-            if choice.smoothing in WINDOWED:
-                longest = -(-self.timesteps // grouping["count"])
-                grouping["window"] = max(1, min(choice.window, longest // 2))
-        return ThermoConfig(
-            weights=WEIGHTS[choice.weights],
-            activations={"ranges": "static", "bits": choice.activation_bits} if has_ranges else None,
-            time_groups=grouping,
-            timesteps=self.timesteps,
-        )
+        """The configuration that a choice means."""
+        return ThermoConfig(**self.fields_of(choice))
 
     def notes_of(self, choice: Choice) -> list[str]:
         """What of a choice has no effect, a line each."""
@@ -215,9 +226,12 @@ class Session:
             found.append("time_groups: found 1, which has no boundary to smooth; choose 2 or more.")
         if choice.time_groups > self.timesteps:
             found.append(f"time_groups: found {choice.time_groups}, shown are {self.timesteps}, one for each timestep.")
-        grouping = self.config_of(choice).time_groups
-        if grouping is not None and choice.smoothing in WINDOWED and grouping.window != choice.window:
-            found.append(f"window: found {choice.window}, half of a group is {grouping.window}, which is what acts.")
+        half = self._groups(choice)[1]
+        if choice.time_groups > 1 and choice.smoothing in WINDOWED and choice.window > half:
+            acts = (
+                f"half of a group is {half}, which is what acts" if half else "a group has one timestep, nothing acts"
+            )
+            found.append(f"window: found {choice.window}, {acts}.")
         return found
 
     def is_ready(self, weights: str) -> bool:
@@ -339,8 +353,7 @@ class Session:
 
     def code(self, choice: Choice) -> str:
         """Lines of Python that make the model of a choice."""
-        fields = self.config_of(choice).model_dump(mode="json", exclude_unset=True)
-        settings = "\n".join(f"    {name}={value!r}," for name, value in fields.items())
+        settings = "\n".join(f"    {name}={value!r}," for name, value in self.fields_of(choice).items())
         size = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
         return (
             "import thermo_lib as thermo\n"

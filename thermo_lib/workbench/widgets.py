@@ -1,0 +1,231 @@
+"""The workbench in a notebook: widgets over a ``Session``."""
+
+import asyncio
+import html
+import io
+from collections.abc import Callable
+from typing import Any
+
+from thermo_lib.evaluation.display import OTHERS, OURS
+from thermo_lib.extras import needs
+from thermo_lib.workbench.job import Job
+from thermo_lib.workbench.session import ACTIVATION_BITS, MASKED, SMOOTHING, WEIGHTS, Choice, Session, View, differences
+
+_WIDE = {"description_width": "130px"}
+_SECONDS = 0.5  # between two looks at a job
+
+
+def summary(view: View) -> str:
+    """What a view's numbers say, as HTML."""
+    low, high = view.total_ci
+    rows = [
+        ("path KL to full precision", f"{view.total:.1f} nats ({low:.1f} to {high:.1f}, {view.sequences} sequences)"),
+    ]
+    if view.change is not None and view.change_ci is not None:
+        low, high = view.change_ci
+        word = "lower" if high < 0 else "higher" if low > 0 else "can't be told apart"
+        rows.append(("against the choice before", f"{view.change:+.2f} nats ({low:+.2f} to {high:+.2f}): {word}"))
+    if view.smoothness is None:
+        rows.append(("Markov score", "none: nothing depends on the timestep"))
+    else:
+        each = ", ".join(f"step {step}: {score:.2f}" for step, score in view.smoothness.boundary_scores.items())
+        rows.append(("Markov score", f"{view.smoothness.score:.3f}" + (f" (boundaries at {each})" if each else "")))
+    rows.append(("stored", f"{view.bits_per_weight:.2f} bits a weight, the model {view.megabytes:.1f} MB"))
+    rows.append(("shown in", f"{view.seconds:.1f} s"))
+    cells = "".join(f"<tr><td><b>{html.escape(a)}</b></td><td>{html.escape(b)}</td></tr>" for a, b in rows)
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in view.notes)
+    return f"<table>{cells}</table>{notes}"
+
+
+def tokens_html(view: View, step: int) -> str:
+    """Both models' texts at one step of the denoising; tokens that differ are marked."""
+    marks = differences(view.texts, step)
+    lines = []
+    for name, steps in view.texts.items():
+        words = []
+        for word, differs in zip(steps[step], marks, strict=True):
+            shown = html.escape(word).replace("\n", "⏎<br>")
+            is_marked = differs and name == "quantized"
+            style = "background:#F5C9A8;font-weight:bold" if is_marked else f"color:{OTHERS}" if word == MASKED else ""
+            words.append(f'<span style="{style}">{shown}</span>')
+        text = "".join(words)
+        lines.append(f'<td style="padding-right:40px;vertical-align:top"><b>{name}</b><pre>{text}</pre></td>')
+    count = sum(marks)
+    said = f"step {step} of {len(view.texts['quantized']) - 1}: {count} token{'s' * (count != 1)} differ"
+    return f"<table><tr>{''.join(lines)}</tr></table><p>{said}</p>"
+
+
+def figure(view: View, last: View | None) -> Any:
+    """Parameters over the timesteps before and after smoothing, and path KL of each step against the view before."""
+    plt = needs("matplotlib.pyplot")
+    drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    steps = range(len(view.path_kl))
+    if view.before:
+        left.step(steps, view.before, where="mid", color=OTHERS, label="before smoothing")
+        left.plot(steps, view.after, color=OURS, marker="o", markersize=4, label="after smoothing")
+        left.legend(frameon=False, fontsize=9)
+    else:
+        left.text(0.5, 0.5, "nothing depends on the timestep", ha="center", transform=left.transAxes)
+    left.set(xlabel="timestep", ylabel="scale of the layer's input")
+    left.set_title(view.layer, loc="left", fontsize=10)
+    if last is not None:
+        right.plot(steps, last.path_kl, color=OTHERS, marker="s", markersize=4, label="choice before")
+    right.plot(steps, view.path_kl, color=OURS, marker="o", markersize=4, label="this choice")
+    right.legend(frameon=False, fontsize=9)
+    right.set(xlabel="timestep", ylabel="path KL (nats a sequence)", ylim=(0, None))
+    right.set_title("How far from full precision at each step", loc="left", fontsize=10)
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+        ax.spines[["top", "right"]].set_visible(False)
+    plt.close(drawn)
+    return drawn
+
+
+class Workbench:
+    """Widgets to choose with, and what is shown of the choice.
+
+    Args:
+        session: what computes it.
+
+    Attributes:
+        panel: the whole, to be displayed.
+        view: what is shown; None before anything could be.
+    """
+
+    def __init__(self, session: Session):
+        widgets = needs("ipywidgets")
+        self.session, self.view, self._last, self._job = session, None, None, None
+        self.view: View | None
+        self._last: View | None
+        self._job: Job | None
+        self._watching: asyncio.Future[None] | None = None
+        first = Choice()
+        self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights (2 bits)")
+        self.bits = widgets.Dropdown(
+            options=ACTIVATION_BITS, value=first.activation_bits, description="activation bits"
+        )
+        most = session.timesteps
+        self.groups = widgets.IntSlider(first.time_groups, 1, most, description="time groups", continuous_update=False)
+        methods = [("none" if method is None else method, method) for method in SMOOTHING]
+        self.smoothing = widgets.Dropdown(options=methods, value=first.smoothing, description="smoothing")
+        self.window = widgets.IntSlider(first.window, 1, 20, description="window (steps)", continuous_update=False)
+        self.layer = widgets.Dropdown(options=session.layers, description="layer")
+        self.step = widgets.IntSlider(session.timesteps, 0, session.timesteps, description="denoising step")
+        self.prompt = widgets.Text(description="own prompt", placeholder="code to continue; empty for a 4x4 Sudoku")
+        self.prompt.continuous_update = False
+        self.message = widgets.HTML()
+        self.numbers, self.texts, self.chart = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
+        self.make, self.stop = widgets.Button(description="Make"), widgets.Button(description="Stop")
+        self.progress = widgets.FloatProgress(0, min=0, max=1, layout={"width": "200px"})
+        self.code, self.save = widgets.Button(description="Copy as code"), widgets.Button(description="Save")
+        self.lines = widgets.Textarea(layout={"width": "100%", "height": "260px", "display": "none"})
+        choosers = (self.weights, self.bits, self.groups, self.smoothing, self.window, self.layer)
+        for chooser in (*choosers, self.step, self.prompt):
+            chooser.style = _WIDE
+        for chooser in choosers:
+            chooser.observe(lambda _: self.update(), "value")
+        self.step.observe(lambda _: self._show_texts(), "value")
+        self.prompt.observe(lambda _: self._ask(), "value")
+        for button, act in ((self.make, self._make), (self.stop, self._stop), (self.code, self._code)):
+            button.on_click(lambda _, act=act: self._said(act))
+        self.save.on_click(lambda _: self._said(self._save))
+        self._buttons(False)
+        making = widgets.HBox([self.make, self.stop, self.progress])
+        chosen = widgets.VBox([*choosers, making, widgets.HBox([self.code, self.save]), self.message])
+        shown = widgets.VBox([self.numbers])
+        below = widgets.VBox([self.prompt, self.step, self.texts])
+        self.panel = widgets.VBox([widgets.HBox([chosen, shown]), self.chart, below, self.lines])
+        self.update()
+
+    @property
+    def choice(self) -> Choice:
+        """What is chosen now."""
+        return Choice(
+            weights=self.weights.value,
+            activation_bits=self.bits.value,
+            time_groups=self.groups.value,
+            smoothing=self.smoothing.value,
+            window=self.window.value,
+            layer=self.layer.value,
+        )
+
+    def update(self) -> None:
+        """Show the present choice; weights that aren't made yet are named with the time that they take."""
+        self._said(self._update)
+
+    def _update(self) -> str:
+        choice = self.choice
+        if not self.session.is_ready(choice.weights):
+            self._buttons(True)
+            seconds = self.session.seconds_of(choice.weights)
+            return f"{choice.weights}: not made yet; Make takes about {seconds:.0f} s on this machine."
+        self._buttons(False)
+        self._last, self.view = self.view, self.session.show(choice)
+        self.numbers.value = summary(self.view)
+        self.chart.value = _png(figure(self.view, self._last))
+        self._show_texts()
+        return ""
+
+    def _said(self, act: Callable[[], str]) -> None:
+        """Do something, and say in one line what is the matter where it can't be done; the rest goes on."""
+        try:
+            said = act()
+        except (ValueError, OSError) as error:
+            said = f"error: {error}"
+        self.message.value = f"<p><b>{html.escape(said)}</b></p>" if said else ""
+
+    def _show_texts(self) -> None:
+        if self.view is not None:
+            self.texts.value = tokens_html(self.view, min(self.step.value, len(self.view.texts["quantized"]) - 1))
+
+    def _ask(self) -> None:
+        def ask() -> str:
+            if self.prompt.value:
+                self.session.ask(self.prompt.value)
+            else:
+                self.session.ask_puzzle()
+            return self._update()
+
+        self._said(ask)
+
+    def _buttons(self, can_make: bool) -> None:
+        is_running = self._job is not None and self._job.is_running
+        self.make.disabled, self.stop.disabled = not can_make or is_running, not is_running
+
+    def _make(self) -> str:
+        weights = self.weights.value
+        self._job = self.session.make(weights)
+        self._buttons(True)
+        self._watching = asyncio.ensure_future(self._watch(self._job, weights))
+        return f"{weights}: being made"
+
+    async def _watch(self, job: Job, weights: str) -> None:
+        while job.is_running:
+            self.progress.value = job.share
+            left = job.seconds_left
+            self.message.value = f"{weights}: being made" + ("" if left is None else f", about {left:.0f} s left")
+            await asyncio.sleep(_SECONDS)
+        self._said(job.result)
+        self.progress.value = 0.0
+        self._buttons(not self.session.is_ready(weights))
+        if self.session.is_ready(weights) and self.weights.value == weights:
+            self.update()
+
+    def _stop(self) -> str:
+        if self._job is None:
+            return ""
+        self._job.stop()
+        return self._job.result()
+
+    def _code(self) -> str:
+        self.lines.value, self.lines.layout.display = self.session.code(self.choice), "flex"
+        return "The lines are below."
+
+    def _save(self) -> str:
+        return f"Saved in {self.session.save(self.choice)}; load_quantized reads it."
+
+
+def _png(drawn: Any) -> bytes:
+    content = io.BytesIO()
+    drawn.savefig(content, format="png", dpi=90)
+    return content.getvalue()
