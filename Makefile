@@ -49,7 +49,7 @@ help:
 	@echo "make faults  let every file operation of every command that writes fail once (FAULTS=...): nothing may be lost"
 	@echo "make fuzz    read 10,000 damaged inputs: all must end in one line (FUZZ_ARGS=--count 500 --seed 1 --kind words)"
 	@echo "make docs    make a site of docs/ and of what the docstrings say: artifacts/site"
-	@echo "make lab     open JupyterLab at notebooks/ (more options: LAB_ARGS=...)"
+	@echo "make lab     open JupyterLab with the workbench, on copies of the notebooks (more options: LAB_ARGS=...)"
 	@echo "make peers   quantize with the methods of other projects, in .venv-peers, and score them: reports/peers.json"
 	@echo "make witness ask the study's questions of a second model, which is downloaded: reports/witness.json"
 	@echo "make dream-7b  quantize and run a checkpoint of Dream 7B's size (MODEL=random, a folder or a hub id)"
@@ -90,8 +90,16 @@ fuzz: .venv/.stamp
 docs: .venv/.stamp
 	$(IN_VENV) NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs --quiet build --strict
 
+# What is opened are copies, so that the tracked notebooks stay as they are; the root is the checkout. Of news and new
+# versions, which Lab would ask about elsewhere, nothing is shown.
+LAB_SETTINGS = .venv/share/jupyter/lab/settings
 lab: .venv/.stamp
-	$(IN_VENV) .venv/bin/jupyter-lab $(LAB_ARGS) notebooks
+	@mkdir -p artifacts/lab $(LAB_SETTINGS)
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}' \
+		> $(LAB_SETTINGS)/overrides.json
+	@for path in notebooks/*.ipynb; do test -e "artifacts/lab/$${path##*/}" || cp "$$path" artifacts/lab/; done
+	@echo "Your copies of the notebooks are in artifacts/lab: delete one to begin again with that of notebooks/."
+	$(IN_VENV) .venv/bin/jupyter-lab --LabApp.default_url=/lab/tree/artifacts/lab/workbench.ipynb $(LAB_ARGS)
 
 # What the report has already is kept, and a run that was stopped goes on. For a new one delete artifacts/peers and
 # reports/peers.json. Without KEEP_MEMORY HQQ spends most of its time on memory.
