@@ -110,8 +110,12 @@ def page(lab: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
             target = next(target for target in json.load(answer) if target["type"] == "page")
         page = Page(target["webSocketDebuggerUrl"])
         page.send("Page.navigate", url=lab)
-        kernel = "window.jupyterapp?.shell?.currentWidget?.context?.sessionContext?.session?.kernel?.status"
-        until(lambda: page.js(kernel) == "idle", "the notebook's kernel")
+        opened = "[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(one => one.context?.path)"
+        until(
+            lambda: page.js(f"{opened}?.context.sessionContext.session?.kernel?.status") == "idle",
+            "the notebook's kernel",
+        )
+        page.js(f"jupyterapp.shell.activateById({opened}.id)")  # no one has clicked on it
         page.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
         until(lambda: page.js("!!document.querySelector('img.widget-image')?.src"), "the workbench's figure")
         yield page
