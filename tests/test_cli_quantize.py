@@ -128,7 +128,7 @@ class TestQuantize:
         with pytest.raises(SystemExit) as error:
             command_line.main(["quantize", "--output", "never", f"--layerwise={word}"])
         assert error.value.code == 2
-        assert f"--layerwise: found {word!r}, allowed are a whole number from 1 and all" in capsys.readouterr().err
+        assert f"layerwise: found {word!r}, allowed are a whole number from 1 and all" in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

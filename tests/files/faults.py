@@ -126,10 +126,10 @@ def _prepare(place: Path) -> None:
         return {"name": name, "accuracy": 0.5}
 
     def report(arguments: argparse.Namespace, *_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        full = {"name": "a", "accuracy": 0.1 * arguments.bits}
+        full = {"name": "a", "accuracy": 0.1 * (arguments.bits or 2)}
         about = {"versions": {}, "hardware": {"processor": "", "logical_cores": 1, "threads": 1}}
         content = {"model": "m", "full_precision": full, "configurations": [], "targets": [], **about}
-        return content, {"bits": arguments.bits}
+        return content, {"bits": arguments.bits or 2}
 
     def check(device: Any, extent: Any, output: Path, *, found: dict[str, Any], progress: bool) -> dict[str, Any]:
         found |= {"card": str(extent), "failed": {}, "versions": {}} | {part: [] for part in commands.gpu.PARTS}

@@ -138,7 +138,7 @@ class TestBlockLength:
         ("layout", "changes", "asked", "message"),
         [
             (DREAM, {}, 4, "block_length: found 4, allowed is None with 'Dream', whose attention is full"),
-            (FAST_DLLM, {}, 4, "block_length: found 4, allowed is 5, which is bd_size of config.json"),
+            (FAST_DLLM, {}, 4, "block_length: found 4, allowed is 5, its bd_size in config.json"),
             (FAST_DLLM, {"bd_size": None}, None, "missing bd_size"),
             (SDAR, {"block_size": 0}, None, "block_size: found 0, allowed are whole numbers from 1 to 16777216"),
             (SDAR, {"block_size": None}, 2.0, "block_size: found 2.0, allowed are whole numbers from 1 to 16777216"),

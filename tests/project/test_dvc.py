@@ -92,7 +92,7 @@ REACHED = {
     "overhead.rounds": {"boundary_smoothing", "report"},
     "reference.sudoku": {"reference_model", "int2_baseline", "boundary_smoothing", "report", "smoothing_study"},
     "evaluation.sequences": ALL_BUT_TRAINING - {"calibration"},
-    "quant.timesteps": ALL_BUT_TRAINING,
+    "quant.timesteps": ALL_BUT_TRAINING | {"peers"},
     "train.steps": {"train", *ALL_BUT_TRAINING},
 }
 

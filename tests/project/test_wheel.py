@@ -142,7 +142,7 @@ SHORT = {
     ),
 }
 ARGUMENTS = {  # of a command line of README, by its verb
-    "evaluate": ["--sequences", "1", "--trajectories", "1", "--timesteps", "2"],
+    "evaluate": ["--sequences", "2", "--trajectories", "2", "--timesteps", "2"],
 }
 
 

@@ -92,7 +92,7 @@ def _shards(index: Path) -> list[Path]:
         if not isinstance(name, str) or not name.endswith(".safetensors"):
             raise ValueError(f"{where}: found {name!r:.80}, {allowed}")
         if Path(name).name != name:
-            raise ValueError(f"{where}: found shard {name!r:.80} outside the folder, {allowed}")
+            raise ValueError(f"{where}: found shard {name!r:.300} outside the folder, {allowed}")
         if (size := len(os.fsencode(name))) > _LONGEST_NAME:
             raise ValueError(f"{where}: found a name of {size} bytes, allowed are {_LONGEST_NAME} at most")
     paths = [index.with_name(name) for name in sorted(set(weight_map.values()))]
