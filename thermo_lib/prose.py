@@ -30,13 +30,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from thermo_lib.evaluation.statistics import interval, verdict
+from thermo_lib.evaluation.statistics import verdict
 from thermo_lib.files.reading import read_json, read_text, shown
 from thermo_lib.files.text import write_text
 from thermo_lib.notebooks import ROOT
 from thermo_lib.studies.grid import PointRow, point
 from thermo_lib.studies.params import default
-from thermo_lib.studies.peers import accuracy_kept, compare
+from thermo_lib.studies.peers import accuracy_kept, compare, path_kl_share
 from thermo_lib.studies.smoothing import gain, path_kl_change
 
 PAGES = (
@@ -109,10 +109,9 @@ def _printed(notebook: str) -> str:
 
 
 def _peer(name: str) -> Record:
-    wanted = ("full precision",) if name == "full" else PEERS[name]
     if name == "full":
         return _report("peers")["full_precision"]
-    (row,) = (row for row in _report("peers")["rows"] if (row["method"], row["setting"]) == wanted)
+    (row,) = (row for row in _report("peers")["rows"] if (row["method"], row["setting"]) == PEERS[name])
     return row
 
 
@@ -229,10 +228,8 @@ def _verdict_of_gain(record: Record) -> str:
 
 def _share(record: Record) -> str:
     """What is left of the path KL of the row that this one is compared with, with its paired interval."""
-    new, old = (side["path_kl_per_sequence"] for side in (record, record["of"]))
-    total = lambda values, index: sum(values[i] for i in index)  # noqa: E731
-    ci = interval(lambda index: total(new, index) / total(old, index), len(new))
-    return f"{record['path_kl'] / record['of']['path_kl']:.2f} ({spread(ci, '.2f')})"
+    share, ci = path_kl_share(record, record["of"])
+    return f"{share:.2f} ({spread(ci, '.2f')})"
 
 
 QUANTITIES: dict[str, Callable[[Record], str]] = {
@@ -240,7 +237,6 @@ QUANTITIES: dict[str, Callable[[Record], str]] = {
     "accuracy": lambda record: number(record["accuracy"], ".3f"),
     "accuracy_ci": _with_ci("accuracy", ".3f"),
     "kl": lambda record: number(record["path_kl"], ".1f"),
-    "kl2": lambda record: number(record["path_kl"], ".2f"),
     "kl2_baseline": lambda record: number(record["path_kl_baseline"], ".2f"),
     "kl_ci": _with_ci("path_kl", ".1f"),
     "a4": lambda record: f"{number(record['accuracy_a4'], '.3f')}, {number(record['path_kl_a4'], '.1f')}",
@@ -250,21 +246,17 @@ QUANTITIES: dict[str, Callable[[Record], str]] = {
     "seconds": lambda record: number(record["seconds"], ".0f"),
     "gb": lambda record: number(record["peak_mib"] * 2**20 / 1e9, ".1f"),
     "gain": _with_ci("gain", "+.1%"),
-    "gain_only": lambda record: number(record["gain"], "+.1%"),
     "change": _with_ci("path_kl_change", "+.1f"),
     "change2": _with_ci("path_kl_change", "+.2f"),
     "kl_change": lambda record: f"{number(record['path_kl'], '.1f')}, {_with_ci('path_kl_change', '+.1f')(record)}",
     "ahead": _with_ci("path_kl_change", ".1f", sign=-1, unit=" nats"),
     "lead": _with_ci("gain", ".1%"),
-    "fall": _with_ci("path_kl_change", ".1f", sign=-1),
     "kept": _kept,
     "kept_verdict": _kept_verdict,
     "gain_verdict": _verdict_of_gain,
     "share": _share,
     "target": lambda record: _with_ci("value", "+.1%")({**record, "value_ci": record["ci"]}),
-    "target_only": lambda record: number(record["value"], "+.1%"),
     "norms_gain": _with_ci("change", ".2f", sign=-1),
-    "norms_change": _with_ci("change", "+.2f"),
     "kl_norms": lambda record: f"{record['path_kl']:.1f}, {_with_ci('change', '+.2f')(record)} against one set",
     "overhead": lambda record: f"{number(record['value'], '+.1%')}, {record['verdict']}",
     "groups_change": _with_ci("change", "+.1f"),

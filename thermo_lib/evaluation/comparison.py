@@ -13,7 +13,7 @@ import numpy as np
 
 from thermo_lib.diffusion.sampling import unmask_probabilities
 from thermo_lib.evaluation.scores import Evaluation, Suite, accuracy_per_sequence
-from thermo_lib.evaluation.statistics import RESAMPLES, interval
+from thermo_lib.evaluation.statistics import RESAMPLES, mean_interval
 from thermo_lib.files.snapshots import digest, named
 
 Judgement = Literal["better", "worse", "equal", "can't be told apart", "smaller", "larger"]
@@ -147,7 +147,7 @@ def _interval(
             return None  # one value says nothing about how much values vary
         if (pairs == pairs[0]).all():
             return float(pairs[0]), float(pairs[0])
-        return interval(lambda index: float(pairs[index].mean()), len(pairs), resamples)
+        return mean_interval(pairs, resamples)
     old, new = _own_interval(a, measure.key, resamples), _own_interval(b, measure.key, resamples)
     if old is None or new is None:
         return None
@@ -164,8 +164,7 @@ def _own_interval(row: Mapping[str, Any], key: str, resamples: int) -> Sequence[
     values = (row.get("sequences") or {}).get(key)
     if not values:
         return None
-    array = np.array(values, dtype=float)
-    return interval(lambda index: float(array[index].mean()), len(array), resamples)
+    return mean_interval(np.array(values, dtype=float), resamples)
 
 
 def in_words(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -31,6 +31,23 @@ SOLVED_COLUMNS = {
 CODE_COLUMNS = {"prompt": ("prompt", "{}"), "model": ("model", "{}"), "continuation": ("text", "{}")}
 
 
+def denoising(lm: DiffusionLM, start: torch.Tensor, timesteps: int) -> list[torch.Tensor]:
+    """The states of a text that is denoised, from the start to the finished text.
+
+    Args:
+        lm: the model.
+        start: int64 ``(1, length)``, masked where tokens are to be written.
+        timesteps: number of denoising steps.
+
+    Returns:
+        ``timesteps + 1`` times int64 ``(length,)``, on the CPU.
+    """
+    states: list[torch.Tensor] = []
+    keep = lambda _timestep, _rows, state: states.append(state[0].cpu().clone())  # noqa: E731
+    states.append(generate(lm, start, timesteps=timesteps, on_state=keep)[0].cpu())
+    return states
+
+
 def sudoku_steps(models: Mapping[str, DiffusionLM], puzzle: Puzzle, *, timesteps: int) -> list[dict[str, Any]]:
     """How each model fills a Sudoku, step by step.
 
@@ -54,10 +71,7 @@ def sudoku_steps(models: Mapping[str, DiffusionLM], puzzle: Puzzle, *, timesteps
         ids, is_answer = encode_puzzles([puzzle], lm.tokenizer, LENGTH)
         # One token a digit; the line ends between them are filled too, but aren't cells.
         cells = [at for at in is_answer[0].nonzero().flatten().tolist() if _token(lm, ids[0, at]).isdigit()]
-        states: list[torch.Tensor] = []
-        start = ids.masked_fill(is_answer, lm.mask_token_id)
-        keep = lambda _timestep, _rows, state, kept=states: kept.append(state[0].cpu().clone())  # noqa: E731
-        states.append(generate(lm, start, timesteps=timesteps, on_state=keep)[0].cpu())
+        states = denoising(lm, ids.masked_fill(is_answer, lm.mask_token_id), timesteps)
         solution = puzzle.output.replace("\n", "")
         for step, state in enumerate(states):
             shown = "".join(_cell(lm, state[at]) for at in cells)

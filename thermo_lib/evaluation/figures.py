@@ -239,6 +239,21 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, 
     ax.set_ylim(len(factors) - 0.5, -0.5)
 
 
+def parameter_over_time(
+    layer: str,
+    before: Sequence[float],
+    after: Mapping[str, Sequence[float]],
+    *,
+    ylabel: str,
+    ours: Collection[str] = (),
+    ax: "Axes",
+) -> None:
+    """One panel of ``parameters_over_time``, on axes that are there."""
+    lines(after, ylabel=ylabel, title=layer, ours=ours, ax=ax)
+    ax.step(range(len(before)), before, where="mid", color=COLORS[6], linewidth=1.5, zorder=1)
+    ax.annotate("not smoothed", (0, before[0]), (0, 5), textcoords="offset points", fontsize=9)
+
+
 def parameters_over_time(
     before: Mapping[str, Sequence[float]],
     after: Mapping[str, Mapping[str, Sequence[float]]],
@@ -259,9 +274,7 @@ def parameters_over_time(
     figure, axes = _axes(len(before), width=4.6, height=3.8)
     _head(figure, title)
     for ax, (layer, values) in zip(axes, before.items(), strict=True):
-        lines(after[layer], ylabel=ylabel, title=layer, ours=ours, ax=ax)
-        ax.step(range(len(values)), values, where="mid", color=COLORS[6], linewidth=1.5, zorder=1)
-        ax.annotate("not smoothed", (0, values[0]), (0, 5), textcoords="offset points", fontsize=9)
+        parameter_over_time(layer, values, after[layer], ylabel=ylabel, ours=ours, ax=ax)
 
 
 def heat_maps(

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -38,6 +38,18 @@ def interval(
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(result.low), float(result.high)
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The 95 % interval of the mean of some values, see ``interval``."""
+    array = np.asarray(values)
+    return interval(lambda index: float(array[index].mean()), len(array), resamples)
+
+
+def side_of_zero(ci: Sequence[float], below: str, above: str, between: str) -> str:
+    """One of three words: for an interval below 0, above it, or one that holds it."""
+    low, high = ci
+    return below if high < 0 else above if low > 0 else between
 
 
 def verdict(ci: tuple[float, float], target: float, *, at_least: bool) -> Verdict:

@@ -6,9 +6,11 @@ Rows that aren't there yet make a sentence shorter, or name what has not been me
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from thermo_lib.evaluation.display import between, verdicts
+from thermo_lib.evaluation.statistics import side_of_zero
 from thermo_lib.studies import peers
 
 Rows = Sequence[Mapping[str, Any]]
@@ -106,14 +108,14 @@ def _order(both: Rows) -> str:
 def _time_shares(variance: Mapping[str, Any]) -> dict[str, float]:
     """Model to the share of the variance of a range's logarithm that the timestep explains, mean over seeds."""
     found = {model: one["shares"]["time"] for model, one in variance.items()}
-    return {model: sum(values) / len(values) for model, values in found.items() if values}
+    return {model: fmean(values) for model, values in found.items() if values}
 
 
 def _time(variance: Mapping[str, Any], model: str) -> str:
     shares = _time_shares(variance)
     if model not in shares:
         return ""
-    factors = {name: sum(values) / len(values) for name, values in variance[model]["shares"].items()}
+    factors = {name: fmean(values) for name, values in variance[model]["shares"].items()}
     largest = max(factors, key=factors.__getitem__)
     there = f" ({shares['reference']:.0%} on the reference model)" if "reference" in shares else ""
     time = f"The timestep explains {shares[model]:.0%} of the variance of a range{there}"
@@ -127,7 +129,7 @@ def explained(models: Mapping[str, Any]) -> list[dict[str, Any]]:
         for factor in ("time", "token state"):
             values = [layer[factor] for layer in found["tokens"].values()]
             if values:
-                rows.append({"model": model, "factor": factor, "mean": sum(values) / len(values), "most": max(values)})
+                rows.append({"model": model, "factor": factor, "mean": fmean(values), "most": max(values)})
     return rows
 
 
@@ -138,7 +140,7 @@ def _schedules(rows: Rows) -> Iterator[str]:
         if changed:
             best = min(changed, key=lambda row: row["change"])
             low, high = best["change_ci"]
-            verb = "lowers" if high < 0 else "raises" if low > 0 else "does not measurably change"
+            verb = side_of_zero(best["change_ci"], "lowers", "raises", "does not measurably change")
             yield (
                 f"At W2A{bits} the best schedule over the timesteps, `{best['method']}`, {verb} path KL "
                 f"({best['change']:+z.2f} nats, {low:+z.2f} to {high:+z.2f}, to {best['path_kl']:.1f})."
@@ -155,7 +157,7 @@ def _norms(norms: Rows) -> Iterator[str]:
             continue
         best = min(several, key=lambda row: row["change"])
         low, high = best["change_ci"]
-        found = "fewer" if high < 0 else "more" if low > 0 else "neither fewer nor more"
+        found = side_of_zero(best["change_ci"], "fewer", "more", "neither fewer nor more")
         yield (
             f"{weights}, {model}: {best['count']} sets of norms ({best['smoothing'] or 'not smoothed'}) leave {found} "
             f"nats than one set ({best['change']:+z.2f}, {low:+z.2f} to {high:+z.2f}; "

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from thermo_lib.evaluation.report import versions
 from thermo_lib.evaluation.smoothing import CLAIMED, target_row
-from thermo_lib.evaluation.statistics import interval
+from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.files.locks import locked
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
@@ -77,11 +77,6 @@ NORM_COLUMNS = {
     "change": ("change", "{:+z.3f}"),
     "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
 }
-PUBLIC_COLUMNS = {
-    "method": ("method", "{}"),
-    "accuracy": ("accuracy", "{:.3f}"),
-    "95 %, over masks": ("accuracy_ci", "{0[0]:.3f}..{0[1]:.3f}"),
-}
 # Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
 _ON_REFERENCE = {
     "round-to-nearest": ("round-to-nearest", "group 128"),
@@ -111,9 +106,9 @@ def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[st
         "activation_bits": activation_bits,
         "seeds": len(rows),
         "accuracy": float(accuracies.mean()),
-        "accuracy_ci": list(interval(lambda index: float(accuracies[index].mean()), len(accuracies))),
+        "accuracy_ci": list(mean_interval(accuracies)),
         "path_kl": float(paths.mean()),
-        "path_kl_ci": list(interval(lambda index: float(paths[index].mean()), len(paths))),
+        "path_kl_ci": list(mean_interval(paths)),
     }
 
 
@@ -134,8 +129,8 @@ def public_rows(lm: DiffusionLM, inputs: WitnessInputs, *, progress: bool = True
         config = name and method_points(name)[0].config
         model = quantize(lm, config, calibration) if config else lm
         found = public_accuracy(model).numpy()
-        ci = interval(lambda index, found=found: float(found[index].mean()), len(found))
-        rows.append({"method": name or "full precision", "accuracy": float(found.mean()), "accuracy_ci": list(ci)})
+        row = {"accuracy": float(found.mean()), "accuracy_ci": list(mean_interval(found))}
+        rows.append({"method": name or "full precision"} | row)
     return rows
 
 

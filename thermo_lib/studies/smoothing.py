@@ -11,7 +11,7 @@ import numpy as np
 
 from thermo_lib.evaluation.report import table
 from thermo_lib.evaluation.smoothing import CLAIMED, Targets, target_row
-from thermo_lib.evaluation.statistics import interval
+from thermo_lib.evaluation.statistics import interval, mean_interval
 from thermo_lib.pipeline.about import words
 from thermo_lib.studies.grid import Grid, Point, PointRow, point
 
@@ -183,7 +183,7 @@ def gain(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float
 def path_kl_change(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float, tuple[float, float]]:
     """Change of path KL in nats, seeds averaged, with a paired 95 % interval over trajectories."""
     new, old = (np.mean([row.path_kl_per_sequence for row in side], 0) for side in (rows, baselines))
-    return float((new - old).mean()), interval(lambda index: float((new - old)[index].mean()), len(new))
+    return float((new - old).mean()), mean_interval(new - old)
 
 
 def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:

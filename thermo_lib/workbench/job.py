@@ -17,7 +17,7 @@ from thermo_lib.files.reading import read_object
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import linear_names, names_by_block
+from thermo_lib.pipeline.model import linear_names
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import save_quantized
@@ -76,14 +76,13 @@ class Job:
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def begin(cls, model: str, config: ThermoConfig, calibration: Calibration, place: Path) -> "Job":
-        """Start the process; blocks that an earlier one finished aren't made again."""
+    def begin(cls, model: str, blocks: int, config: ThermoConfig, calibration: Calibration, place: Path) -> "Job":
+        """Start the process on a model of so many blocks; those that an earlier one finished aren't made again."""
         work = place.with_name(f"{place.name}-unfinished")
         work.mkdir(parents=True, exist_ok=True)
         calibration.save(work / "calibration.safetensors")
         order = {"model": model, "config": config.model_dump(mode="json"), "output": str(place.resolve())}
         write_json(work / "order.json", order)
-        blocks = len(names_by_block(linear_names(load_model(model).model)))
         command = [sys.executable, "-m", "thermo_lib.workbench.job", str((work / "order.json").resolve())]
         with (work / "said.txt").open("wb") as said:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)

@@ -5,26 +5,25 @@ on two cores. What is measured on so little has wide intervals, which are shown 
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from thermo_lib.data.puzzles import TASK_LENGTH, encode_puzzles, knows_tasks, make_puzzles
 from thermo_lib.diffusion.path_kl import path_kl
-from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
+from thermo_lib.evaluation.demo import MASKED, denoising
 from thermo_lib.evaluation.scores import Suite, build_suite
-from thermo_lib.evaluation.statistics import interval
+from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.evaluation.summary import markov
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import Samples, requantize_activations, resmooth, shared_input_samples
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.model import QuantizedLM, linear_names, names_by_block
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
 from thermo_lib.time_aware.markov import MarkovReport
@@ -40,7 +39,6 @@ WEIGHTS: dict[str, dict[str, Any]] = {  # two bits each
 QUICK = ("round-to-nearest", "least squares")  # made while one waits
 ACTIVATION_BITS = (16, 8, 4, 3, 2)
 SMOOTHING = (None, *SMOOTHING_METHODS)
-MASKED = "·"
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,6 @@ class Session:
         self.prompt, self.start = "", torch.empty(0)
         self._weights: dict[str, tuple[QuantizedLM, Samples]] = {}
         self._ranges: dict[tuple[str, int, int], QuantizedLM] = {}
-        self._shown: tuple[str, QuantizedLM] | None = None
         self._last: np.ndarray | None = None
         self._full: tuple[str, list[list[str]]] | None = None
         self.ask_puzzle()
@@ -163,7 +160,7 @@ class Session:
     @property
     def layers(self) -> list[str]:
         """The linears whose parameters can be shown."""
-        return list(self.weights("least squares")[0].quantized_layers())
+        return linear_names(self.lm.model)
 
     def ask_puzzle(self) -> None:
         """Let models solve a 4x4 Sudoku from now on; a model that doesn't know the task continues code."""
@@ -244,7 +241,8 @@ class Session:
 
     def make(self, weights: str) -> Job:
         """Begin to make slow weights, in a process of their own that can be stopped; the same call goes on."""
-        return Job.begin(self.model, self._plain(weights), self.calibration, self._place(weights))
+        blocks = len(names_by_block(self.layers))
+        return Job.begin(self.model, blocks, self._plain(weights), self.calibration, self._place(weights))
 
     def _plain(self, weights: str) -> ThermoConfig:
         return ThermoConfig(weights=WEIGHTS[weights], timesteps=self.timesteps)
@@ -292,9 +290,10 @@ class Session:
             ValueError: weights that aren't made yet, or a layer that isn't there.
         """
         start = time.perf_counter()
-        layer = choice.layer or self.layers[0]
-        if layer not in self.layers:
-            allowed = f"{self.layers[0]} to {self.layers[-1]}"
+        layers = self.layers
+        layer = choice.layer or layers[0]
+        if layer not in layers:
+            allowed = f"{layers[0]} to {layers[-1]}"
             raise ValueError(f"layer: found {layer!r:.80}, allowed are the quantized linears, {allowed}")
         lm = self.build(choice)
         states, outputs = self.suite.trajectories, self.suite.reference_outputs
@@ -335,9 +334,7 @@ class Session:
     def _steps(self, lm: DiffusionLM) -> list[list[str]]:
         """The tokens that are written, at each step of the denoising and at its end; ``·`` where one is masked."""
         open_places = (self.start[0] == self.lm.mask_token_id).nonzero().flatten().tolist()
-        states: list[Tensor] = []
-        keep: Callable[[int, slice, Tensor], None] = lambda _t, _rows, state: states.append(state[0].clone())  # noqa: E731
-        states.append(generate(lm, self.start.clone(), timesteps=self.timesteps, on_state=keep)[0])
+        states = denoising(lm, self.start, self.timesteps)
         return [[self._word(int(state[at])) for at in open_places] for state in states]
 
     def _word(self, token: int) -> str:
@@ -369,7 +366,7 @@ class Session:
 def _interval(values: np.ndarray) -> tuple[float, float]:
     if len(values) < 2:
         return float("nan"), float("nan")
-    return interval(lambda index: float(values[index].mean()), len(values), resamples=500)
+    return mean_interval(values, resamples=500)
 
 
 def differences(texts: Mapping[str, list[list[str]]], step: int) -> list[bool]:

@@ -6,7 +6,9 @@ import io
 from collections.abc import Callable
 from typing import Any
 
-from thermo_lib.evaluation.display import OTHERS, OURS
+from thermo_lib.evaluation.display import OTHERS
+from thermo_lib.evaluation.figures import lines, parameter_over_time
+from thermo_lib.evaluation.statistics import side_of_zero
 from thermo_lib.extras import needs
 from thermo_lib.workbench.job import Job
 from thermo_lib.workbench.session import ACTIVATION_BITS, MASKED, SMOOTHING, WEIGHTS, Choice, Session, View, differences
@@ -23,7 +25,7 @@ def summary(view: View) -> str:
     ]
     if view.change is not None and view.change_ci is not None:
         low, high = view.change_ci
-        word = "lower" if high < 0 else "higher" if low > 0 else "can't be told apart"
+        word = side_of_zero(view.change_ci, "lower", "higher", "can't be told apart")
         rows.append(("against the choice before", f"{view.change:+.2f} nats ({low:+.2f} to {high:+.2f}): {word}"))
     if view.smoothness is None:
         rows.append(("Markov score", "none: nothing depends on the timestep"))
@@ -51,7 +53,7 @@ def tokens_html(view: View, step: int) -> str:
         text = "".join(words)
         lines.append(f'<td style="padding-right:40px;vertical-align:top"><b>{name}</b><pre>{text}</pre></td>')
     count = sum(marks)
-    said = f"step {step} of {len(view.texts['quantized']) - 1}: {count} token{'s' * (count != 1)} differ"
+    said = f"step {step} of {len(view.texts['quantized']) - 1}: {count} token{' differs' if count == 1 else 's differ'}"
     return f"<table><tr>{''.join(lines)}</tr></table><p>{said}</p>"
 
 
@@ -59,21 +61,15 @@ def figure(view: View, last: View | None) -> Any:
     """Parameters over the timesteps before and after smoothing, and path KL of each step against the view before."""
     plt = needs("matplotlib.pyplot")
     drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
-    steps = range(len(view.path_kl))
     if view.before:
-        left.step(steps, view.before, where="mid", color=OTHERS, label="before smoothing")
-        left.plot(steps, view.after, color=OURS, marker="o", markersize=4, label="after smoothing")
-        left.legend(frameon=False, fontsize=9)
+        label, after = "scale of the layer's input", {"smoothed": view.after}
+        parameter_over_time(view.layer, view.before, after, ylabel=label, ours=("smoothed",), ax=left)
     else:
         left.text(0.5, 0.5, "nothing depends on the timestep", ha="center", transform=left.transAxes)
-    left.set(xlabel="timestep", ylabel="scale of the layer's input")
-    left.set_title(view.layer, loc="left", fontsize=10)
-    if last is not None:
-        right.plot(steps, last.path_kl, color=OTHERS, marker="s", markersize=4, label="choice before")
-    right.plot(steps, view.path_kl, color=OURS, marker="o", markersize=4, label="this choice")
-    right.legend(frameon=False, fontsize=9)
-    right.set(xlabel="timestep", ylabel="path KL (nats a sequence)", ylim=(0, None))
-    right.set_title("How far from full precision at each step", loc="left", fontsize=10)
+    both = ({} if last is None else {"before": last.path_kl}) | {"this choice": view.path_kl}
+    title = "How far from full precision at each step"
+    lines(both, ylabel="path KL (nats a sequence)", title=title, ours=("this choice",), ax=right)
+    right.set(ylim=(0, None))
     for ax in (left, right):
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)

@@ -27,7 +27,7 @@ from thermo_lib.evaluation.scores import (
     evaluate,
     path_kl_interval,
 )
-from thermo_lib.evaluation.statistics import interval, verdict
+from thermo_lib.evaluation.statistics import interval, mean_interval, verdict
 from thermo_lib.files.reading import field_of, read_json, read_object, read_report
 from thermo_lib.files.tensors import check_tensors, read_safetensors
 from thermo_lib.files.text import write_json
@@ -221,8 +221,7 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     for key in ("accuracy", "path_kl"):
         values = torch.tensor(getattr(low, f"{key}_per_sequence"), dtype=torch.float64).numpy()
         row[f"{key}_a4"] = getattr(low, key)
-        mean = lambda index, v=values: float(v[index].mean())  # noqa: E731
-        row[f"{key}_a4_ci"] = list(interval(mean, len(values), suite.resamples))
+        row[f"{key}_a4_ci"] = list(mean_interval(values, suite.resamples))
         row[f"{key}_a4_per_sequence"] = values.tolist()
     return row
 
@@ -290,6 +289,12 @@ def accuracy_kept(row: PeerRow, full_precision: PeerRow, bound: float, activatio
     return _goal(f"{row['setting']}: accuracy kept at W2A{activation_bits}", measured, bound, at_least=True)
 
 
+def path_kl_share(row: PeerRow, peer: PeerRow) -> tuple[float, tuple[float, float]]:
+    """What is left of a peer's path KL, with its paired 95 % interval over the trajectories."""
+    columns = (side["path_kl_per_sequence"] for side in (row, peer))
+    return _paired(lambda a, b: float(a.mean() / b.mean()), *columns)
+
+
 def shares_of(row: PeerRow, peer: PeerRow, full_precision: PeerRow, bound: float) -> list[dict[str, Any]]:
     """The goals on what is left of a peer's path KL and of its accuracy drop.
 
@@ -299,15 +304,12 @@ def shares_of(row: PeerRow, peer: PeerRow, full_precision: PeerRow, bound: float
         bound: the share, below.
     """
     name = f"{peer['method']} ({peer['bits_per_weight']:.2f} bits)"
-    divergence = _paired(
-        lambda a, b: float(a.mean() / b.mean()), row["path_kl_per_sequence"], peer["path_kl_per_sequence"]
-    )
     drop = _paired(
         lambda a, b, full: float((full.mean() - a.mean()) / (full.mean() - b.mean())),
         *(side["accuracy_per_sequence"] for side in (row, peer, full_precision)),
     )
     return [
-        _goal(f"{row['setting']}: path KL, share of {name}", divergence, bound, at_least=False),
+        _goal(f"{row['setting']}: path KL, share of {name}", path_kl_share(row, peer), bound, at_least=False),
         _goal(f"{row['setting']}: accuracy drop, share of {name}", drop, bound, at_least=False),
     ]
 
