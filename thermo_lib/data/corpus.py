@@ -58,7 +58,7 @@ def load_corpus(
         for entry in sorted(distribution.files or (), key=str):
             path = entry.as_posix()
             if path.endswith(".py") and "/tests/" not in path and split_of(path) == split:
-                files[path] = Path(distribution.locate_file(entry)).read_text(encoding="utf-8", errors="replace")
+                files[path] = Path(str(distribution.locate_file(entry))).read_text(encoding="utf-8", errors="replace")
     if not files:
         raise ValueError(f"data.packages: no .py file of split {split!r} in {', '.join(packages)}")
     return files

@@ -185,6 +185,13 @@ def knows_tasks(tokenizer: Tokenizer) -> bool:
     return all(tokenizer.token_to_id(token) is not None for token in (*TASK_TOKENS.values(), ANSWER, EOS))
 
 
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a special token that a tokenizer has."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
+
+
 def encode_puzzles(puzzles: list[Puzzle], tokenizer: Tokenizer, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Puzzles as ``<task> input <answer> output <eos>...``, padded with end-of-text to ``length``.
 
@@ -198,11 +205,11 @@ def encode_puzzles(puzzles: list[Puzzle], tokenizer: Tokenizer, length: int) -> 
     if not knows_tasks(tokenizer):
         markers = ", ".join((*TASK_TOKENS.values(), ANSWER, EOS))
         raise ValueError(f"tokenizer: found no task markers, puzzles need {markers}")
-    eos, answer = tokenizer.token_to_id(EOS), tokenizer.token_to_id(ANSWER)
+    eos, answer = token_id(tokenizer, EOS), token_id(tokenizer, ANSWER)
     ids = torch.full((len(puzzles), length), eos)
     is_answer = torch.zeros(ids.shape, dtype=torch.bool)
     for row, puzzle in enumerate(puzzles):
-        marker = tokenizer.token_to_id(TASK_TOKENS[puzzle.task])
+        marker = token_id(tokenizer, TASK_TOKENS[puzzle.task])
         prompt = [marker, *tokenizer.encode(puzzle.input).ids, answer]
         full = [*prompt, *tokenizer.encode(puzzle.output).ids]
         if len(full) >= length:
@@ -249,4 +256,4 @@ class PuzzlePrompts:
         """``count`` puzzles of each task."""
         puzzles = [puzzle for task in TASKS for puzzle in make_puzzles(task, count, seed, test=False)]
         ids, is_answer = encode_puzzles(puzzles, self.tokenizer, self.length)
-        return ids.masked_fill(is_answer, self.tokenizer.token_to_id(MASK))
+        return ids.masked_fill(is_answer, token_id(self.tokenizer, MASK))

@@ -104,6 +104,7 @@ class CachedBatch:
     def _go_on(self, x: Tensor, is_left: Tensor, timestep: int) -> _Place:
         """Drop finished rows, compute what is new before the others' first block with masks, and give these blocks."""
         batch, block_length = self._batch, self._batch.lm.model.block_length
+        assert block_length is not None  # of a block-causal model
         goes_on = is_left[self._rows].any(1)
         self._cache.keep(goes_on.nonzero().flatten().tolist())
         self._rows = self._rows[goes_on]

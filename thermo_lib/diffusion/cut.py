@@ -4,6 +4,8 @@ Such a model is trained and used block by block (arXiv 2503.09573): it never see
 later block at all. So a text is cut after one of its blocks, and only the masks of this block are drawn or scored.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,7 @@ def cut_to_blocks(
     filled = block[allowed.any(0)].unique()
     if own and len(filled):
         start, steps = torch.where(allowed, lm.mask_token_id, ids), timesteps * len(filled)
-        how = {"sampler": "origin", "temperature": 1.0, "eps": 0.0}
+        how: dict[str, Any] = {"sampler": "origin", "temperature": 1.0, "eps": 0.0}
         ids = generate(lm, start, timesteps=steps, block_length=length, seed=seed, **how)
     found: list[tuple[Tensor, Tensor | None]] = []
     count = min(count, len(filled), len(ids))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ def run_states(
         batch_size: states a forward pass.
         progress: label of a progress bar; None for none.
     """
-    current: dict[str, Tensor | int] = {}
+    current: dict[str, Any] = {}
 
     def receive(name: str, x: Tensor) -> None:
         consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])

@@ -43,6 +43,10 @@ class TokenRules:
             if self.suppress_end and getattr(self, name):
                 raise ValueError(f"{name}: found {True} with suppress_end, allowed is one of them: no end is written")
 
+    def _tokens(self, name: str) -> tuple[int, ...]:
+        """The ids of a field, as they are from ``__post_init__`` on; none of None."""
+        return getattr(self, name) or ()
+
     @property
     def _asks_for_end(self) -> str | None:
         names = ("suppress_end", "end_last", "stop_at_end")
@@ -63,27 +67,29 @@ class TokenRules:
         """
         if self.end_last and sampler == "origin":
             raise ValueError("sampler: found 'origin', allowed with end_last are the others, which have a confidence")
-        ends, stops = self.end_tokens, block_by_block if self.stop_at_end is None else self.stop_at_end
+        ends = None if self.end_tokens is None else self._tokens("end_tokens")
+        stops = block_by_block if self.stop_at_end is None else self.stop_at_end
         if ends is None and (stops or self._asks_for_end is not None):
             ends = lm.end_token_ids
         if self._asks_for_end is not None and not ends:
             allowed = f"allowed is at least one id with {self._asks_for_end}, since the model's configuration has none"
             raise ValueError(f"end_tokens: found none, {allowed}")
         stops = bool(stops and ends and not self.suppress_end)
-        suppressed = (*self.suppress_tokens, *(ends if self.suppress_end else ()))
+        begin = self._tokens("begin_suppress_tokens")
+        suppressed = (*self._tokens("suppress_tokens"), *((ends or ()) if self.suppress_end else ()))
         for name, ids in (
             ("suppress_tokens", suppressed),
-            ("begin_suppress_tokens", self.begin_suppress_tokens),
+            ("begin_suppress_tokens", begin),
             ("end_tokens", ends or ()),
         ):
             outside = [token for token in ids if token >= lm.vocab_size]
             if outside:
                 raise ValueError(f"{name}: found {outside[0]}, allowed are 0..{lm.vocab_size - 1}")
-        ruled_out = {*suppressed, *self.begin_suppress_tokens}
+        ruled_out = {*suppressed, *begin}
         if ruled_out and not set(lm.writable.tolist()) - ruled_out:
             found = "found every id that the model may write, allowed is to leave at least one"
             raise ValueError(f"suppress_tokens, begin_suppress_tokens: {found}")
-        return TokenRules(suppressed, self.begin_suppress_tokens, ends, False, self.end_last, stops)
+        return TokenRules(suppressed, begin, ends, False, self.end_last, stops)
 
     def rule_out(self, logits: Tensor, is_first: Tensor) -> Tensor:
         """Give tokens that mustn't be written no probability.
@@ -93,16 +99,16 @@ class TokenRules:
             is_first: bool ``(n,)``, at a row's first masked position.
         """
         if self.suppress_tokens:
-            logits.index_fill_(1, _tensor(self.suppress_tokens, logits), -torch.inf)
+            logits.index_fill_(1, _tensor(self._tokens("suppress_tokens"), logits), -torch.inf)
         if self.begin_suppress_tokens:
             begin = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            begin[_tensor(self.begin_suppress_tokens, logits)] = True
+            begin[_tensor(self._tokens("begin_suppress_tokens"), logits)] = True
             logits.masked_fill_(is_first[:, None] & begin, -torch.inf)
         return logits
 
     def is_end(self, ids: Tensor) -> Tensor:
         """Which of some ids end a text, bool of the same shape."""
-        return torch.isin(ids, _tensor(self.end_tokens or (), ids))
+        return torch.isin(ids, _tensor(self._tokens("end_tokens"), ids))
 
     def ended(self, ids: Tensor, is_written: Tensor, is_left: Tensor) -> Tensor:
         """Rows with an end that has nothing masked on its left are finished: the end is written on, to their end.

@@ -200,6 +200,7 @@ def generate(
     check_count("batch_size", batch_size)
     _check_ids(ids)
     if by_block:
+        assert block_length is not None  # by ``is_block_by_block``
         check_blocks(lm, ids, block_length, on_logits=on_logits, on_tokens=on_tokens)
     device = lm.device
     result = ids.to(device, torch.int64, copy=True)

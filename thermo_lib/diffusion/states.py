@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -317,7 +317,7 @@ def calibrate(
         batches = calibration_batches(lm, seed)
     if not batches or any(not len(ids) for ids, _ in batches):
         raise ValueError("calibration: found an empty calibration set, allowed is at least one sequence")
-    cut = {"count": _BLOCKS, "own": source == "trajectory", "timesteps": timesteps, "seed": seed}
+    cut: dict[str, Any] = {"count": _BLOCKS, "own": source == "trajectory", "timesteps": timesteps, "seed": seed}
     parts = []
     for ids, allowed in (pair for some, where in batches for pair in cut_to_blocks(lm, some, where, **cut)):
         if source == "forward":

@@ -127,7 +127,7 @@ class Batch:
         sampling = self.sampling
         score = torch.full(is_open.shape, -torch.inf, dtype=torch.float32, device=is_open.device)
         score[is_open] = scores
-        if sampling.alg_temp > 0:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
+        if sampling.alg_temp:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
             score = score / sampling.alg_temp - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
         # However unsure, an open position comes before one that isn't, so that the number that is filled stays.
         score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~is_open, -torch.inf)

@@ -121,7 +121,7 @@ class Sampling:
     @property
     def is_random(self) -> bool:
         """Whether tokens or positions are drawn."""
-        return self.temperature > 0 or self.alg_temp > 0 or self.sampler == "origin"
+        return self.temperature > 0 or bool(self.alg_temp) or self.sampler == "origin"
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
@@ -129,7 +129,7 @@ class Sampling:
         if self.alg_temp is None:
             object.__setattr__(self, "alg_temp", 0.0)  # frozen
         for name in ("temperature", "alg_temp"):
-            found = getattr(self, name)
+            found: float = getattr(self, name)
             if not (isinstance(found, Real) and math.isfinite(found) and found >= 0):
                 raise ValueError(f"{name}: found {found!r}, allowed is at least 0 and finite")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):

@@ -24,10 +24,10 @@ from tqdm import tqdm
 
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import token_stream, train_tokenizer
-from thermo_lib.data.puzzles import MASK, TASKS, encode_puzzles, make_puzzles
+from thermo_lib.data.puzzles import MASK, TASKS, encode_puzzles, make_puzzles, token_id
 from thermo_lib.diffusion.sampling import mask_tokens
 from thermo_lib.files.whole import replacing
-from thermo_lib.models.architectures import DreamModel
+from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 
 
@@ -66,8 +66,8 @@ class Training:
             )
         self.params, self.seed, self.stream = params, seed, stream
         self.tokenizer, self.checkpoint = tokenizer, checkpoint
-        self.mask_token_id = tokenizer.token_to_id(MASK)
-        self.model = build_reference(tokenizer.get_vocab_size(), self.mask_token_id, dict(params), seed)
+        self.mask_token_id = token_id(tokenizer, MASK)
+        self.model: MaskPredictor = build_reference(tokenizer.get_vocab_size(), self.mask_token_id, dict(params), seed)
         self.model.set_attn_implementation("eager")  # 1.2 times as fast as the fused kernel's backward on CPU
         matrices = [p for p in self.model.blocks.parameters() if p.ndim == 2]
         chosen = {id(p) for p in matrices}
@@ -155,14 +155,14 @@ class Training:
                 group["lr"] = p[f"{name}_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
         losses = [self._loss(code, None, generator), self._loss(planning, is_answer, generator)]
-        sum(losses).backward()
+        (losses[0] + losses[1]).backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers.values():
             optimizer.step()
         self.losses.append([loss.item() for loss in losses])
         self.step += 1
 
-    def run(self, until: int | None = None) -> DreamModel:
+    def run(self, until: int | None = None) -> MaskPredictor:
         """Train up to step ``until`` (default: to the end), saving every ``checkpoint_every`` steps."""
         end = self.params["steps"] if until is None else until
         self.model.train()

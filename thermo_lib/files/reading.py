@@ -80,7 +80,7 @@ def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool
             pair, a number of thousands of digits, or nested too deep.
     """
     try:
-        finite = {} if any_number else {"parse_float": _finite, "parse_constant": _no_constant}
+        finite: dict[str, Any] = {} if any_number else {"parse_float": _finite, "parse_constant": _no_constant}
         content = json.loads(text, object_pairs_hook=_object, **finite)
         if _HALF.search(text):
             json.dumps(content, ensure_ascii=False).encode()
@@ -101,8 +101,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twice!r:.80} twice in an object")
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"the key {name!r:.80} twice in an object")
+            seen.add(name)
     return content
 
 
@@ -142,7 +144,8 @@ def read_object(path: str | Path) -> dict[str, Any]:
     content = parse_json(read_text(path), shown(path), any_number=True)
     if not isinstance(content, dict):
         raise ValueError(f"{shown(path)}: found a {type(content).__name__}, expected an object")
-    level, depth = [content], 0
+    level: list[dict[str, Any] | list[Any]] = [content]
+    depth = 0
     while level:
         if (depth := depth + 1) > _MOST_LEVELS:
             raise ValueError(

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from thermo_lib.extras import needs
 from thermo_lib.quant.calls import CALL, denoising
 
 BACKENDS = ("auto", "plain", "compiled", "cuda", "triton", "humming")
@@ -122,9 +123,9 @@ def _is_there(module: str) -> bool:
 
 
 def _is_interpreted() -> bool:
-    from thermo_lib.quant.triton_kernels import _planes, triton
+    from thermo_lib.quant.triton_kernels import _planes
 
-    return not isinstance(_planes, triton.runtime.JITFunction)
+    return not isinstance(_planes, needs("triton").runtime.JITFunction)
 
 
 def choose(layer: Any, x: Tensor) -> str:
@@ -193,8 +194,8 @@ def _is_right(name: str, layer: Any, x: Tensor) -> bool:
             problem = f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
         _found[key] = not problem
         if problem:
-            size = f"{layer.in_features} -> {layer.out_features}"
-            warnings.warn(f"backend: {name} isn't used for {size} in {x.dtype}: {problem:.300}", stacklevel=2)
+            shape = f"{layer.in_features} -> {layer.out_features}"
+            warnings.warn(f"backend: {name} isn't used for {shape} in {x.dtype}: {problem:.300}", stacklevel=2)
     return _found[key]
 
 
@@ -236,6 +237,6 @@ def set_backend(model: nn.Module, name: str) -> None:
         raise ValueError(f"backend: found {name!r}, allowed are {', '.join(BACKENDS)}")
     if name in _MODULES and not _is_there(_MODULES[name]):
         raise ValueError(f'backend: found no {name}; `pip install "thermo_lib[cuda]"` brings it')
-    for module in model.modules():
-        if hasattr(module, "backend"):
-            module.backend, module.chosen = name, None
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    for layer in layers:
+        layer.backend, layer.chosen = name, None

@@ -17,10 +17,10 @@ class PreciseBuffers(nn.Module):
     PRECISE: tuple[str, ...] = ("scale", "zero_point")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {name: self._buffers[name] for name in self.PRECISE}
+        before = {name: self.get_buffer(name) for name in self.PRECISE}
         super()._apply(fn, recurse)
         for name, tensor in before.items():
-            changed = self._buffers[name]
+            changed = self.get_buffer(name)
             if changed.dtype != tensor.dtype:
                 self._buffers[name] = tensor.to(changed.device)
         return self
@@ -35,6 +35,10 @@ class TimestepTable(PreciseBuffers):
         scale, zero_point: the rows, ``(rows, ...)``.
         row_of_step: int32 ``(timesteps,)``.
     """
+
+    scale: Tensor
+    zero_point: Tensor
+    row_of_step: Tensor
 
     def __init__(self, scale: Tensor, zero_point: Tensor, row_of_step: Tensor):
         super().__init__()

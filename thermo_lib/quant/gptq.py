@@ -117,7 +117,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             torch.linalg.cholesky(H, out=H)
             torch.cholesky_inverse(H, out=H)
             torch.linalg.cholesky(H, upper=True, out=H)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # torch doesn't say that it exports it
             if share >= _MOST_DAMPING:
                 raise ValueError(f"hessian: found none that is positive, up to a damping of {share:g}") from None
             share = min(_MOST_DAMPING, max(10 * share, 1e-4))
@@ -174,7 +174,7 @@ def refit(weight: Tensor, quantized: QuantizedWeight, hessian: Tensor, ridge: fl
     rows = max(1, _REFITTED // H[0].numel() // groups)
     tensors = (weight, quantized.codes, quantized.scale, quantized.zero_point)
     parts = zip(*(tensor.split(rows) for tensor in tensors), strict=True)
-    fitted = [_refit(*part, H, ridge) for part in parts]
+    fitted = [_refit(some, codes, scale, zero, H, ridge) for some, codes, scale, zero in parts]
     scale, zero_point = (torch.cat(parameter) for parameter in zip(*fitted, strict=True))
     return QuantizedWeight(quantized.codes, scale, zero_point, quantized.bits, quantized.group_size)
 

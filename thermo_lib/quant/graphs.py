@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Found = TypeVar("Found", Tensor, tuple[Tensor, ...])
+Found = TypeVar("Found", bound=Tensor | tuple[Tensor, ...])
 _WARM_UP = 3  # calls before one is recorded, in which kernels are compiled, checked and chosen
 
 

@@ -17,12 +17,11 @@ class Hessians:
         sums: name to float64 ``(time groups, in_features, in_features)``, on the linear's device.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], num_groups: int = 1):
+    def __init__(self, linears: Mapping[str, nn.Module], num_groups: int = 1):
+        weights = {name: linear.get_parameter("weight") for name, linear in linears.items()}
         self.sums = {
-            name: torch.zeros(
-                (num_groups, linear.in_features, linear.in_features), dtype=torch.float64, device=linear.weight.device
-            )
-            for name, linear in linears.items()
+            name: torch.zeros((num_groups, weight.shape[1], weight.shape[1]), dtype=torch.float64, device=weight.device)
+            for name, weight in weights.items()
         }
 
     def add(self, name: str, x: Tensor, group: int = 0, token_weights: Tensor | None = None) -> None:

@@ -87,6 +87,7 @@ class StaticRanges(TimestepTable):
     def _of_tokens(self, parameter: Tensor, channels: int) -> Tensor:
         """Parameters ``([batch,] token states, channel groups)``, those of each token ``(..., channels or 1)``."""
         if parameter.shape[-1] > 1:
+            assert self.group_size is not None  # of several groups
             parameter = parameter.repeat_interleave(self.group_size, -1)[..., :channels]
         if parameter.shape[-2] == 1:
             return parameter[0] if parameter.ndim == 2 else parameter

@@ -11,7 +11,7 @@ and a fifth of that of 2048. This is reckoned from the card's published rates, n
 """
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, no_type_check
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ from torch import Tensor
 from thermo_lib.extras import needs
 from thermo_lib.quant.limits import SMALLEST_SCALE
 
-triton = needs("triton")
-tl = needs("triton.language")
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    triton = needs("triton")
+    tl = needs("triton.language")
 
 NARROWEST = 16  # bytes of a plane; narrower ones leave most of a tensor core's 32 places empty
 PLACES = 32  # the zero points' part is summed over as many numbers at a time
@@ -73,6 +77,7 @@ class TokenCodes(NamedTuple):
 
 
 @triton.jit
+@no_type_check
 def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, stride, clip, least, share,
               BITS: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr, SOME_GROUPS: tl.constexpr,
               ALL_PLACES: tl.constexpr, LENGTH: tl.constexpr, ALL_LENGTH: tl.constexpr, IS_GIVEN: tl.constexpr,
@@ -119,6 +124,7 @@ def _quantize(x, given_scale, given_zero_point, codes, out_scale, sums, stride, 
 
 
 @triton.jit
+@no_type_check
 def _lane(some, LANE: tl.constexpr, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
     """A code of each byte, int8; those of 8 bits are shifted by -128. ``BY_FOUR`` takes four bytes at a time."""
     if BITS == 8:
@@ -132,6 +138,7 @@ def _lane(some, LANE: tl.constexpr, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _lanes(some, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
     """The codes of all lanes of bytes ``(rows, bytes)``, lane after lane: int8 ``(rows, lanes * bytes)``."""
     if BITS == 8:
@@ -146,6 +153,7 @@ def _lanes(some, BITS: tl.constexpr, BY_FOUR: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _multiply(codes, token_scale, sums, packed, scale, factors, out, tokens, rows,
               WIDTH: tl.constexpr, BYTES: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr,
               LENGTH: tl.constexpr, STEP: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr,
@@ -193,6 +201,7 @@ def _multiply(codes, token_scale, sums, packed, scale, factors, out, tokens, row
 
 
 @triton.jit
+@no_type_check
 def _finish(found, token_scale, sums, factors, out, tokens, rows, LENGTH: tl.constexpr, STEP: tl.constexpr,
             PARTS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr):  # fmt: skip
     """A block of the output, of products of codes that are there in parts: adds the zero points' part, and scales."""
@@ -230,7 +239,7 @@ def quantize_tokens(x: Tensor, ranges: tuple[Tensor, Tensor] | None, bits: int, 
     sums = torch.empty((tokens, length), dtype=torch.float32, device=x.device)
     given = (scale, scale) if ranges is None else ranges  # one range of all tokens isn't written out for each
     if given[0].stride() != given[1].stride():
-        given = [part.contiguous() for part in given]
+        given = given[0].contiguous(), given[1].contiguous()
     padded = triton.next_power_of_2(size)
     longest = _LONGEST if tokens > _FEW else 8 * _LONGEST  # few tokens are quantized at once
     some = min(triton.next_power_of_2(groups), max(1, longest // padded))

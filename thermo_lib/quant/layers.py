@@ -46,6 +46,11 @@ class QuantizedLinear(TimestepTable):
     STORED: tuple[str, ...] = ("packed",)
     has_zero_point = True
 
+    packed: Tensor
+    bias: Tensor | None
+    backend: str
+    chosen: str | None
+
     def __init__(
         self,
         in_features: int,
@@ -100,8 +105,7 @@ class QuantizedLinear(TimestepTable):
         Where the call has a timestep for each row and the weight depends on it, rows of one weight are computed
         together.
         """
-        rows = self.rows_of(x)
-        if rows is None:
+        if CALL.rows is None or (rows := self.rows_of(x)) is None:
             return self.multiply(x)
         (steps, timesteps), is_masked = CALL.rows, CALL.is_masked
         groups = [[i for i, other in enumerate(rows) if other == row] for row in dict.fromkeys(rows)]
@@ -131,7 +135,8 @@ class QuantizedLinear(TimestepTable):
         if rows >= self.out_features:
             return F.linear(x, self.weight().to(x.dtype), self._bias(x.dtype))
         parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
-        bias = [None if self.bias is None else self._bias(x.dtype)[part] for part in parts]
+        whole = self._bias(x.dtype)
+        bias = [None if whole is None else whole[part] for part in parts]
         return torch.cat([F.linear(x, self.weight(p).to(x.dtype), b) for p, b in zip(parts, bias, strict=True)], -1)
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
@@ -139,7 +144,8 @@ class QuantizedLinear(TimestepTable):
         return None if self.bias is None else self.bias.to(dtype)
 
     def _plus_bias(self, product: Tensor) -> Tensor:
-        return product if self.bias is None else product + self._bias(product.dtype)
+        bias = self._bias(product.dtype)
+        return product if bias is None else product + bias
 
     @property
     def compiled(self) -> bool:
@@ -181,6 +187,7 @@ class QuantizedLinear(TimestepTable):
 
         factors = self._once(("factors", self.row()), convert)
         ranges, clip = self.input_quantizer, getattr(self.input_quantizer, "clip", 1.0)
+        assert ranges is not None  # an input without codes isn't multiplied so
         tokens = x.reshape(-1, x.shape[-1])
         codes = quantize_tokens(tokens, ranges.of_tokens(x), ranges.bits, clip, scale.shape[-1])
         return code_product(codes, packed, scale, factors, self.bits, x.dtype)
@@ -208,6 +215,7 @@ class QuantizedLinear(TimestepTable):
 
     def _code_linear(self, x: Tensor) -> Tensor:
         row, ranges = self.row(), self.input_quantizer
+        assert ranges is not None  # by ``_multiplies_codes``
         weight = self.packed, self.scale[row], self.zero_point[row], self.bits
         clip = getattr(ranges, "clip", 1.0)
         return self._plus_bias(planes.code_linear(x, *weight, ranges.of_tokens(x), ranges.bits, clip))
@@ -230,6 +238,11 @@ class QuantizedEmbedding(PreciseBuffers):
 
     ``packed``, ``scale`` and ``zero_point`` are those of a ``QuantizedLinear`` of as many rows.
     """
+
+    packed: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    like: Tensor
 
     def __init__(self, num_embeddings: int, embedding_dim: int, *, bits: int, group_size: int, dtype: torch.dtype):
         super().__init__()
@@ -261,6 +274,8 @@ class TrellisLinear(QuantizedLinear):
 
     STORED = ("packed", "packed_column_bits")
     has_zero_point = False
+
+    packed_column_bits: Tensor
 
     def __init__(self, in_features: int, out_features: int, **options: Any):
         super().__init__(in_features, out_features, **options)

@@ -7,6 +7,7 @@ they are multiplied.
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -137,12 +138,12 @@ def packed_linear(
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     group_size = x.shape[-1] // scale.shape[1]
     if native and not needs_gradient and group_size % 2 == 0 and library().can_multiply():
-        product = _native_linear(x, *tensors, bits)
-        return product if bias is None else product + bias
+        found = _native_linear(x, *tensors, bits)
+        return found if bias is None else found + bias
     most = _ROWS_ON_GPU if x.is_cuda else _ROWS if compiled else _NUMBERS // x.shape[-1]
     rows = max(1, min(most, len(packed)))
     weight = torch.empty((rows, x.shape[-1]), dtype=x.dtype, device=x.device)
-    dequantize = _native_weight if native else _fused_weight if compiled else plane_weight
+    dequantize: Callable[..., None] = _native_weight if native else _fused_weight if compiled else plane_weight
     work = []
     if not compiled:
         codes = torch.empty((8 // bits, rows, packed.shape[1]), dtype=torch.uint8, device=x.device)
@@ -207,7 +208,7 @@ def compile_linears(model: nn.Module) -> None:
     Raises:
         ValueError: there is no compiler for the model's device.
     """
-    layers = [module for module in model.modules() if hasattr(module, "backend")]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
     if not layers:
         raise ValueError("compile: found no quantized linears, expected a quantized model")
     device = layers[0].packed.device

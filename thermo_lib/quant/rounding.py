@@ -106,19 +106,19 @@ def _fit(weight: Tensor, bits: int, codes: Tensor, centered: Tensor, work: Tenso
         fitted = torch.where(variance > 1e-4, covariance / variance, scale)
         scale = torch.lerp(scale, fitted, step).clamp(min=fitted / 2)
         level = torch.lerp(level, mean_code, step)
-    fitted = storable(scale, level - mean / scale)
-    _encode(weight, *fitted, bits, codes)
+    stored = storable(scale, level - mean / scale)
+    _encode(weight, *stored, bits, codes)
     if bits > 2 or weight.shape[1] < _WIDE:
-        return _better_of(fitted, weight, bits, codes, centered, work)
+        return _better_of(stored, weight, bits, codes, centered, work)
     error = 1 - covariance.square() / (variance * _squares(centered))
     least, most = _USUAL
     rows = (~((error > least) & (error < most))).flatten().nonzero().flatten()  # NaN, of equal weights, isn't usual
     found = codes[rows]
-    better = _better_of([p[rows] for p in fitted], weight[rows], bits, found, centered[: len(rows)], work[: len(rows)])
+    better = _better_of([p[rows] for p in stored], weight[rows], bits, found, centered[: len(rows)], work[: len(rows)])
     codes[rows] = found
-    for parameter, value in zip(fitted, better, strict=True):
+    for parameter, value in zip(stored, better, strict=True):
         parameter[rows] = value
-    return fitted
+    return stored
 
 
 def _better_of(
@@ -160,7 +160,8 @@ def _by_groups(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> Quant
     parts = [part for part in weight.tensor_split([whole], dim=1) if part.shape[1]]
     found = [_each_group(part, bits, group_size, rule) for part in parts]
     tensors = found[0] if len(found) == 1 else [torch.cat(pair, dim=1) for pair in zip(*found, strict=True)]
-    return QuantizedWeight(*tensors, bits, group_size)
+    codes, scale, zero_point = tensors
+    return QuantizedWeight(codes, scale, zero_point, bits, group_size)
 
 
 def _each_group(weight: Tensor, bits: int, group_size: int, rule: _Rule) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from thermo_lib.quant.calls import CALL
+from thermo_lib.quant.calls import CALL, Rows
 
 _RMS = ("Qwen2RMSNorm", "Qwen3RMSNorm", "LlamaRMSNorm")  # by name: their modules take a second to import
 SUPPORTED = (*_RMS, "LayerNorm")
@@ -25,10 +25,10 @@ def is_norm(module: nn.Module) -> bool:
         ValueError: another kind of norm, which isn't known to compute what a ``TimeNorm`` does.
     """
     kind = type(module).__name__
-    if isinstance(module, TimeNorm) or "Norm" not in kind or getattr(module, "weight", None) is None:
+    if isinstance(module, TimeNorm) or "Norm" not in kind or (weight := getattr(module, "weight", None)) is None:
         return False
-    if kind not in SUPPORTED or module.weight.ndim != 1:
-        shape = tuple(module.weight.shape)
+    if kind not in SUPPORTED or weight.ndim != 1:
+        shape = tuple(weight.shape)
         allowed = f"allowed are {', '.join(SUPPORTED)} with a weight for each feature"
         raise ValueError(f"norm: found {kind} with a weight of shape {shape}, {allowed}")
     return True
@@ -56,12 +56,16 @@ class TimeNorm(nn.Module):
         ValueError: a norm of another kind, see ``is_norm``.
     """
 
+    table: Tensor | None
+    bias_table: Tensor | None
+
     def __init__(self, norm: nn.Module, matrix: Tensor):
         super().__init__()
         if not is_norm(norm):
             raise ValueError(f"norm: found {type(norm).__name__}, allowed are {', '.join(SUPPORTED)}")
+        given: Any = norm  # of one of several classes, which share no base
         self.centers = isinstance(norm, nn.LayerNorm)
-        self.eps = norm.eps if self.centers else norm.variance_epsilon
+        self.eps: float = given.eps if self.centers else given.variance_epsilon
         distinct, numbers = matrix.double().unique_consecutive(dim=0, return_inverse=True)
         groups = matrix.shape[1]
         is_plain = distinct.equal(torch.eye(groups, dtype=torch.float64, device=distinct.device))
@@ -69,13 +73,12 @@ class TimeNorm(nn.Module):
         self.row_of_step: list[int] = numbers.tolist()
         self._row_of_step: Tensor | None = None
 
-        def of_groups(parameter: Tensor | None) -> nn.Parameter | None:
-            if parameter is None:
-                return None
+        def of_groups(parameter: Tensor) -> nn.Parameter:
             return nn.Parameter(parameter.detach().expand(groups, -1).clone(), requires_grad=False)
 
-        self.time_weight = of_groups(norm.weight)
-        self.time_bias = of_groups(getattr(norm, "bias", None))
+        bias: Tensor | None = getattr(norm, "bias", None)
+        self.time_weight = of_groups(given.weight)
+        self.time_bias = None if bias is None else of_groups(bias)
         self.shared_weight: nn.Parameter | None = None
         self.shared_bias: nn.Parameter | None = None
         self.register_buffer("table", None, persistent=False)
@@ -144,8 +147,8 @@ class TimeNorm(nn.Module):
     def merge(self) -> None:
         """Add what the groups share to each of them, and make the tables of it."""
         for parameter, shared in ((self.time_weight, self.shared_weight), (self.time_bias, self.shared_bias)):
-            if shared is not None:
-                parameter += shared
+            if parameter is not None and shared is not None:
+                parameter.add_(shared)
         self.shared_weight = self.shared_bias = None
         self.refresh()
 
@@ -168,19 +171,22 @@ class TimeNorm(nn.Module):
 
     def _tables(self) -> tuple[Tensor, Tensor | None]:
         """Rows of weights and biases; of parameters that are trained, as they are now and with gradients."""
-        found = []
-        weights = (self.table, self.time_weight, self.shared_weight)
-        for table, parameter, shared in (weights, (self.bias_table, self.time_bias, self.shared_bias)):
-            if parameter is not None and parameter.requires_grad:
-                groups = parameter if shared is None else parameter + shared
-                if self.matrix is None:
-                    table = groups
-                else:
-                    if self.matrix.device != parameter.device:
-                        self.matrix = self.matrix.to(parameter.device)
-                    table = (self.matrix @ groups.double()).to(parameter.dtype)
-            found.append(table)
-        return found[0], found[1]
+        weights, biases = self.table, self.bias_table
+        if self.time_weight.requires_grad:
+            weights = self._trained(self.time_weight, self.shared_weight)
+        if self.time_bias is not None and self.time_bias.requires_grad:
+            biases = self._trained(self.time_bias, self.shared_bias)
+        assert weights is not None  # as it is without memory only
+        return weights, biases
+
+    def _trained(self, parameter: Tensor, shared: Tensor | None) -> Tensor:
+        """The distinct rows of a parameter, with gradients."""
+        groups = parameter if shared is None else parameter + shared
+        if self.matrix is None:
+            return groups
+        if self.matrix.device != parameter.device:
+            self.matrix = self.matrix.to(parameter.device)
+        return (self.matrix @ groups.double()).to(parameter.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x (batch, ..., features)``, then multiply with the timestep's weight and add its bias.
@@ -189,7 +195,7 @@ class TimeNorm(nn.Module):
             ValueError: timesteps of rows (``CALL.rows``) that aren't as many as the input's rows.
         """
         weight, bias = self._tables()
-        rows = None if CALL.rows is None or len(weight) == 1 else self._rows(x)
+        rows = None if CALL.rows is None or len(weight) == 1 else self._rows(x, CALL.rows)
         row = 0 if len(weight) == 1 or rows is not None else self.row()
         if self.centers:
             if rows is None:
@@ -204,9 +210,9 @@ class TimeNorm(nn.Module):
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return (weight[row] if rows is None else _along(weight[rows], x)) * x.to(dtype)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, rows: Rows) -> Tensor:
         """The table's row of each row of the input, int64 ``(batch,)``."""
-        timestep, timesteps = CALL.rows
+        timestep, timesteps = rows
         if len(timestep) != len(x):
             raise ValueError(f"rows: found {len(timestep)} timesteps, expected one for each of {len(x)} rows of input")
         if self._row_of_step is None or self._row_of_step.device != timestep.device:

@@ -257,8 +257,8 @@ def trellis(
         for rows, reach in zip(weight.float().split(at_a_time), of_column.split(at_a_time), strict=True)
     ]
     packed = pack_symbols(torch.cat(symbols), here)
-    found = TrellisWeight(packed, here.to(torch.uint8), scale, group_size)
-    return refit_scales(weight, found, hessian)
+    quantized = TrellisWeight(packed, here.to(torch.uint8), scale, group_size)
+    return refit_scales(weight, quantized, hessian)
 
 
 def _searched(device: torch.device) -> int:

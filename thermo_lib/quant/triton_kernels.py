@@ -3,20 +3,27 @@
 Under Triton's interpreter (``TRITON_INTERPRET=1`` before this module is imported) the same kernels run on a CPU.
 """
 
+from typing import TYPE_CHECKING, no_type_check
+
 import torch
 from torch import Tensor
 
 from thermo_lib.extras import needs
 from thermo_lib.quant.trellis import BLOCK_COLUMNS, STATE_BITS, BlockPlaces, codebook_on, whole_words
 
-triton = needs("triton")
-tl = needs("triton.language")
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    triton = needs("triton")
+    tl = needs("triton.language")
 
 _BYTES = 1024  # of codes that a program reads
 _ROWS, _BLOCKS = 16, 32  # of a trellis-coded weight that a program writes
 
 
 @triton.jit
+@no_type_check
 def _planes(packed, scale, zero_point, out, count, WIDTH: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr,
             GROUPS: tl.constexpr):  # fmt: skip
     """``(codes - zero_point) * scale`` of ``GROUPS`` neighbouring groups, which rows follow one another in."""
@@ -36,6 +43,7 @@ def _planes(packed, scale, zero_point, out, count, WIDTH: tl.constexpr, PADDED: 
 
 
 @triton.jit
+@no_type_check
 def _word(words, at, count, inside):
     """Four bytes of a stream, the first one highest; zero where there are none."""
     word = tl.load(words + at, mask=inside & (at >= 0) & (at < count), other=0).to(tl.uint32, bitcast=True)
@@ -44,6 +52,7 @@ def _word(words, at, count, inside):
 
 
 @triton.jit
+@no_type_check
 def _streams(words, first, offset, gain, values, scale, out, count, rows, width, columns, groups, group_size,
              STATES: tl.constexpr, STATE_BITS: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
              COLUMNS: tl.constexpr, BY_BLOCK: tl.constexpr):  # fmt: skip

@@ -4,6 +4,7 @@ Each time group, token state and group of channels has a range of its own. ``tra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -108,8 +109,8 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low_share = high_share = both
     for _ in range(2):
         near = [s for s in shares if 0.2 * both <= s <= min(5 * both, 1)]
-        low_share = min(near, key=lambda share, fixed=high_share: error(share, fixed))
-        high_share = min(near, key=lambda share, fixed=low_share: error(fixed, share))
+        low_share = min(near, key=partial(error, high_share=high_share))
+        high_share = min(near, key=partial(error, low_share))
     return parameters(low_share, high_share)
 
 

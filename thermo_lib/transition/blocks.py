@@ -146,7 +146,14 @@ class BlockStream:
             group = groups.group_of(timestep * groups.timesteps // self.calibration.timesteps)
             waiting = set(watched)
 
-            def receive(name: str, x: Tensor, part=part, rows=rows, group=group, waiting=waiting) -> None:
+            def receive(
+                name: str,
+                x: Tensor,
+                part: int = part,
+                rows: Tensor = rows,
+                group: int = group,
+                waiting: set[str] = waiting,
+            ) -> None:
                 found.add(name, x, group, weights[name][part][rows] if name in weights else None)
                 waiting.discard(name)
                 if not waiting:

@@ -107,8 +107,8 @@ class Chains:
             likely = targets.index_put((own,), loss.log_probabilities(states[rows]))
         filled = self.ids
         if len(likely):
-            rows = loss.reference.rows_at_a_time
-            parts = zip(likely.split(rows), self._uniform(len(likely)).split(rows), strict=True)
+            count = loss.reference.rows_at_a_time
+            parts = zip(likely.split(count), self._uniform(len(likely)).split(count), strict=True)
             drawn = [sample_tokens(some, 1.0, uniform)[0] for some, uniform in parts]
             filled = self.ids.masked_scatter(states.is_masked, torch.cat(drawn))
         chosen = self._uniform(*self.ids.shape) < self.rho[self.timestep][:, None]

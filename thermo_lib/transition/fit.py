@@ -61,7 +61,10 @@ def descend(
     optimizer = torch.optim.Adam(by_rate, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / steps, steps)
     state = snapshot.load() if snapshot else {}
-    losses = _restore(state, optimizer, schedule, list(rates), draws) if state else []
+    losses: list[float] = []
+    if state:
+        assert draws is not None  # what was drawn from is kept too
+        losses = _restore(state, optimizer, schedule, list(rates), draws)
     new: list[Tensor] = []  # read in one go: a number that is read from a GPU is waited for
     left = range(len(losses), steps)
     with torch.enable_grad():
@@ -76,6 +79,7 @@ def descend(
                 losses += torch.stack(new).tolist()
                 new.clear()
                 if snapshot:
+                    assert draws is not None
                     snapshot.save(_training_state(optimizer, list(rates), draws, losses))
     return losses
 

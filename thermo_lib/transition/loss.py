@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from thermo_lib.quant.calls import CALL, denoising
 from thermo_lib.transition.blocks import states_at_a_time
 from thermo_lib.transition.parameters import FixedWeight, TrainableLayers, TrainableRanges, TrainableWeight
 
-_AGAIN = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
+_AGAIN: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is drawn
 
 
 class TransitionLoss(TrainableLayers):

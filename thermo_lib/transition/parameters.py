@@ -36,6 +36,8 @@ class TrainableRanges(nn.Module):
         group_size: neighbouring channels that share a range; None for all.
     """
 
+    weights: Tensor
+
     def __init__(self, scale: Tensor, zero_point: Tensor, weights: Tensor, bits: int, group_size: int | None):
         super().__init__()
         self.log_scale = nn.Parameter(scale.log())
@@ -53,6 +55,7 @@ class TrainableRanges(nn.Module):
         state = is_masked.long() if self.log_scale.shape[1] == 2 else torch.zeros_like(timestep)
         scale, zero_point = (values[timestep, state] for values in self.table())  # (..., channel groups)
         if scale.shape[-1] > 1:
+            assert self.group_size is not None  # of several groups
             scale, zero_point = (
                 p.repeat_interleave(self.group_size, -1)[..., : x.shape[-1]] for p in (scale, zero_point)
             )
@@ -119,9 +122,10 @@ class TrainableWeight(nn.Module):
 
     def codes(self) -> Tensor:
         """As the layer's; trained ones are whole up to rounding errors, float32 ``(out_features, in_features)``."""
-        if not self.learns_codes:
-            return self._unpacked().float() if self.position is None else self.position
-        return straight_through(self.position.clamp(-_INSIDE, 2**self.bits - 1 + _INSIDE), torch.round)
+        position = self.position
+        if isinstance(position, nn.Parameter):
+            return straight_through(position.clamp(-_INSIDE, 2**self.bits - 1 + _INSIDE), torch.round)
+        return self._unpacked().float() if position is None else position
 
     def forward(self) -> Tensor:
         """The weight, float32 ``(out_features, in_features)``."""
@@ -147,6 +151,8 @@ class FixedWeight(nn.Module):
         layer: the quantized linear; its weight parameters don't depend on the timestep.
     """
 
+    weight: Tensor
+
     def __init__(self, layer: QuantizedLinear):
         super().__init__()
         self.register_buffer("weight", layer.weight().detach())
@@ -170,6 +176,7 @@ class _TrainableLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.ranges is not None:
+            assert CALL.rows is not None  # a call that trains ranges says the timestep of each row
             timestep, timesteps = CALL.rows
             step = timestep * len(self.layer.row_of_step) // timesteps  # a layer's table may be for another number
             x = self.ranges(x, CALL.is_masked, step[:, None].expand(x.shape[:-1]))
