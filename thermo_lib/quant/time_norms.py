@@ -176,7 +176,7 @@ class TimeNorm(nn.Module):
             weights = self._trained(self.time_weight, self.shared_weight)
         if self.time_bias is not None and self.time_bias.requires_grad:
             biases = self._trained(self.time_bias, self.shared_bias)
-        assert weights is not None  # as it is without memory only
+        assert weights is not None  # it is on the meta device alone
         return weights, biases
 
     def _trained(self, parameter: Tensor, shared: Tensor | None) -> Tensor:
