@@ -11,6 +11,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from thermo_lib.options import SMOOTHING, check, number, states, whole
 from thermo_lib.pipeline.presets import DEFAULT, PRESETS
@@ -36,7 +37,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threshold", type=number, help="fill what the model is surer of than this at once (at most 1)"
     )
-    some_ids = {"type": whole, "nargs": "+", "metavar": "ID"}
+    some_ids: dict[str, Any] = {"type": whole, "nargs": "+", "metavar": "ID"}
     parser.add_argument("--suppress-tokens", default=(), **some_ids, help="ids that are never written")
     parser.add_argument("--begin-suppress-tokens", default=(), **some_ids, help="ids that aren't written first")
     parser.add_argument("--end-tokens", **some_ids, help="ids that end a text (those of the model's configuration)")
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def command(name: str, text: str, words: str = "[options]") -> argparse.ArgumentParser:
-        how = {
+        how: dict[str, Any] = {
             "prog": f"{program()} {name}",
             "usage": f"%(prog)s {words}",
             "description": f"{text[0].upper()}{text[1:]}.",
@@ -90,16 +91,19 @@ def _parser() -> argparse.ArgumentParser:
         }
         return commands.add_parser(name, **how, **page(name))
 
-    some_model = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
-    devices = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
-    dtypes = {
+    some_model: dict[str, Any] = {"default": "reference", "help": "'reference', a folder or a hub id (%(default)s)"}
+    devices: dict[str, Any] = {"help": "e.g. cpu or cuda:1 (the first GPU, if there is one)"}
+    dtypes: dict[str, Any] = {
         "choices": ["stored", "float32", "bfloat16", "float16"],
         "default": "stored",
         "metavar": "TYPE",
         "help": "of numbers: stored (that of the files), float32, bfloat16, float16 (%(default)s)",
     }
-    dense = {"action": "store_true", "help": "dequantize once, for the speed and the memory of full precision"}
-    some_fields = {"nargs": "*", "metavar": "NAME=VALUE"}
+    dense: dict[str, Any] = {
+        "action": "store_true",
+        "help": "dequantize once, for the speed and the memory of full precision",
+    }
+    some_fields: dict[str, Any] = {"nargs": "*", "metavar": "NAME=VALUE"}
 
     writer = command("quantize", "write a quantized folder", "--output FOLDER [options] [NAME=VALUE ...]")
     writer.add_argument("--model", **some_model)

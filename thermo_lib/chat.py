@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -81,11 +81,15 @@ class Chat:
             found = f"found {length} tokens with the answer"
             raise ValueError(f"chat: {found}, allowed are {most}, max_position_embeddings; /clear starts over")
 
-        def draw(_timestep: int, _rows: slice, ids: Tensor) -> None:
-            screen.draw(self.shown(ids[0, len(prompt) :]))
+        on_state: Callable[[int, slice, Tensor], None] | None = None
+        if screen is not None:
 
+            def draw(_timestep: int, _rows: slice, ids: Tensor) -> None:
+                screen.draw(self.shown(ids[0, len(prompt) :]))
+
+            on_state = draw
         ids = torch.tensor([[*prompt, *[self.lm.mask_token_id] * self.count]])
-        filled = generate(self.lm, ids, on_state=None if screen is None else draw, **self.how)
+        filled = generate(self.lm, ids, on_state=on_state, **self.how)
         answer = self.lm.decode(filled[0, len(prompt) :])
         if not self.raw:
             self.messages = [*said, {"role": "assistant", "content": answer}]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.chat import Chat, check_system, converse
@@ -116,7 +117,7 @@ def _own_texts(lm: DiffusionLM, path: Path) -> list[str]:
     return read_texts(path, render)
 
 
-def _own_batches(lm: DiffusionLM, arguments: argparse.Namespace, seed: int) -> list[tuple[torch.Tensor, None]]:
+def _own_batches(lm: DiffusionLM, arguments: argparse.Namespace, seed: int) -> list[tuple[Tensor, Tensor | None]]:
     """Calibration text from the file that was named."""
     size = _given(arguments, "sequences", "length")
     return text_batches(lm, _own_texts(lm, arguments.calibration), seed=seed, **size)
@@ -130,7 +131,7 @@ def _given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def calibration_states(lm: DiffusionLM, config: ThermoConfig, arguments: argparse.Namespace) -> Calibration:
     """Calibration states of the project's text, or of the file that was named."""
-    own = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
+    own: dict[str, Any] = {} if arguments.calibration is None else {"batches": _own_batches(lm, arguments, config.seed)}
     return calibrate(lm, timesteps=config.timesteps, seed=config.seed, **own)
 
 
@@ -172,11 +173,11 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
-        lm = load_streamed(arguments.model, **kind_of(arguments), device=device)
+        lm: DiffusionLM = load_streamed(arguments.model, **kind_of(arguments), device=device)
         calibration = calibration_states(lm, config, arguments)
         if arguments.layerwise != "all":
             calibration = calibration.thinned(int(arguments.layerwise))
-        write(calibration)
+        write(calibration=calibration)
     elif config.needs_calibration:
         output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
@@ -204,7 +205,8 @@ def run_generate(arguments: argparse.Namespace) -> None:
     lm = computing_model(load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     (encoded,) = encode(lm.tokenizer, [text], add_special_tokens=not arguments.chat)
-    prompt, end = list(encoded.ids), []
+    prompt: list[int] = list(encoded.ids)
+    end: list[int] = []
     while (
         len(prompt) > 1 and encoded.special_tokens_mask[len(prompt) - 1]
     ):  # what closes a text, as [SEP], comes after the rest
@@ -409,7 +411,8 @@ def run_gpu_check(arguments: argparse.Namespace) -> None:
     device = torch.device(device_of(arguments.device))
     if device.type != "cuda" and arguments.device is None:
         raise ValueError("device: found no GPU, allowed is --device cpu to try the command out")
-    extent, found = gpu.QUICK if arguments.quick else gpu.WHOLE, {}
+    extent = gpu.QUICK if arguments.quick else gpu.WHOLE
+    found: dict[str, Any] = {}
     with alone_in(arguments.output, ["card", "failed"]):
         try:
             gpu.gpu_check(device, extent, arguments.output, found=found, progress=True)

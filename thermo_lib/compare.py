@@ -8,9 +8,11 @@ from typing import Any
 from tqdm import tqdm
 
 from thermo_lib import commands
+from thermo_lib.diffusion.states import calibrate
 from thermo_lib.evaluation.comparison import DIFFERENCE_COLUMNS, differences, in_words
 from thermo_lib.evaluation.report import table
 from thermo_lib.evaluation.results import Results, read_results
+from thermo_lib.evaluation.scores import Suite
 from thermo_lib.files.outputs import alone_in
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import write_json
@@ -59,13 +61,15 @@ def _models(arguments: argparse.Namespace) -> dict[str, Any]:
         commands.check_texts(arguments.data)
     reproducible()
     reference = commands.load(reference_name, arguments)
-    suite, rows = None, []
+    suite: Suite | None = None
+    rows = []
     for name in tqdm(names, desc="compare", unit="model"):
         lm = reference if name == reference_name else _model(name, reference, arguments)
         if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise ValueError(f"reference: found a model with another vocabulary than {name!r} has")
         suite = commands.inputs(reference, arguments) if suite is None else suite
         rows.append(commands.scores(name, lm, lm, suite) | _size(name))
+    assert suite is not None  # there are two names
     found = differences(*rows, resamples=suite.resamples)
     counts = {row["key"]: row["pairs"] for row in found}
     puzzles = f", {counts['sudoku_solved']} puzzles" if counts.get("sudoku_solved") else ""
@@ -94,7 +98,7 @@ def _model(name: str, reference: DiffusionLM, arguments: argparse.Namespace) -> 
     if not name.startswith(_PRESET):
         return commands.load(name, arguments)
     config = ThermoConfig.preset(name.removeprefix(_PRESET), timesteps=arguments.timesteps)
-    states = commands.calibrate(reference, timesteps=config.timesteps) if config.needs_calibration else None
+    states = calibrate(reference, timesteps=config.timesteps) if config.needs_calibration else None
     return quantize(reference, config, states, progress=True)
 
 

@@ -50,8 +50,9 @@ def reproducible() -> None:
     os.environ.update(_PORTABLE)
     torch.set_num_threads(THREADS)
     torch.use_deterministic_algorithms(True)
+    deterministic: Any = torch.utils.deterministic  # a module, to which torch adds a property
     # Nothing reads it, and to fill it takes a tenth of the time.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False
 
 
 def in_pipeline() -> bool:
@@ -109,7 +110,7 @@ def processor() -> str:
 
 def _without_stderr(outputs: "list[nbformat.NotebookNode]") -> "list[nbformat.NotebookNode]":
     """The outputs without stderr, text that was printed in one go in one piece (a kernel sends it in chunks)."""
-    kept = []
+    kept: list[nbformat.NotebookNode] = []
     for output in outputs:
         is_stream = output.output_type == "stream"
         if is_stream and output.name == "stderr":

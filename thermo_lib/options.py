@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from thermo_lib.files.reading import shown
@@ -11,7 +12,8 @@ from thermo_lib.pipeline.words import WHOLE, read_words
 
 SMOOTHING = ("linear", "cubic", "sigmoid", "spline")
 _RECIPES = ("best starts", "best per layer", "best per layer by path KL")
-_WORDS = {  # commands that take NAME=VALUE, and their names beside the settings of ThermoConfig
+# Commands that take NAME=VALUE, and their names beside the settings of ThermoConfig.
+_WORDS: dict[str, dict[str, Sequence[str | None] | range]] = {
     "quantize": {"preset": tuple(PRESETS)},
     "benchmark": {"preset": tuple(PRESETS)},
     "point": {

@@ -184,7 +184,8 @@ def records(source: str) -> list[Record]:
         return [{name: statistics.fmean(model["shares"][source[9:-1]]) for name, model in models.items()}]
     new, _, old = source.partition("/")
     if {new, old} <= {*PEERS, "full", ""}:
-        return [_peer(new) | (compare(_peer(new), _peer(old)) | {"of": _peer(old)} if old else {})]
+        against = {**compare(_peer(new), _peer(old)), "of": _peer(old)} if old else {}
+        return [{**_peer(new), **against}]
     if not (found := _filtered(source)):
         raise ValueError(f"{source}: found no such record")
     return found

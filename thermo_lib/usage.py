@@ -8,7 +8,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,9 +71,10 @@ class Parser(argparse.ArgumentParser):
     """A parser that takes ``NAME=VALUE`` words anywhere, and whose errors are one line."""
 
     def __init__(self, **how: Any):
-        super().__init__(**{"formatter_class": Form, "allow_abbrev": False} | how)
+        usual: dict[str, Any] = {"formatter_class": Form, "allow_abbrev": False}
+        super().__init__(**usual | how)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         """What the words say; exits with status 2 and one line on stderr where they say nothing allowed."""
         arguments, rest = self.parse_known_args(args, namespace)
         takes_words = hasattr(arguments, "fields")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from thermo_lib.diffusion import sampling
 from thermo_lib.models.architectures import MaskPredictor
@@ -173,6 +173,7 @@ def _generate(
     visible = _extended(options.get("attention_mask"), inputs, count)
     ids = torch.nn.functional.pad(inputs, (0, count), value=mask_token_id)
     before: list[Tensor] = []
+    hooks: dict[str, Any] = {theirs: options.get(name) for name, theirs in _HOOKS.items()}
     filled = sampling.generate(
         as_lm(model),
         ids.repeat_interleave(copies, 0),
@@ -183,7 +184,7 @@ def _generate(
         seed=int(torch.randint(2**31, ())) if found["seed"] is None else found["seed"],
         batch_size=max(1, copies * len(ids)),  # hooks see the whole batch
         on_state=(lambda _timestep, _rows, x: before.append(x.to(ids.device, copy=True))) if wants_history else None,
-        **{theirs: options.get(name) for name, theirs in _HOOKS.items()},
+        **hooks,
         **how,
     )
     if not wants_dict:
@@ -255,9 +256,9 @@ def _temperature(sources: Sequence[Settings], given: int) -> tuple[float, bool]:
     """
     for number, source in enumerate(sources):
         samples, temperature = source.get("do_sample"), source.get("temperature")
-        if samples is None and temperature is None:
-            continue
         if samples is None:
+            if temperature is None:
+                continue
             return temperature, True
         if not samples:
             if temperature and number < given:

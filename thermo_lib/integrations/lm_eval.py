@@ -30,9 +30,11 @@ from thermo_lib.pipeline.storage import load_any
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
-
-TemplateLM = needs("lm_eval.api.model").TemplateLM
-register_model = needs("lm_eval.api.registry").register_model
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+else:
+    TemplateLM = needs("lm_eval.api.model").TemplateLM
+    register_model = needs("lm_eval.api.registry").register_model
 
 _log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,7 +57,7 @@ class _Copy(NamedTuple):
 
 
 @register_model("thermo")
-class HarnessLM(TemplateLM):
+class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """A diffusion language model as ``lm_eval`` asks for one.
 
     Args:
@@ -128,14 +130,14 @@ class HarnessLM(TemplateLM):
         self.batch_size, self.mc_num, self.check_greedy = int(batch_size), mc_num, check_greedy
         self.max_new_tokens, self.timesteps, self.block_length = max_new_tokens, timesteps, block_length
         self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold))
-        ids = [_listed(some) for some in (suppress_tokens, begin_suppress_tokens, end_tokens)]
-        rules = TokenRules(*ids, suppress_end, end_last, stop_at_end)
+        suppressed, at_first, ends = (_listed(some) for some in (suppress_tokens, begin_suppress_tokens, end_tokens))
+        rules = TokenRules(suppressed, at_first, ends, suppress_end, end_last, stop_at_end)
         by_block = is_block_by_block(self.lm, block_length)
         rules.resolved(self.lm, sampler, block_by_block=by_block)  # refuses wrong ones before the work
         self.rules = vars(rules)
         # Of the timesteps that layers tell apart.
-        grouped = isinstance(self.lm, QuantizedLM) and self.lm.config.num_time_groups > 1
-        self.steps = self.lm.config.timesteps if grouped else 1
+        config = self.lm.config if isinstance(self.lm, QuantizedLM) else None
+        self.steps = config.timesteps if config is not None and config.num_time_groups > 1 else 1
         self.max_length = max_length or self.lm.model.longest
         self.seed = seed
 
@@ -192,8 +194,8 @@ class HarnessLM(TemplateLM):
                 numbers = order[start : start + self.batch_size]
                 some = [pairs[i] for i in numbers]
                 greedy = self._are_greedy(some) if self.check_greedy else [False] * len(some)
-                for number, *result in zip(numbers, self._bounds(some), greedy, strict=True):
-                    found[number] = tuple(result)
+                for number, bound, is_greedy in zip(numbers, self._bounds(some), greedy, strict=True):
+                    found[number] = bound, is_greedy
                     self.cache_hook.add_partial("loglikelihood", requests[number][0], found[number])
                 bar.update(len(some))
         return found
@@ -285,7 +287,7 @@ class HarnessLM(TemplateLM):
             if not any(same):
                 raise SeenEnough
 
-        how = {"timesteps": count, "sampler": "maskgit_plus", "eps": 0.0, "batch_size": len(pairs)}
+        how: dict[str, Any] = {"timesteps": count, "sampler": "maskgit_plus", "eps": 0.0, "batch_size": len(pairs)}
         how["block_length"] = self.lm.model.block_length
         with suppress(SeenEnough):
             compare(count, slice(None), generate(self.lm, ids, attention_mask=visible, on_state=compare, **how))
@@ -347,8 +349,11 @@ class HarnessLM(TemplateLM):
         return [self.lm.decode(row[-count:]) for row in filled]
 
 
-def _listed(ids: int | str | Sequence[int] | None) -> int | str | Sequence[int] | None:
-    """Token ids; of ``lm_eval``'s command line, whose commas end an argument, as ``1+2+3``."""
+def _listed(ids: int | str | Sequence[int] | None) -> Any:
+    """Token ids; of ``lm_eval``'s command line, whose commas end an argument, as ``1+2+3``.
+
+    What is no list of ids is returned as it is, for ``TokenRules`` to refuse.
+    """
     parts = ids.split("+") if isinstance(ids, str) else []
     return [int(part) for part in parts] if parts and all(re.fullmatch("[0-9]{1,18}", part) for part in parts) else ids
 

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import ConversionOps, WeightRenaming
-from transformers.quantizers import HfQuantizer
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     AUTO_QUANTIZER_MAPPING,
     register_quantizer,
 )
+from transformers.quantizers.base import HfQuantizer
 
 from thermo_lib.files.tensors import check_finite
 from thermo_lib.integrations import generation
@@ -60,7 +60,7 @@ class _Quantize(ConversionOps):
     def __init__(self, quantizer: "ThermoQuantizer"):
         self.hf_quantizer = quantizer
 
-    def convert(
+    def convert(  # type: ignore[override]  # transformers gives all but the first by name
         self,
         input_dict: dict[str, Any],
         *,
@@ -101,7 +101,7 @@ class ThermoQuantizer(HfQuantizer):
             raise ValueError(f"quantization_config: {found}; {instead}")
 
     def _process_model_before_weight_loading(
-        self, model: MaskPredictor, checkpoint_files: Sequence[str] | None = None, **_: Any
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         if not isinstance(model, MaskPredictor):
             found = f"model: found {type(model).__name__}"
@@ -111,9 +111,8 @@ class ThermoQuantizer(HfQuantizer):
                 raise ValueError(f"{found}, {allowed}; thermo_lib.{instead} makes it")
             supported = ", ".join(model.__name__ for model in MODELS.values())
             raise ValueError(f"{found}, supported are {supported}")
-        self.lm = QuantizedLM(
-            model, None, model.config.mask_token_id, model.config.name_or_path, self.quantization_config
-        )
+        about = model.config.mask_token_id, model.config.name_or_path, self.quantization_config
+        self.lm = QuantizedLM(model, None, *about)  # type: ignore[arg-type]  # as in as_lm, which adds the tokenizer
         self.linears = {f"{name}.weight" for name in linear_names(model)}
         self.folder, paths = checkpoint_folder(checkpoint_files, model.config)
         if not self.pre_quantized:
@@ -123,7 +122,7 @@ class ThermoQuantizer(HfQuantizer):
         self.coded = sorted(expected.keys() - model.state_dict().keys())
         owners: dict[str, dict[str, Tensor]] = {}
         for name in self.coded:
-            owner, _, key = name.rpartition(".")
+            owner, _dot, key = name.rpartition(".")
             owners.setdefault(owner, {})[key] = torch.empty_like(expected[name], dtype=stored_type(name))
         for owner, stored in owners.items():
             module = model.get_submodule(owner)
@@ -135,7 +134,8 @@ class ThermoQuantizer(HfQuantizer):
             model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
             model.all_tied_weights_keys = {}
 
-    def _process_model_after_weight_loading(self, model: MaskPredictor, **_: Any) -> MaskPredictor:
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> MaskPredictor:
+        assert isinstance(model, MaskPredictor)  # as was checked before
         refresh_time_norms(model)
         dtype = model.norm.weight.dtype
         for name, tensor in model.state_dict().items():
@@ -154,6 +154,7 @@ class ThermoQuantizer(HfQuantizer):
         tensors = {name: tensors[name] for name in self.coded}
         for name in {name.rpartition(".")[0] for name in self.coded}:
             holder = model.get_submodule(name)
+            assert isinstance(holder, _Stored)
             if (bias := getattr(holder, "bias", None)) is not None:
                 tensors[f"{name}.bias"] = bias
             model.set_submodule(name, holder.replaced[0])
@@ -191,5 +192,7 @@ def register() -> None:
     for model_type, architecture in PUBLISHED.items():
         for auto in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
             auto.register(architecture.config, MODELS[model_type])
-        renamings = [WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()]
+        renamings: list[WeightConverter | WeightRenaming] = [
+            WeightRenaming(theirs, ours) for ours, theirs in architecture.tensors.items()
+        ]
         register_checkpoint_conversion_mapping(MODELS[model_type].__name__, renamings)

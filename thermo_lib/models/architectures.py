@@ -13,7 +13,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ from thermo_lib.files.tensors import (
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
 from thermo_lib.models.key_values import BlockByBlock
-from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, hiding
+from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, Norm, hiding
 from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
@@ -65,6 +65,8 @@ class MaskPredictor(BlockByBlock, nn.Module):
     passes: DecoderPass
 
     folder: Path | None = None  # that from_pretrained has read
+    generate: ClassVar[Callable[..., Any]]  # see integrations.generation
+    diffusion_generate: ClassVar[Callable[..., Any]]
 
     def __init__(self, config: PreTrainedConfig):
         # The embeddings would keep the padding token's row from training, and refuse an id that they don't have.
@@ -79,12 +81,12 @@ class MaskPredictor(BlockByBlock, nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The blocks, in their order."""
-        return self.get_submodule(self.parts.blocks)
+        return attrgetter(self.parts.blocks)(self)
 
     @property
-    def norm(self) -> nn.Module:
+    def norm(self) -> Norm:
         """A norm outside the blocks, which is of the type and on the device of what isn't quantized."""
-        return self.get_submodule(self.parts.norm)
+        return attrgetter(self.parts.norm)(self)
 
     @property
     def rotary(self) -> nn.Module | None:
@@ -243,7 +245,7 @@ class MaskPredictor(BlockByBlock, nn.Module):
 
     @classmethod
     def _load_pretrained_model(
-        cls, model: Self, state_dict: Any, checkpoint_files: Sequence[str] | None, load_config: Any, *more: Any
+        cls, model: Any, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *more: Any
     ) -> Any:
         """The step of ``from_pretrained`` that knows the files; ``transformers`` itself would fill in what is missing.
 
@@ -262,7 +264,7 @@ class MaskPredictor(BlockByBlock, nn.Module):
                 check_finite(tensor, f"{key} as {tensor.dtype}" if is_cast else key, folder)
         return loaded
 
-    def save_pretrained(
+    def save_pretrained(  # type: ignore[override]  # what follows state_dict is given by name only
         self, save_directory: str | Path, is_main_process: bool = True, state_dict: Any = None, **kwargs: Any
     ) -> None:
         """Write the model as ``transformers`` does, with the tokenizer of the folder that it was loaded from, if any.
@@ -308,7 +310,8 @@ def checkpoint_folder(files: Sequence[str] | None, config: PreTrainedConfig) -> 
     if not files:
         raise ValueError("model: found no files, expected a folder or a hub id with safetensors")
     paths = [Path(file) for file in files]
-    folder = Path(config.name_or_path) if Path(config.name_or_path).is_dir() else paths[0].parent
+    name = config.name_or_path
+    folder = Path(name) if name is not None and Path(name).is_dir() else paths[0].parent
     check_inside(paths, folder)
     return folder, paths
 
@@ -412,7 +415,11 @@ def _model_class(family: Architecture) -> type[MaskPredictor]:
 
 
 MODELS = {model_type: _model_class(family) for model_type, family in ARCHITECTURES.items()}
-DreamModel, LLaDAModel = MODELS["Dream"], MODELS["llada"]
+if TYPE_CHECKING:  # a class that is made while the program runs is no type
+    DreamModel = MaskPredictor
+    LLaDAModel = MaskPredictor
+else:
+    DreamModel, LLaDAModel = MODELS["Dream"], MODELS["llada"]
 
 
 def build_model(config: PreTrainedConfig) -> MaskPredictor:

@@ -43,11 +43,13 @@ class MaskedModernBertConfig(ModernBertConfig):
     @property
     def global_rope_theta(self) -> float:
         """Base of the rotary embedding in layers that see everything."""
+        assert self.rope_parameters is not None  # __post_init__ fills them in
         return self.rope_parameters["full_attention"]["rope_theta"]
 
     @property
     def local_rope_theta(self) -> float:
         """Base of the rotary embedding in the other layers."""
+        assert self.rope_parameters is not None
         return self.rope_parameters["sliding_attention"]["rope_theta"]
 
 

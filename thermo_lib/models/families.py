@@ -17,12 +17,12 @@ from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 from thermo_lib.files.reading import read_object
 from thermo_lib.models.encoders import ENCODERS
-from thermo_lib.models.settings import TOKEN_IDS, Architecture, check_supported, in_one_line, parse, same
+from thermo_lib.models.settings import TOKEN_IDS, Architecture, ConfigBase, check_supported, in_one_line, parse, same
 
 T = TypeVar("T")
 
 
-class Published:
+class Published(ConfigBase):
     """A configuration that ``transformers`` reads from a published ``config.json``, and writes as one.
 
     Attributes:
@@ -364,7 +364,7 @@ def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> 
             # From one place, so that Python shows it once for a folder.
             warnings.warn(f"block_length: {assumed}; load_model takes another one", stacklevel=1)
             content = content | {key: architecture.block_length}
-        architecture = replace(architecture, sizes=architecture.sizes | {key: "block_length"})
+        architecture = replace(architecture, sizes={**architecture.sizes, key: "block_length"})
     return parse(architecture, architecture.flat(content))
 
 
@@ -434,7 +434,7 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     def value(attribute: str) -> Any:
         return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
 
-    keys = architecture.sizes | architecture.settings
+    keys = {**architecture.sizes, **architecture.settings}
     if architecture.block_key is not None:
         keys = keys | {architecture.block_key: "block_length"}
     stated = {key: value(attribute) for key, attribute in keys.items()}

@@ -6,13 +6,30 @@ Fast-dLLM v2 (arXiv 2509.26328) generate in this way.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from thermo_lib.models.passes import BLOCK_CAUSAL, hiding
-from thermo_lib.quant.calls import denoising
+from thermo_lib.models.passes import BLOCK_CAUSAL, DecoderPass, hiding
+from thermo_lib.quant.calls import CurrentStep, denoising
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    class _Base(PreTrainedModel):
+        """What else every model is."""
+
+        # In transformers a decorator hides its type.
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+            """Move or cast the model."""
+
+        @property
+        def blocks(self) -> nn.ModuleList:
+            """See ``MaskPredictor``."""
+
+else:
+    _Base = object
 
 
 class KeyValues:
@@ -50,19 +67,19 @@ class KeyValues:
         else:
             every = key, value
         if self._counts is not None:
-            kept = tuple(self._closed_up(part) for part in every)
-            self._layers[layer : layer + 1] = [kept]
+            kept = [self._closed_up(part, self._counts) for part in every]
+            self._layers[layer : layer + 1] = [(kept[0], kept[1])]
         return every
 
-    def _closed_up(self, every: Tensor) -> Tensor:
+    def _closed_up(self, every: Tensor, counts: list[int]) -> Tensor:
         """The new tokens right after the finished ones of each row, which aren't at one place where rows differ."""
         longest = max(self.filled)
-        after = [filled + count for filled, count in zip(self.filled, self._counts, strict=True)]
+        after = [filled + count for filled, count in zip(self.filled, counts, strict=True)]
         if all(filled == longest for filled in self.filled):
             return every[:, :, : max(after)]
         place = torch.arange(max(after), device=every.device)
-        filled = torch.tensor(self.filled).to(every.device)[:, None]
-        place = torch.where(place < filled, place, place - filled + longest).clamp(max=every.shape[2] - 1)
+        finished = torch.tensor(self.filled).to(every.device)[:, None]
+        place = torch.where(place < finished, place, place - finished + longest).clamp(max=every.shape[2] - 1)
         return every.gather(2, place[:, None, :, None].expand(-1, every.shape[1], -1, every.shape[3]))
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -72,13 +89,20 @@ class KeyValues:
         self.filled = [self.filled[row] for row in rows]
         which = torch.tensor(rows, dtype=torch.int64)
         longest = max(self.filled, default=0)
-        self._layers = [tuple(part[which.to(part.device), :, :longest] for part in both) for both in self._layers]
+        self._layers = [
+            (key[which.to(key.device), :, :longest], value[which.to(value.device), :, :longest])
+            for key, value in self._layers
+        ]
         if self.last is not None:
             self.last = self.last[which.to(self.last.device)]
 
 
-class BlockByBlock:
+class BlockByBlock(_Base):
     """How models compute a block after others; mixed into ``MaskPredictor``, whose parts it uses."""
+
+    is_shifted: bool
+    passes: DecoderPass
+    step: CurrentStep
 
     @property
     def block_length(self) -> int | None:
@@ -119,14 +143,14 @@ class BlockByBlock:
             if filled % block_length and count:
                 allowed = f"allowed are whole blocks of {block_length} before more tokens"
                 raise ValueError(f"cache: found a text of {filled} tokens, {allowed}")
-        filled = torch.tensor(cache.filled).to(input_ids.device)
-        positions = filled[:, None] + torch.arange(length, device=input_ids.device)
+        finished = torch.tensor(cache.filled).to(input_ids.device)
+        positions = finished[:, None] + torch.arange(length, device=input_ids.device)
         cache._counts = counts if store else None
         try:
             with denoising(self.step.value, input_ids == self.config.mask_token_id):
                 hidden = self.passes.enter(self, input_ids, positions, None)
                 bias = _bias(cache.filled, counts, length, block_length, hidden)
-                for block, given in zip(self.blocks, self.passes.cached(self, hidden, bias, positions), strict=True):
+                for block, given in zip(self.blocks, BLOCK_CAUSAL.cached(self, hidden, bias, positions), strict=True):
                     hidden = block(hidden, past_key_values=cache, **given)
                 states = self.passes.leave(self, hidden)
         finally:
@@ -135,7 +159,7 @@ class BlockByBlock:
         if self.is_shifted:  # a first token has no state before it and keeps its own
             first = states[:, 0]
             if cache.last is not None:
-                first = torch.where((filled > 0)[:, None].to(first.device), cache.last, first)
+                first = torch.where((finished > 0)[:, None].to(first.device), cache.last, first)
             found = torch.cat([first[:, None], states[:, :-1]], 1)
         if store:
             _finish(cache, states, counts)

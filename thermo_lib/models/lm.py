@@ -94,8 +94,7 @@ class DiffusionLM:
         if self.chat_template is None:
             expected = "expected a model with chat_template.jinja, or chat_template in tokenizer_config.json"
             raise ValueError(f"chat: found no chat template in {self.name!r}, {expected}")
-        how = {"add_generation_prompt": add_generation_prompt, "template": template}
-        return self.chat_template.render(messages, **how)
+        return self.chat_template.render(messages, add_generation_prompt=add_generation_prompt, template=template)
 
     @property
     def device(self) -> torch.device:
@@ -235,7 +234,8 @@ def as_lm(model: DiffusionLM | MaskPredictor) -> DiffusionLM:
     if not isinstance(model, MaskPredictor):
         return model
     found = getattr(getattr(model, "hf_quantizer", None), "lm", None)
-    lm = found or DiffusionLM(model, None, model.config.mask_token_id, model.config.name_or_path)
+    about = model.config.mask_token_id, model.config.name_or_path
+    lm = found or DiffusionLM(model, None, *about)  # type: ignore[arg-type]  # None nowhere else; no text is read then
     folder = model.folder
     if folder is None or not has_tokenizer(folder):
         return lm

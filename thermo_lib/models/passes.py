@@ -4,10 +4,16 @@ Written out, because a block is also run alone, with gradients or with weights t
 is computed is what the model's own forward computes.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class Norm(Protocol):
+    """What the norms of ``transformers`` and a ``TimeNorm`` have in common."""
+
+    weight: Tensor
 
 
 class DecoderPass:

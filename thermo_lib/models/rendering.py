@@ -69,7 +69,7 @@ class _Process:
             path = os.pathsep.join(filter(None, sys.path))
             self.child = subprocess.Popen(
                 [sys.executable, "-P", __file__],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
@@ -134,7 +134,7 @@ def _send(to: socket.socket, content: bytes) -> None:
 def _receive(of: socket.socket) -> bytes | None:
     """What was sent; None where the other side has ended."""
     with of.makefile("rb", buffering=0) as file:
-        parts = []
+        parts: list[bytes] = []
         for left in (8, None):
             left = int.from_bytes(b"".join(parts), "little") if left is None else left
             parts = []

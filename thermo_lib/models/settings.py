@@ -3,10 +3,15 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    ConfigBase = PreTrainedConfig  # the other base of every class that ``Published`` is mixed into
+else:
+    ConfigBase = object
 
 
 def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +182,7 @@ def parse(architecture: Architecture, content: dict[str, Any]) -> dict[str, Any]
         if key in content:
             _check_setting(key, attribute, content[key])
             values[attribute] = content[key]
-    keys = architecture.sizes | architecture.settings
+    keys = {**architecture.sizes, **architecture.settings}
     turns = architecture.parts.rotary is not None and values.get("position_embedding_type") != "absolute"
     _check_sizes({attribute: key for key, attribute in reversed(keys.items())}, values, turns)
     return values

@@ -196,7 +196,7 @@ class HostEmbedding(nn.Embedding):
     """
 
     def __init__(self, weight: Tensor, device: torch.device):
-        super().__init__(*weight.shape, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], _weight=weight)
         self.weight.requires_grad_(False)
         self.device = device
 
@@ -282,8 +282,8 @@ def load_streamed(
     on_host = () if config.tie_word_embeddings else (f"{parts.embeddings}.weight",)
     fill(model, {n: source.read(n, "cpu" if n in on_host else device) for n in resident}, dtype)
     if on_host and device.type != "cpu":
-        embeddings = model.get_submodule(parts.embeddings)
-        model.set_submodule(parts.embeddings, HostEmbedding(embeddings.weight, device))
+        weight = model.get_parameter(f"{parts.embeddings}.weight")
+        model.set_submodule(parts.embeddings, HostEmbedding(weight, device))
     if model.rotary is not None:
         model.rotary.to(device)
     for number, block in enumerate(model.blocks):

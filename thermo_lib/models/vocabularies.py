@@ -6,13 +6,15 @@ They give what ``BertTokenizer`` and ``EsmTokenizer`` of ``transformers`` give, 
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from thermo_lib.files.reading import read_whole
 
 NAME = "vocab.txt"
+
+T = TypeVar("T")
 
 
 def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> Tokenizer:
@@ -41,7 +43,7 @@ def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], specia
         raise ValueError(f"{path}: found no {missing[0]!r:.80}, expected every special token of {kind}")
     tokenizer = make(vocabulary, texts, settings, folder)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts.values()])
-    first, last = texts["cls_token"], texts.get("sep_token", texts.get("eos_token"))
+    first, last = texts["cls_token"], texts["sep_token" if "sep_token" in texts else "eos_token"]
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{first}:0 $A:0 {last}:0",
         pair=f"{first}:0 $A:0 {last}:0 $B:1 {last}:1",
@@ -53,7 +55,7 @@ def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], specia
 def _bert(vocabulary: dict[str, int], texts: Mapping[str, str], settings: Mapping[str, Any], folder: Path) -> Tokenizer:
     """WordPiece (arXiv 1609.08144) after BERT's cleaning of the text."""
 
-    def setting(name: str, default: bool | None) -> bool | None:
+    def setting(name: str, default: T) -> bool | T:
         found = settings.get(name, default)
         if not (isinstance(found, bool) or found is default):
             path = folder / "tokenizer_config.json"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.files.reading import read_object
@@ -36,12 +37,13 @@ def estimated_seconds(lm: DiffusionLM, config: ThermoConfig, calibration: Calibr
     """
     names = linear_names(lm.model)
     linear = lm.model.get_submodule(names[0])
+    assert isinstance(linear, nn.Linear)
     width = linear.in_features
     x = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0))
     quantizer = quantizer_of(config)
     hessian = (x.T @ x).double()[None] if quantizer.needs_hessians else None
     start = time.perf_counter()
-    if quantizer.needs_all_hessians:
+    if hessian is not None and quantizer.needs_all_hessians:
         quantizer.see(names[0], linear, hessian.sum(0))
         quantizer.decide()
     quantizer.code(names[0], linear.weight.detach(), hessian)
@@ -52,7 +54,7 @@ def estimated_seconds(lm: DiffusionLM, config: ThermoConfig, calibration: Calibr
     with torch.no_grad():
         lm.model.hidden(rows)
     a_token = (time.perf_counter() - start) / rows.numel()
-    weights = sum(lm.model.get_submodule(name).weight.numel() for name in names)
+    weights = sum(lm.model.get_parameter(f"{name}.weight").numel() for name in names)
     tokens = sum(part.ids.numel() for part in calibration.parts)
     return _START + one * weights + _PASSES * a_token * tokens
 

@@ -148,7 +148,7 @@ class Session:
         batches = calibration_batches(self.lm, seed, **self.sizes)
         batches = [pair for pair in batches if len(pair[0])]
         self.calibration: Calibration = calibrate(self.lm, batches, timesteps=timesteps, seed=seed, progress=False)
-        size = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
+        size: dict[str, Any] = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
         self.suite: Suite = build_suite(self.lm, timesteps=timesteps, seed=seed, **size)
         self.prompt, self.start = "", torch.empty(0)
         self._weights: dict[str, tuple[QuantizedLM, Samples]] = {}

@@ -6,12 +6,13 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+from thermo_lib.evaluation.demo import MASKED
 from thermo_lib.evaluation.display import OTHERS
 from thermo_lib.evaluation.figures import lines, parameter_over_time
 from thermo_lib.evaluation.statistics import side_of_zero
 from thermo_lib.extras import needs
 from thermo_lib.workbench.job import Job
-from thermo_lib.workbench.session import ACTIVATION_BITS, MASKED, SMOOTHING, WEIGHTS, Choice, Session, View, differences
+from thermo_lib.workbench.session import ACTIVATION_BITS, SMOOTHING, WEIGHTS, Choice, Session, View, differences
 
 _WIDE = {"description_width": "130px"}
 _SECONDS = 0.5  # between two looks at a job
@@ -90,10 +91,10 @@ class Workbench:
 
     def __init__(self, session: Session):
         widgets = needs("ipywidgets")
-        self.session, self.view, self._last, self._job = session, None, None, None
-        self.view: View | None
-        self._last: View | None
-        self._job: Job | None
+        self.session = session
+        self.view: View | None = None
+        self._last: View | None = None
+        self._job: Job | None = None
         self._watching: asyncio.Future[None] | None = None
         first = Choice()
         self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights (2 bits)")

@@ -7,11 +7,19 @@ is added to it. Nothing of torch, ``lm_eval`` or ``thermo_lib`` is imported befo
 
 import sys
 
+TYPE_CHECKING = False  # that of typing would be imported whenever Python starts
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
 
 class _Finder:
     """Finds ``lm_eval.models`` where it is, and lets the registration follow its execution."""
 
-    def find_spec(self, name: str, path: object = None, target: object = None) -> object:
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
         if name != "lm_eval.models":
             return None
         sys.meta_path.remove(self)  # before the search for others, which asks this one too
@@ -22,14 +30,14 @@ class _Finder:
             return spec
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: object) -> None:
+        def execute_and_register(module: "ModuleType") -> None:
             execute(module)
             from lm_eval.api.registry import model_registry
 
             if "thermo" not in model_registry:  # as it is after ``import thermo_lib.integrations.lm_eval``
                 model_registry.register("thermo", target="thermo_lib.integrations.lm_eval:HarnessLM")
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]  # of this one loader
         return spec
 
 
