@@ -56,8 +56,8 @@ def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Map
         below = places[name] = min(places[name], below - gap, 1 + gap / 2)
     for name, place in places.items():
         color = colors[name] if colors[name] != OTHERS else "#444444"
-        style = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center", "fontsize": 9}
-        ax.annotate(name, (1, place), (6, 0), color=color, annotation_clip=False, **style)
+        style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+        ax.annotate(name, (1, place), (6, 0), color=color, fontsize=9, annotation_clip=False, **style)
 
 
 def _head(figure: "Figure", title: str) -> None:
@@ -96,7 +96,7 @@ def lines(
     ends = {}
     for number, (name, values) in enumerate(series.items()):
         places = range(len(values)) if x is None else x
-        style = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        style: dict[str, Any] = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
         ax.plot(places, values, label=name, zorder=3 if name in ours else 2, **style)
         last = max((n for n, value in enumerate(values) if value == value), default=None)
         if last is not None:
@@ -155,9 +155,9 @@ def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
         for number, kernel in enumerate(kernels):
             found = [row for row in rows if (row["linear"], row["kernel"]) == (linear, kernel)]
             if found:
-                x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+                x, y, ci = ([row[key] for row in found] for key in ("tokens", "times_dense", "ci"))
                 ax.plot(x, y, color=colors[kernel], marker=MARKERS[number], markersize=5)
-                ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=colors[kernel], alpha=0.2)
+                ax.fill_between(x, [low for low, _ in ci], [high for _, high in ci], color=colors[kernel], alpha=0.2)
                 ends[kernel] = x[-1], y[-1]
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
@@ -202,7 +202,7 @@ def intervals(
         label.set_fontweight("bold" if name in ours else "normal")
     if reference is not None:
         ax.axvline(reference, color="#444444", linestyle="--", linewidth=1)
-        style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
+        style: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9}
         ax.annotate(reference_label, (reference, 1), (0, 3), ha="center", color="#444444", **style)
     return figure
 
@@ -228,12 +228,8 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, 
         for place, mean, factor in zip(places, means, factors, strict=True):
             ax.plot(found[factor], [place] * len(found[factor]), "k.", markersize=4)
             name = f"  {model}" if factor == factors[0] else ""
-            style = {
-                "textcoords": "offset points",
-                "va": "center",
-                "color": color if name and not number else "#444444",
-            }
-            ax.annotate(f"{mean:.1%}{name}", (max(found[factor]), place), (6, 0), **style)
+            at, shade = (max(found[factor]), place), color if name and not number else "#444444"
+            ax.annotate(f"{mean:.1%}{name}", at, (6, 0), textcoords="offset points", va="center", color=shade)
     largest = max(share for found in models.values() for values in found.values() for share in values)
     ax.set(xlabel=xlabel, yticks=range(len(factors)), yticklabels=factors, xlim=(0, 1.25 * largest))
     ax.set_ylim(len(factors) - 0.5, -0.5)
@@ -323,7 +319,7 @@ def scatters(
     for ax, (panel, series) in zip(axes, panels.items(), strict=True):
         for number, (name, (x, y)) in enumerate(series.items()):
             turn, color = divmod(number, len(COLORS))
-            style = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
+            style: dict[str, Any] = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
             ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
         ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         ax.set_title(panel, loc="left", fontsize=11)
@@ -397,8 +393,8 @@ def labelled_points(
             x, y, s=44 if is_ours else 24, color=color, marker="D" if is_ours else "o", zorder=3 if is_ours else 2
         )
         low = min(range(len(y)), key=y.__getitem__)
-        style = {"fontsize": 9, "color": color if is_ours else "#444444", "fontweight": "bold" if is_ours else "normal"}
-        ax.annotate(name, (x[low], y[low]), xytext=(6, -3), textcoords="offset points", **style)
+        weight, shade = ("bold", color) if is_ours else ("normal", "#444444")
+        ax.annotate(name, (x[low], y[low]), (6, -3), textcoords="offset points", fontsize=9, color=shade, weight=weight)
     ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
     ax.yaxis.set_major_formatter(needs("matplotlib.ticker").ScalarFormatter())
     ax.margins(x=0.2)
@@ -420,17 +416,16 @@ def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str], *, ti
     ends = {}
     for name in methods:
         found = [row for row in rows if row["method"] == name]
-        x, y = ([row[key] for row in found] for key in ("tokens", "times_dense"))
+        x, y, ci = ([row[key] for row in found] for key in ("tokens", "times_dense", "ci"))
         color = COLORS[0] if name in ours else OTHERS
         ax.plot(x, y, color=color, marker="D" if name in ours else "o", markersize=5, zorder=3 if name in ours else 2)
-        ax.fill_between(x, *zip(*(row["ci"] for row in found), strict=True), color=color, alpha=0.2)
+        ax.fill_between(x, [low for low, _ in ci], [high for _, high in ci], color=color, alpha=0.2)
         ends[name] = x[-1], y[-1]
     height = 0.0
     for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
         height = max(y, 1.12 * height)  # labels don't lie on one another
         color = COLORS[0] if name in ours else "#444444"
-        style = {"xytext": (x * 1.15, height), "textcoords": "data", "va": "center", "fontsize": 8, "color": color}
-        ax.annotate(name, (x, y), **style)
+        ax.annotate(name, (x, y), (x * 1.15, height), textcoords="data", va="center", fontsize=8, color=color)
     ticks = sorted({row["tokens"] for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
     ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 11)

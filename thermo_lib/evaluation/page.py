@@ -99,7 +99,8 @@ def _table(
     used = {heading: spec for heading, spec in columns.items() if any(row.get(spec[0]) is not None for row in rows)}
 
     def cell(row: Mapping[str, Any], key: str, form: str, interval: str | None) -> dict[str, Any]:
-        value, ends = row.get(key), row.get(interval) if interval else None
+        value: Any = row.get(key)
+        ends: Any = row.get(interval) if interval else None
         shown = ends is not None and ends[0] != ends[1]
         return {
             "text": "–" if value is None else form.format(value),

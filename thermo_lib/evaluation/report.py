@@ -235,7 +235,7 @@ def moved(rows: Sequence[Mapping[str, Any]], committed: Sequence[Mapping[str, An
                     "ci": ends,
                     "value": new,
                     "change": change,
-                    "of_interval": change / half if half else None,
+                    "of_interval": change / half if half and change is not None else None,
                 }
             )
     return found

@@ -9,7 +9,7 @@ percentiles over sequences.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -271,9 +271,9 @@ class PuzzlePaths:
     def solved_by(self, lm: DiffusionLM) -> float:
         """Share of the puzzles that a model solves with the same sampler and seed."""
         ids, is_answer = encode_puzzles(self.puzzles, lm.tokenizer, self.task_length)
-        start = torch.where(is_answer, lm.mask_token_id, ids)
-        how = {"timesteps": self.timesteps, "sampler": "origin", "temperature": 1.0, "eps": 0.0, "seed": self.seed}
-        answers = decode_answers(generate(lm, start, **how), is_answer, lm.tokenizer)
+        ids = torch.where(is_answer, lm.mask_token_id, ids)
+        filled = generate(lm, ids, timesteps=self.timesteps, sampler="origin", temperature=1.0, eps=0.0, seed=self.seed)
+        answers = decode_answers(filled, is_answer, lm.tokenizer)
         return sum(is_solution(p, a) for p, a in zip(self.puzzles, answers, strict=True)) / len(self.puzzles)
 
 
@@ -307,8 +307,8 @@ def masked_token_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Correct tokens, masked tokens and summed negative log-likelihood, each float64 ``(sequences, timesteps)``."""
     sequences, states = len(states.ids) // timesteps, states.to(lm.device)
-    like = {"dtype": torch.float64, "device": states.ids.device}
-    correct, masked, nll = (torch.zeros((sequences, timesteps), **like) for _ in range(3))
+    zeros = partial(torch.zeros, dtype=torch.float64, device=states.ids.device)
+    correct, masked, nll = (zeros((sequences, timesteps)) for _ in range(3))
     batches = list(states.batches(batch_size))
     seen = [0] * timesteps
     for timestep, rows in tqdm(batches, desc=progress, disable=progress is None, leave=False):
@@ -327,7 +327,7 @@ def masked_token_scores(
             (masked, torch.ones_like(truth)),
             (nll, torch.cat(loss)),
         ):
-            grid = torch.zeros(is_masked.shape, **like)
+            grid = zeros(is_masked.shape)
             target[index, timestep] = grid.masked_scatter(is_masked, values.double()).sum(1)
     return correct.cpu(), masked.cpu(), nll.cpu()
 
@@ -371,8 +371,9 @@ def _answers(lm: DiffusionLM, suite: Suite, progress: bool) -> PuzzleResult | No
     """The model's answers to the suite's puzzles, None where it has none."""
     if not suite.puzzles:
         return None
-    how = {"sampler": suite.sampler, "temperature": suite.temperature, "progress": progress}
-    return solve_puzzles(lm, suite.puzzles, suite.timesteps, **how)
+    return solve_puzzles(
+        lm, suite.puzzles, suite.timesteps, sampler=suite.sampler, temperature=suite.temperature, progress=progress
+    )
 
 
 def _accuracy(evaluation: Evaluation) -> Callable[[np.ndarray], float]:

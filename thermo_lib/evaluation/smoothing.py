@@ -213,6 +213,8 @@ def smoothing_targets(
     config, method = lm.config, lm.config.smoothing_method
     gain = relative_accuracy_gain(evaluation, baseline)
     smooth, rough = markov(lm), markov(unsmoothed)
+    assert smooth is not None  # both models have time groups
+    assert rough is not None
     rows = [
         target_row("relative accuracy gain", config, method, claims.accuracy_gain, *gain),
         target_row("Markov score", config, method, claims.markov_score, smooth.score),

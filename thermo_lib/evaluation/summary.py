@@ -21,9 +21,9 @@ def markov(lm: QuantizedLM) -> MarkovReport | None:
 
 def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:
     """One configuration's row of the report: settings, bits per weight and scores with intervals."""
-    quantized = isinstance(lm, QuantizedLM)
-    config = lm.config if quantized else None
-    smoothness = markov(lm) if quantized else None
+    quantized = lm if isinstance(lm, QuantizedLM) else None
+    config = quantized.config if quantized else None
+    smoothness = markov(quantized) if quantized else None
     return {
         "name": name,
         "bits": config.bit_width if config else 32,
@@ -34,7 +34,7 @@ def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, A
         "num_time_groups": config.num_time_groups if config else None,
         "smoothing_method": config.smoothing_method if config else None,
         "smoothing_window": config.smoothing_window if config else None,
-        "bits_per_weight": lm.bits_per_weight if quantized else 32.0,
+        "bits_per_weight": quantized.bits_per_weight if quantized else 32.0,
         "accuracy": evaluation.accuracy,
         "accuracy_ci": list(accuracy_interval(evaluation)),
         "accuracy_per_timestep": evaluation.accuracy_per_timestep.tolist(),

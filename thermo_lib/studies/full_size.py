@@ -6,9 +6,10 @@ A checkpoint of random weights has the sizes, memory and times of the published 
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,9 +111,10 @@ def random_model(
     """
     settings = {**config.to_dict(), "num_hidden_layers": layers}
     model = skeleton(type(config)(**{k: v for k, v in settings.items() if k != "layer_types"}))
-    names, made = set(linear_names(model)), {}
+    names = set(linear_names(model))
+    made: dict[tuple[int, int], QuantizedLinear] = {}
     for name, module in list(model.named_modules()):
-        if name in names and kernel is not None:
+        if name in names and isinstance(module, nn.Linear) and kernel is not None:
             size = module.in_features, module.out_features
             if size not in made:
                 made[size] = KERNELS[kernel](*size).to(device)
@@ -124,7 +126,9 @@ def random_model(
         owner, _, key = name.rpartition(".")
         filled = tensor.fill_(1) if tensor.ndim == 1 and key == "weight" else tensor.normal_(std=0.02)
         setattr(model.get_submodule(owner), key, nn.Parameter(filled, requires_grad=False))
-    model.model.rotary_emb = type(model.rotary)(config=model.config).to(device)
+    rotary = model.rotary
+    assert rotary is not None  # published models don't embed positions
+    model.set_submodule("model.rotary_emb", type(rotary)(config=model.config).to(device))
     return model.eval()
 
 
@@ -233,8 +237,8 @@ def linear_ratios(
             else:
                 set_backend(layer, "plain")
             found = paired_ratio(
-                lambda layer=layer, x=x: _finished(layer(x)),
-                lambda x=x, dense=dense: _finished(F.linear(x, dense)),
+                partial(_finished, layer, x),
+                partial(_finished, F.linear, x, dense),
                 rounds,
                 progress=f"{size} {kind}" if progress else None,
             )
@@ -244,11 +248,12 @@ def linear_ratios(
     return rows
 
 
-def _finished(x: Tensor) -> Tensor:
-    """Wait until a GPU has computed it."""
-    if x.is_cuda:
+def _finished(function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """What a function returns, once a GPU has computed it."""
+    found = function(*given)
+    if found.is_cuda:
         torch.cuda.synchronize()
-    return x
+    return found
 
 
 def gptq_costs(lm: QuantizedLM, *, tokens: int = 4096, progress: bool = False) -> list[dict[str, Any]]:

@@ -24,12 +24,13 @@ from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM
 from thermo_lib.models.tokenization import read_tokenizer
-from thermo_lib.pipeline.compiled import GraphedPass
+from thermo_lib.pipeline.compiled import GraphedPass, compile
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.graphs import captured
+from thermo_lib.quant.layers import TrellisLinear
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 from thermo_lib.quant.trellis import trellis
 from thermo_lib.studies.full_size import PUBLISHED, random_model
@@ -166,7 +167,7 @@ def forward_rows(device: torch.device, extent: Extent) -> Rows:
             ids = torch.randint(0, 1000, (1, tokens), device=device)
             for is_graph in _ways(device):
                 run = GraphedPass(model, 1) if is_graph else model.hidden
-                seconds = _median(lambda run=run, ids=ids: run(ids), device, extent.rounds)
+                seconds = _median(functools.partial(run, ids), device, extent.rounds)
                 dense.setdefault((tokens, is_graph), seconds)
                 about = {"model": kernel or "dense", "graph": is_graph, "layers": extent.layers, "tokens": tokens}
                 times = {"ms": 1e3 * seconds, "times_dense": seconds / dense[tokens, is_graph]}
@@ -188,9 +189,10 @@ def generation_rows(device: torch.device, extent: Extent) -> Rows:
         ids = torch.full((1, _TEXT), lm.mask_token_id, device=device)
         for is_graph in _ways(device):
             if is_graph:
-                model.hidden = GraphedPass(model, 1)
-            whole = _median(lambda lm=lm, ids=ids: generate(lm, ids, timesteps=_STEPS, temperature=0.5), device, 3)
-            passes = _STEPS * _median(lambda lm=lm, ids=ids: _pass(lm, ids), device, 3)
+                compile(lm, 1)
+            fill = functools.partial(generate, lm, ids, timesteps=_STEPS, temperature=0.5)
+            whole = _median(fill, device, 3)
+            passes = _STEPS * _median(functools.partial(_pass, lm, ids), device, 3)
             about = {"model": kernel or "dense", "graph": is_graph, "layers": extent.layers}
             yield about | {"seconds": whole, "beside": 1 - passes / whole}
 
@@ -211,10 +213,10 @@ def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
         bits = torch.full((in_features,), 2)
         group = min(128, in_features)
         methods: dict[str, Callable[[], object]] = {
-            "round to nearest": lambda w=weight, g=group: round_to_nearest(w, 2, g),
-            "least squares": lambda w=weight, g=group: least_squares(w, 2, g),
-            "gptq": lambda w=weight, g=group, h=hessian: gptq(w, h, 2, g, 0.01, 0.001),
-            "trellis, beam 16": lambda w=weight, h=hessian, b=bits: trellis(w, h, b, w.shape[1], 0.01, _BEAM),
+            "round to nearest": functools.partial(round_to_nearest, weight, 2, group),
+            "least squares": functools.partial(least_squares, weight, 2, group),
+            "gptq": functools.partial(gptq, weight, hessian, 2, group, 0.01, 0.001),
+            "trellis, beam 16": functools.partial(trellis, weight, hessian, bits, in_features, 0.01, _BEAM),
         }
         for name, method in methods.items():
             _free(device)
@@ -223,13 +225,18 @@ def quantizer_rows(device: torch.device, extent: Extent) -> Rows:
             yield about | {"weights_a_second": weight.numel() / seconds, "peak_mib": _peak(device)}
 
 
+def _in_type_of(read: Callable[[torch.dtype], Tensor], x: Tensor) -> Tensor:
+    return read(x.dtype)
+
+
 @torch.no_grad()
 def decoder_rows(device: torch.device, extent: Extent) -> Rows:
     """Milliseconds to read a trellis-coded weight, by each kernel; none on a CPU."""
     for in_features, out_features in extent.sizes if device.type == "cuda" else ():
         layer = KERNELS["trellis"](in_features, out_features).to(device)
+        assert isinstance(layer, TrellisLinear)
         for name, read in (("triton", layer.triton_weight), ("cuda", layer.cuda_weight)):
-            often = _together([lambda x, read=read: read(x.dtype)] * 8, layer.scale.bfloat16(), device)
+            often = _together([functools.partial(_in_type_of, read)] * 8, layer.scale.bfloat16(), device)
             seconds = _median(often, device, extent.rounds) / 8
             yield {"decoder": name, "linear": f"{in_features} -> {out_features}", "ms": 1e3 * seconds}
 

@@ -28,13 +28,13 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth, shared_input_samples, smooth_each_layer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
-from thermo_lib.pipeline.parts import PathKL, TimeGrouping, TimeNorms
+from thermo_lib.pipeline.parts import PathKL, SmoothingMethod, Static, TimeGrouping, TimeNorms
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.training import optimize_transitions, train_time_norms
 from thermo_lib.time_aware.ranges import best_starts
 
 Recipe = Literal["best starts", "best per layer", "best per layer by path KL"]
-RECIPE_METHODS = ("linear", "cubic", "sigmoid")  # what a layer chooses from
+RECIPE_METHODS: tuple[SmoothingMethod, ...] = ("linear", "cubic", "sigmoid")  # what a layer chooses from
 RECIPE_WINDOWS = (1, 2, 3, 5)
 
 
@@ -72,7 +72,7 @@ class Point:
             the model's path KL.
 
     Raises:
-        ValueError: a seed that isn't a whole number in 0..2^63 - 1, or another recipe.
+        ValueError: a seed that isn't a whole number in 0..2^63 - 1, another recipe, or ``best starts`` without groups.
     """
 
     config: ThermoConfig
@@ -87,6 +87,8 @@ class Point:
         if self.recipe not in (None, *get_args(Recipe)):
             allowed = f"allowed are {', '.join(get_args(Recipe))} and null"
             raise ValueError(f"recipe: found {self.recipe!r:.80}, {allowed}")
+        if self.recipe == "best starts" and self.config.time_groups is None:
+            raise ValueError("recipe: found 'best starts', expected time_groups, whose starts it chooses")
 
     @property
     def key(self) -> str:
@@ -144,9 +146,8 @@ def point(seed: int = 0, method: str | None = None, recipe: Recipe | None = None
         if config.time_groups is not None:
             window = fields.get("smoothing_window") if method not in (None, "spline") else None
             groups = config.time_groups
-            config = config.replace(
-                time_groups=TimeGrouping(count=groups.count, starts=groups.starts, smoothing=method, window=window)
-            )
+            settings: dict[str, Any] = {"smoothing": method, "window": window}  # the method is checked there
+            config = config.replace(time_groups=TimeGrouping(count=groups.count, starts=groups.starts, **settings))
     return Point(config, seed, recipe, Mix(**mix) if mix else None)
 
 
@@ -233,26 +234,30 @@ def _read_rows(path: Path) -> tuple[Any, dict[str, PointRow]]:
     return made_of, rows
 
 
-def score(lm: DiffusionLM, point: Point | None, suite: Suite) -> PointRow:
-    """Measure a model on a suite."""
+def score(lm: DiffusionLM, point: Point, suite: Suite) -> PointRow:
+    """Measure the model of a point on a suite."""
+    return PointRow(point=point, **scores(lm, suite))
+
+
+def scores(lm: DiffusionLM, suite: Suite) -> dict[str, Any]:
+    """What a ``PointRow`` has beside its point."""
     correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
     path = path_kl(suite.reference, lm, suite.trajectories, suite.timesteps, reference_outputs=suite.reference_outputs)
-    quantized = isinstance(lm, QuantizedLM)
-    smoothness = markov(lm) if quantized else None
+    quantized = lm if isinstance(lm, QuantizedLM) else None
+    smoothness = markov(quantized) if quantized else None
 
     def numbers(values: Tensor) -> list[float]:
         return values.double().round(decimals=6).tolist()
 
-    return PointRow(
-        point=point,
-        accuracy_per_sequence=numbers(accuracy_per_sequence(correct, masked)),
-        accuracy_per_timestep=numbers(correct.sum(0) / masked.sum(0)),
-        path_kl_per_sequence=numbers(path.per_sequence.sum(1)),
-        path_kl_per_timestep=numbers(path.per_timestep),
-        markov_score=round(smoothness.score, 6) if smoothness else None,
-        mean_jump=round(smoothness.mean_jump, 6) if smoothness else None,
-        bits_per_weight=round(lm.bits_per_weight, 6) if quantized else 32.0,
-    )
+    return {
+        "accuracy_per_sequence": numbers(accuracy_per_sequence(correct, masked)),
+        "accuracy_per_timestep": numbers(correct.sum(0) / masked.sum(0)),
+        "path_kl_per_sequence": numbers(path.per_sequence.sum(1)),
+        "path_kl_per_timestep": numbers(path.per_timestep),
+        "markov_score": round(smoothness.score, 6) if smoothness else None,
+        "mean_jump": round(smoothness.mean_jump, 6) if smoothness else None,
+        "bits_per_weight": round(quantized.bits_per_weight, 6) if quantized else 32.0,
+    }
 
 
 @dataclass(frozen=True)
@@ -273,15 +278,15 @@ class Inputs:
 
     def suite(self, reference: DiffusionLM, timesteps: int) -> Suite:
         """What points are evaluated on."""
-        size = {"sequences": self.sequences, "trajectories": self.trajectories, "sudoku": 0}
-        return build_suite(reference, timesteps=timesteps, **size)
+        return build_suite(
+            reference, timesteps=timesteps, sequences=self.sequences, trajectories=self.trajectories, sudoku=0
+        )
 
     def calibration(self, reference: DiffusionLM, timesteps: int, seed: int) -> Calibration:
         """What points of a seed are calibrated on."""
         size = {"sequences": self.code_sequences, "puzzles": self.puzzles}
         batches = [pair for pair in calibration_batches(reference, seed, **size) if len(pair[0])]
-        how = {"timesteps": timesteps, "source": self.source, "seed": seed, "progress": False}
-        return calibrate(reference, batches, **how)
+        return calibrate(reference, batches, timesteps=timesteps, source=self.source, seed=seed, progress=False)
 
 
 class Grid:
@@ -417,15 +422,18 @@ class _Models:
         weights = self._once("weights", (seed, base), lambda: make(base))
 
         def fit(config: ThermoConfig) -> QuantizedLM:
-            changes = {"activations": config.activations, "time_groups": config.time_groups}
+            changes: dict[str, Any] = {"activations": config.activations, "time_groups": config.time_groups}
             return requantize_activations(weights, calibration, reference=self.reference, **changes)
 
         if p.recipe == "best starts":
-            about = (seed, base, groups.count, p.config.activation_bits)
-            starts = self._once("starts", about, lambda: self._starts(weights, calibration, p.config))
+            assert groups is not None  # or there is no such point
+            count = groups.count
+            about = (seed, base, count, p.config.activation_bits)
+            starts = self._once("starts", about, lambda: self._starts(weights, calibration, p.config, count))
             unsmoothed = unsmoothed.replace(time_groups={"starts": starts})
-        if not p.config.has_static_ranges or p.config.activations.fit_to != "activation":
-            grouping = None if groups is None else groups.model_copy(update={"starts": unsmoothed.time_groups.starts})
+        if not isinstance(p.config.activations, Static) or p.config.activations.fit_to != "activation":
+            rough = unsmoothed.time_groups
+            grouping = groups and rough and groups.model_copy(update={"starts": rough.starts})
             return fit(p.config.replace(time_groups=grouping))
         ranges = self._once("ranges", (seed, unsmoothed), lambda: fit(unsmoothed))
         if p.recipe in ("best per layer", "best per layer by path KL"):
@@ -434,6 +442,6 @@ class _Models:
         return resmooth(ranges, p.config.smoothing_method, p.config.smoothing_window)
 
     @staticmethod
-    def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig) -> tuple[int, ...]:
+    def _starts(weights: QuantizedLM, calibration: Calibration, config: ThermoConfig, count: int) -> tuple[int, ...]:
         samples = [sample for _, sample in shared_input_samples(weights, calibration)]
-        return best_starts(samples, config.timesteps, config.time_groups.count, config.activation_bits)
+        return best_starts(samples, config.timesteps, count, config.activation_bits)

@@ -2,7 +2,7 @@
 
 import typing
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -22,6 +22,10 @@ Share = Annotated[Finite, Field(ge=0, le=1)]
 Bits = Literal[8, 7, 6, 5, 4, 3, 2]
 InputBits = Literal[16, 8, 7, 6, 5, 4, 3, 2]
 Quantizer = Literal["rtn", "least_squares", "gptq", "trellis"]
+if TYPE_CHECKING:  # a list that is read while the program runs is no type
+    Sampler = str
+else:
+    Sampler = Literal[SAMPLERS]
 
 
 def _whole(value: Any) -> Any:
@@ -120,7 +124,7 @@ class Evaluation(_Section):
     sequences: Count
     trajectories: Count
     sudoku: Annotated[int, Field(ge=0, le=_MOST)]
-    sampler: Literal[SAMPLERS]
+    sampler: Sampler
     temperature: Annotated[Finite, Field(ge=0, le=1000)]
     resamples: Count
 

@@ -18,6 +18,7 @@ from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.files.locks import locked
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
+from thermo_lib.pipeline.parts import SmoothingMethod
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow
 from thermo_lib.studies.smoothing import gain, path_kl_change, verdicts
@@ -31,6 +32,7 @@ from thermo_lib.studies.witness import (
     SEEDS,
     TIMESTEPS,
     WHEEL,
+    NormSetting,
     WitnessInputs,
     at_precision,
     fetch,
@@ -77,6 +79,7 @@ NORM_COLUMNS = {
     "change": ("change", "{:+z.3f}"),
     "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
 }
+SMOOTHED: tuple[SmoothingMethod, ...] = ("linear", "sigmoid", "spline")  # norms with a target
 # Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
 _ON_REFERENCE = {
     "round-to-nearest": ("round-to-nearest", "group 128"),
@@ -160,7 +163,7 @@ def report(
         for weights in NORMS_OF:
             for setting in NORMS:
                 norms += _norm_rows(measured, model, weights, *setting)
-            for smoothing in ("linear", "sigmoid", "spline"):
+            for smoothing in SMOOTHED:
                 targets += _norm_target(measured, model, weights, smoothing)
     return {
         "model": WHEEL,
@@ -190,7 +193,7 @@ def variances(lm: DiffusionLM, inputs: Inputs | WitnessInputs) -> dict[str, Any]
     return {"shares": {factor: [one["shares"][factor] for one in found] for factor in FACTORS}, "tokens": layers}
 
 
-def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str, Any]:
+def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> dict[str, Any]:
     """What differs from one range or scale for all timesteps, relative accuracy and nats, paired by sequence."""
     if found == one:
         return {}
@@ -199,7 +202,9 @@ def _against(one: Sequence[PointRow], found: Sequence[PointRow]) -> Mapping[str,
     return {"gain": gained, "gain_ci": list(gained_ci), "change": change, "change_ci": list(change_ci)}
 
 
-def _norm_rows(grid: Grid, model: str, weights: str, count: int, smoothing: str | None) -> list[dict[str, Any]]:
+def _norm_rows(
+    grid: Grid, model: str, weights: str, count: int, smoothing: SmoothingMethod | None
+) -> list[dict[str, Any]]:
     """A row of ``time_norms``, of the seeds that were measured; none without any."""
     found, twins = _norm_pairs(grid, weights, (count, smoothing), (1, None))
     if not found:
@@ -222,7 +227,7 @@ def _norm_rows(grid: Grid, model: str, weights: str, count: int, smoothing: str 
     ]
 
 
-def _norm_target(grid: Grid, model: str, weights: str, smoothing: str) -> list[dict[str, Any]]:
+def _norm_target(grid: Grid, model: str, weights: str, smoothing: SmoothingMethod) -> list[dict[str, Any]]:
     """The earlier project's claim of accuracy about smoothed norms against as many sets that aren't smoothed."""
     smooth, rough = _norm_pairs(grid, weights, (3, smoothing), (3, None))
     if not smooth:
@@ -233,7 +238,7 @@ def _norm_target(grid: Grid, model: str, weights: str, smoothing: str) -> list[d
 
 
 def _norm_pairs(
-    grid: Grid, weights: str, setting: tuple[int, str | None], twin: tuple[int, str | None]
+    grid: Grid, weights: str, setting: NormSetting, twin: NormSetting
 ) -> tuple[list[PointRow], list[PointRow]]:
     """The rows of two settings of time-aware norms, of the seeds with which both were measured."""
     pairs = zip(norm_points(weights, *setting), norm_points(weights, *twin), strict=True)

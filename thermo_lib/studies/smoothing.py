@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -54,17 +54,25 @@ def verdicts(
     rows = []
     for method in methods:
         smooth = [grid[point(seed, method, **fields)] for seed in seeds]
+        found = [_smoothness(row) for row in smooth]
         config = smooth[0].point.config
         value, ci = gain(smooth, rough)
         rows.append(target_row("relative accuracy gain", config, method, claims.accuracy_gain, value, ci))
-        cuts = [1 - s.mean_jump / r.mean_jump for s, r in zip(smooth, rough, strict=True)]
+        cuts = [1 - jump / _smoothness(row)[1] for (_, jump), row in zip(found, rough, strict=True)]
         for name, values, bound in (
-            ("Markov score", [row.markov_score for row in smooth], claims.markov_score),
+            ("Markov score", [score for score, _ in found], claims.markov_score),
             ("cut of the mean parameter jump", cuts, claims.jump_cut),
         ):
             spread = (min(values), max(values))
             rows.append(target_row(name, config, method, bound, float(np.mean(values)), spread))
     return rows
+
+
+def _smoothness(row: PointRow) -> tuple[float, float]:
+    """Markov score and mean jump of a point with time groups."""
+    assert row.markov_score is not None
+    assert row.mean_jump is not None
+    return row.markov_score, row.mean_jump
 
 
 def summary(
@@ -144,13 +152,13 @@ def over_seeds(grid: Grid, seeds: Sequence[int]) -> list[dict[str, Any]]:
         if row.point.calibration_seed != seeds[0] or any(k not in grid.rows for k in keys):
             continue
         rows = [grid.rows[k] for k in keys]
-        scores = [r.markov_score for r in rows]
+        scores = [r.markov_score for r in rows if r.markov_score is not None]
         found.append(
             {
                 "point": row.point,
                 "accuracy": float(np.mean([r.accuracy for r in rows])),
                 "path_kl": float(np.mean([r.path_kl for r in rows])),
-                "markov_score": None if None in scores else float(np.mean(scores)),
+                "markov_score": float(np.mean(scores)) if len(scores) == len(rows) else None,
             }
         )
     return found
@@ -169,7 +177,19 @@ SUMMARY_COLUMNS = {
 }
 
 
-def gain(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float, tuple[float, float]]:
+class Scored(Protocol):
+    """What can be compared by sequence and by trajectory, see ``PointRow``."""
+
+    @property
+    def accuracy_per_sequence(self) -> Sequence[float]:
+        """Each sequence's share of the accuracy."""
+
+    @property
+    def path_kl_per_sequence(self) -> Sequence[float]:
+        """Nats."""
+
+
+def gain(rows: Sequence[Scored], baselines: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
     """Relative accuracy gain over baselines, seeds averaged, with a paired 95 % interval over sequences.
 
     Args:
@@ -180,13 +200,13 @@ def gain(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float
     return float(new.mean() / old.mean() - 1), ci
 
 
-def path_kl_change(rows: Sequence[PointRow], baselines: Sequence[PointRow]) -> tuple[float, tuple[float, float]]:
+def path_kl_change(rows: Sequence[Scored], baselines: Sequence[Scored]) -> tuple[float, tuple[float, float]]:
     """Change of path KL in nats, seeds averaged, with a paired 95 % interval over trajectories."""
     new, old = (np.mean([row.path_kl_per_sequence for row in side], 0) for side in (rows, baselines))
     return float((new - old).mean()), mean_interval(new - old)
 
 
-def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
+def slices(axes: Mapping[str, Any]) -> dict[str, list[Point]]:
     """The points of a study by question; a full cross of all axes would be far too many.
 
     Args:
@@ -265,10 +285,8 @@ def slices(axes: dict[str, Sequence[Any]]) -> dict[str, list[Point]]:
             num_time_groups=axes["markov"]["num_time_groups"],
             **{"path_kl.markov_weight": axes["markov"]["weights"]},
         ),
-        "ceiling": cross(
-            activation_bits=[low],
-            num_time_groups=axes["ceiling_groups"],
-            **{"activations.fit_to": ["output", "path_kl"]},
+        "ceiling": crosses(
+            [{}], num_time_groups=axes["ceiling_groups"], **{"activations.fit_to": ["output", "path_kl"]}
         ),
     }
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from thermo_lib.evaluation.report import hardware, versions
 from thermo_lib.evaluation.statistics import paired_ratio
@@ -87,7 +87,7 @@ def _trellis(in_features: int, out_features: int) -> TrellisLinear:
     return layer
 
 
-KERNELS: dict[str, Callable[[int, int], nn.Module]] = {
+KERNELS: dict[str, Callable[[int, int], QuantizedLinear]] = {
     "int2 w2a16": _planes,
     "int2 w2a8 dynamic": lambda *size: _planes(*size, input_quantizer=DynamicRanges(8)),
     "int2 w2a8 static": lambda *size: _planes(*size, input_quantizer=_static()),

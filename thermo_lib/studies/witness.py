@@ -28,7 +28,16 @@ from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.parts import GPTQ, LeastSquares, PathKL, RoundToNearest, Sequential, TimeNorms, Trellis
+from thermo_lib.pipeline.parts import (
+    GPTQ,
+    LeastSquares,
+    PathKL,
+    RoundToNearest,
+    Sequential,
+    SmoothingMethod,
+    TimeNorms,
+    Trellis,
+)
 from thermo_lib.studies.grid import Point, point
 
 WHEEL = "antiberty==0.1.3"
@@ -107,8 +116,15 @@ def starts(lm: DiffusionLM, count: int, residues: int) -> tuple[Tensor, Tensor]:
         ids int64 ``(count, residues + 2)``, and where the masks are, bool of that shape.
     """
     ids = torch.full((count, residues + 2), lm.mask_token_id)
-    ids[:, 0], ids[:, -1] = (lm.tokenizer.token_to_id(token) for token in ("[CLS]", "[SEP]"))
+    ids[:, 0], ids[:, -1] = (_id(lm, token) for token in ("[CLS]", "[SEP]"))
     return ids, ids == lm.mask_token_id
+
+
+def _id(lm: DiffusionLM, token: str) -> int:
+    """The id of a token that the model has."""
+    found = lm.tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 @dataclass(frozen=True)
@@ -142,7 +158,9 @@ class WitnessInputs:
 
     def calibration(self, reference: DiffusionLM, timesteps: int, seed: int) -> Calibration:
         """The model's own trajectories of a seed."""
-        batches = [starts(reference, self.calibration_sequences, length) for length in self.calibration_residues]
+        batches: list[tuple[Tensor, Tensor | None]] = [
+            starts(reference, self.calibration_sequences, length) for length in self.calibration_residues
+        ]
         return calibrate(reference, batches, timesteps=timesteps, seed=seed, progress=False)
 
 
@@ -160,7 +178,7 @@ def public_accuracy(lm: DiffusionLM, timesteps: int = TIMESTEPS, masks: int = 32
     found = []
     for letters in PUBLIC:
         ids, allowed = starts(lm, masks, len(letters))
-        ids[:, 1:-1] = torch.tensor([lm.tokenizer.token_to_id(letter) for letter in letters])
+        ids[:, 1:-1] = torch.tensor([_id(lm, letter) for letter in letters])
         states = forward_states(ids, allowed, timesteps, lm.mask_token_id, 1_002)
         correct, masked, _ = masked_token_scores(lm, states, timesteps)
         found.append(accuracy_per_sequence(correct, masked))
@@ -207,12 +225,15 @@ def question_points(bits: int | None, seeds: Sequence[int] = SEEDS) -> dict[str,
         "one for each timestep": [point(seed, **every) for seed in seeds],
     }
     if bits is not None:
-        dynamic = {"weights": GPTQ(), "timesteps": TIMESTEPS, "activations": {"ranges": "dynamic", "bits": bits}}
-        found["dynamic"] = [point(seed, **dynamic, time_groups=None) for seed in seeds]
+        ranges = {"ranges": "dynamic", "bits": bits}
+        dynamic = {**at_precision(None, time_groups=None), "activations": ranges}
+        found["dynamic"] = [point(seed, **dynamic) for seed in seeds]
     return found
 
 
-def norm_points(weights: str, count: int, smoothing: str | None, seeds: Sequence[int] = SEEDS) -> list[Point]:
+def norm_points(
+    weights: str, count: int, smoothing: SmoothingMethod | None, seeds: Sequence[int] = SEEDS
+) -> list[Point]:
     """Time-aware norms, trained for path KL on fresh states, one point a seed."""
     norms = TimeNorms(count=count, smoothing=smoothing, states="fresh", steps=300)
     config = ThermoConfig(**_PLAIN | FIRST[weights] | {"training": (norms,)})
@@ -220,7 +241,8 @@ def norm_points(weights: str, count: int, smoothing: str | None, seeds: Sequence
 
 
 NORMS_OF = ("GPTQ", "trellis, even")
-NORMS: tuple[tuple[int, str | None], ...] = (
+NormSetting = tuple[int, SmoothingMethod | None]  # number of sets, and how they are smoothed
+NORMS: tuple[NormSetting, ...] = (
     (1, None),
     (3, None),
     (3, "linear"),
@@ -248,5 +270,5 @@ def norms_plan() -> list[list[Point]]:
     return [_norms(weights, NORMS, seed) for seed in SEEDS for weights in NORMS_OF]
 
 
-def _norms(weights: str, settings: Sequence[tuple[int, str | None]], seed: int) -> list[Point]:
+def _norms(weights: str, settings: Sequence[NormSetting], seed: int) -> list[Point]:
     return [p for setting in settings for p in norm_points(weights, *setting, (seed,))]

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,11 +30,11 @@ from thermo_lib.evaluation.statistics import interval, mean_interval, verdict
 from thermo_lib.files.reading import field_of, read_json, read_object, read_report
 from thermo_lib.files.tensors import check_tensors, read_safetensors
 from thermo_lib.files.text import write_json
-from thermo_lib.models.architectures import DreamModel
+from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.codes import fake_quantize_per_token
-from thermo_lib.studies.grid import score
+from thermo_lib.studies.grid import scores
 from thermo_lib.studies.smoothing import gain, path_kl_change
 
 FOLDER = Path("artifacts/peers")
@@ -134,7 +133,7 @@ def read_entry(path: str | Path) -> Entry:
         raise ValueError(f"{path}: {error}") from error
 
 
-def load_weights(path: str | Path, model: DreamModel) -> dict[str, Tensor]:
+def load_weights(path: str | Path, model: MaskPredictor) -> dict[str, Tensor]:
     """Read the dequantized weights of the linears inside a model's blocks, and what else of the model was trained.
 
     Args:
@@ -217,13 +216,21 @@ def score_peer(entry: Entry, weights: Mapping[str, Tensor], suite: Suite) -> dic
     lm = with_weights(suite.reference, weights, f"{entry.method}, {entry.setting}")
     row = asdict(entry) | _scores(lm, suite)
     clip = entry.activation_clip
-    low = score(with_weights(suite.reference, weights, lm.name, activation_bits=4, activation_clip=clip), None, suite)
+    low = scores(with_weights(suite.reference, weights, lm.name, activation_bits=4, activation_clip=clip), suite)
     for key in ("accuracy", "path_kl"):
-        values = torch.tensor(getattr(low, f"{key}_per_sequence"), dtype=torch.float64).numpy()
-        row[f"{key}_a4"] = getattr(low, key)
+        values = torch.tensor(low[f"{key}_per_sequence"], dtype=torch.float64).numpy()
+        row[f"{key}_a4"] = float(np.mean(values))
         row[f"{key}_a4_ci"] = list(mean_interval(values, suite.resamples))
         row[f"{key}_a4_per_sequence"] = values.tolist()
     return row
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of two rows that are compared, see ``Scored``."""
+
+    accuracy_per_sequence: Sequence[float]
+    path_kl_per_sequence: Sequence[float]
 
 
 def compare(row: PeerRow, baseline: PeerRow, activation_bits: int = 16) -> dict[str, Any]:
@@ -243,7 +250,7 @@ def compare(row: PeerRow, baseline: PeerRow, activation_bits: int = 16) -> dict[
         raise ValueError(f"activation_bits: found {activation_bits}, allowed are 16 and 4")
     suffix = _SUFFIXES[activation_bits]
     new, old = (
-        SimpleNamespace(
+        _Side(
             accuracy_per_sequence=side[f"accuracy{suffix}_per_sequence"],
             path_kl_per_sequence=side[f"path_kl{suffix}_per_sequence"],
         )
@@ -381,14 +388,15 @@ def score_all(
         else:  # quantized and timed anew to the same weights: keeps its scores
             rows[setting] = same | asdict(entry)
     full_precision = earlier.get("full_precision")
-    suite = build_suite(reference) if missing or full_precision is None else None
-    if full_precision is None:
-        full_precision = _scores(reference, suite)
-    for entry in tqdm(missing, desc="scores", unit="setting", disable=not (progress and missing)):
-        setting = _setting(asdict(entry))
-        weights = load_weights(files[setting], reference.model)
-        rows[setting] = score_peer(entry, weights, suite) | {"weights": digests[setting]}
-        write()
+    if missing or full_precision is None:
+        suite = build_suite(reference)
+        if full_precision is None:
+            full_precision = _scores(reference, suite)
+        for entry in tqdm(missing, desc="scores", unit="setting", disable=not (progress and missing)):
+            setting = _setting(asdict(entry))
+            weights = load_weights(files[setting], reference.model)
+            rows[setting] = score_peer(entry, weights, suite) | {"weights": digests[setting]}
+            write()
     write()
 
 

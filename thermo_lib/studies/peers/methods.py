@@ -7,7 +7,7 @@ is run by the project itself, on its own states.
 """
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType, SimpleNamespace
@@ -16,13 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_outputs import MaskedLMOutput
 
 from thermo_lib.data.corpus import SEQUENCE_LENGTH
 from thermo_lib.data.puzzles import PuzzlePrompts
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
-from thermo_lib.diffusion.prompts import EmptyTexts
+from thermo_lib.diffusion.prompts import EmptyTexts, Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.models.architectures import DreamModel
+from thermo_lib.models.architectures import DreamModel, MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline import parts
 from thermo_lib.pipeline.config import ThermoConfig
@@ -68,14 +69,21 @@ def stored_bits(*tensors: Tensor, bits: int | None = None) -> int:
     return sum(t.numel() * (t.element_size() * 8 if bits is None else bits) for t in tensors)
 
 
+def linear_of(model: MaskPredictor, name: str) -> nn.Linear:
+    """A linear of a full-precision model."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def _weights(lm: DiffusionLM) -> dict[str, Tensor]:
-    return {name: lm.model.get_submodule(name).weight.detach() for name in linear_names(lm.model)}
+    return {name: linear_of(lm.model, name).weight.detach() for name in linear_names(lm.model)}
 
 
 def thermo(lm: DiffusionLM, calibration: Calibration, **fields: Any) -> Layers:
     """This project's quantizers; ``fields`` of ``ThermoConfig``. Fresh states are those of code and new puzzles."""
     config = ThermoConfig(**fields)
-    prompts = [EmptyTexts(SEQUENCE_LENGTH, lm.mask_token_id), PuzzlePrompts(lm.tokenizer)]
+    prompts: list[Prompts] = [EmptyTexts(SEQUENCE_LENGTH, lm.mask_token_id), PuzzlePrompts(lm.tokenizer)]
     quantized = quantize(lm, config, calibration, prompts=prompts)
     before, after = lm.model.state_dict(), quantized.model.state_dict()
     trained = [name for name, tensor in before.items() if name in after and not tensor.equal(after[name])]
@@ -111,7 +119,7 @@ def quanto(lm: DiffusionLM, calibration: Calibration, *, optimizer: str | None =
     library.freeze(model)
     layers = Layers()
     for name in _weights(lm):
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         layers[name] = Layer(weight.dequantize().float(), stored_bits(weight._data._data, weight._scale, weight._shift))
     return layers
 
@@ -128,7 +136,7 @@ def torchao(lm: DiffusionLM, calibration: Calibration, *, group_size: int | None
     model = copy.deepcopy(lm.model)
     names = set(linear_names(model))
     config = IntxWeightOnlyConfig(
-        weight_dtype=torch.int2,
+        weight_dtype=torch.int2,  # type: ignore[attr-defined]  # torch has it, its stubs don't
         granularity=PerGroup(group_size) if group_size else PerAxis(0),
         mapping_type=MappingType.ASYMMETRIC if asymmetric else MappingType.SYMMETRIC,
         scale_dtype=torch.float16,
@@ -136,7 +144,7 @@ def torchao(lm: DiffusionLM, calibration: Calibration, *, group_size: int | None
     quantize_(model, config, filter_fn=lambda module, name: name in names)
     layers = Layers()
     for name in names:
-        weight = model.get_submodule(name).weight
+        weight: Any = model.get_submodule(name).weight
         bits = stored_bits(weight.qdata, bits=2) + stored_bits(weight.scale)
         bits += stored_bits(weight.zero_point) if asymmetric else 0
         layers[name] = Layer(weight.dequantize().float(), bits)
@@ -144,7 +152,7 @@ def torchao(lm: DiffusionLM, calibration: Calibration, *, group_size: int | None
 
 
 @contextmanager
-def _first_blocks(lm: DiffusionLM, count: int):
+def _first_blocks(lm: DiffusionLM, count: int) -> Iterator[None]:
     """Let the model end after its first blocks, when what comes later isn't needed."""
     name, every = lm.model.parts.blocks, lm.model.blocks
     lm.model.set_submodule(name, every[:count])
@@ -178,7 +186,7 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
         with _first_blocks(lm, int(block.rpartition(".")[2]) + 1):
             run_states(lm, calibration, names[:1], accumulate)
         for name, config, task in zip(names, configs, tasks, strict=True):
-            linear = lm.model.get_submodule(name)
+            linear = linear_of(lm.model, name)
             task.quantizer.configure(perchannel=True)
             quantized, scale, zero, group_index, *_ = task.quantize()
             linear.weight.copy_(quantized)
@@ -211,7 +219,9 @@ class _PaddedModel(DreamModel):
     diffusion state ends with repeated mask tokens that are seen and predicted.
     """
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False) -> Tensor:
+    def forward(  # type: ignore[override]  # AutoRound gives it nothing else
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, use_cache: bool = False
+    ) -> MaskedLMOutput | tuple[Tensor, ...]:
         is_token = input_ids < self.config.vocab_size
         return super().forward(input_ids.masked_fill(~is_token, 0), is_token)
 
@@ -241,7 +251,7 @@ def autoround(lm: DiffusionLM, calibration: Calibration, *, scheme: str, iters: 
     tuned, _ = tuner.quantize()
     layers = Layers()
     for name in _weights(lm):
-        layer = tuned.get_submodule(name)
+        layer: Any = tuned.get_submodule(name)
         # Its packed formats hold 2-bit codes, float16 scales and a 2-bit zero point for each scale.
         bits = stored_bits(layer.weight, bits=2) + stored_bits(layer.scale, bits=16) + stored_bits(layer.scale, bits=2)
         layers[name] = Layer(layer.weight.detach().float(), bits)
@@ -251,7 +261,7 @@ def autoround(lm: DiffusionLM, calibration: Calibration, *, scheme: str, iters: 
 def importance(lm: DiffusionLM, calibration: Calibration) -> dict[str, Tensor]:
     """llama.cpp's importance matrix: the mean square of each input of every linear, float32 ``(in_features,)``."""
     names = linear_names(lm.model)
-    sums = {name: torch.zeros(lm.model.get_submodule(name).in_features, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(linear_of(lm.model, name).in_features, dtype=torch.float64) for name in names}
     tokens = dict.fromkeys(names, 0)
 
     def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:
@@ -300,6 +310,7 @@ def compare_gptq(lm: DiffusionLM, calibration: Calibration) -> list[dict[str, An
 
     ours = parts.GPTQ()
     damping, ridge, group_size = ours.damping, ours.ridge, ours.group_size
+    assert group_size is not None  # 128, see above
     names = linear_names(lm.model)
     hessians = input_hessians(lm, calibration, names, TimeGroups(calibration.timesteps, 1))
 

@@ -91,13 +91,13 @@ def _llamacpp(setting: str, type: str, **options: Any) -> Job:
 
 
 _A4 = {"ranges": "dynamic", "bits": 4}
-_GPTQ = {"method": "gptq", "token_weights": "path_kl"}
+_GPTQ: dict[str, Any] = {"method": "gptq", "token_weights": "path_kl"}
 _TRELLIS = {"method": "trellis", "bits": 2, "spread": False}
 _SPREAD = {"method": "trellis", "bits": 2.17}
 _SEQUENTIAL = {"phase": "sequential", "states": "fresh"}
 _BLOCKS = {"phase": "blocks", "states": "fresh"}
 _NETWORK = {"phase": "path_kl", "what": "network", "states": "fresh"}
-_ALL = {"weights": _GPTQ, "training": (_BLOCKS, _NETWORK)}
+_ALL: dict[str, Any] = {"weights": _GPTQ, "training": (_BLOCKS, _NETWORK)}
 _WHOLE = PRESETS["best"]
 
 # The settings come from each project's own documentation (its README, recipes and defaults in the pinned version);
@@ -205,11 +205,12 @@ def quantize(job: Job) -> None:
     tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
     with replacing(FOLDER / f"{job.name}.safetensors") as new:
         save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, new)
+    stored = sum(layer.bits for layer in layers.values() if layer.bits is not None)
     entry = Entry(
         method=job.method,
         setting=job.setting,
         version=importlib.metadata.version(job.package) if job.package else "this project",
-        bits_per_weight=sum(x.bits for x in linears.values()) / sum(x.weight.numel() for x in linears.values()),
+        bits_per_weight=stored / sum(x.weight.numel() for x in linears.values()),
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
         made_of=made_of(job),

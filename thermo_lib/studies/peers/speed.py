@@ -32,13 +32,14 @@ from thermo_lib.evaluation.statistics import interval
 from thermo_lib.files.locks import locked
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.text import write_json
+from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.notebooks import ROOT, THREADS
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.planes import compile_linears
 from thermo_lib.studies.full_size import PUBLISHED, random_model
 from thermo_lib.studies.peers import FOLDER, llama
-from thermo_lib.studies.peers.methods import stored_bits
+from thermo_lib.studies.peers.methods import linear_of, stored_bits
 from thermo_lib.studies.speed import PEERS_SPEED_COLUMNS
 
 PEERS_SPEED_REPORT = ROOT / "reports" / "peers_speed.json"
@@ -61,7 +62,7 @@ def two_blocks(published: PreTrainedConfig = PUBLISHED["Dream 7B"]) -> PreTraine
     return type(published)(**settings | small)
 
 
-def _model(config: PreTrainedConfig, kernel: str | None = None) -> nn.Module:
+def _model(config: PreTrainedConfig, kernel: str | None = None) -> MaskPredictor:
     torch.manual_seed(0)
     return random_model(config, config.num_hidden_layers, kernel=kernel)
 
@@ -79,7 +80,7 @@ def _replaced(config: PreTrainedConfig, make: Callable[[nn.Linear], tuple[nn.Mod
     model = _model(config)
     bits = weights = 0
     for name in linear_names(model):
-        linear = model.get_submodule(name)
+        linear = linear_of(model, name)
         weights += linear.weight.numel()
         replacement, stored = make(linear)
         bits += stored
@@ -203,8 +204,12 @@ class Worker:
 
     def __init__(self, command: Sequence[str]):
         environment = os.environ | {"OMP_NUM_THREADS": str(THREADS)}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self._process = subprocess.Popen(command, env=environment, **pipes)
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._process.stdin is not None  # both are pipes
+        assert self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
             self.bits_per_weight: float = self._answer("bits_per_weight")
         except RuntimeError:
@@ -213,13 +218,13 @@ class Worker:
 
     def __call__(self, tokens: int) -> float:
         """Seconds that so many tokens take."""
-        self._process.stdin.write(f"{tokens}\n")
-        self._process.stdin.flush()
+        self._requests.write(f"{tokens}\n")
+        self._requests.flush()
         return self._answer("seconds")
 
     def _answer(self, key: str) -> float:
-        line = self._process.stdout.readline()
-        answer = json.loads(line) if line else {"why": self._end()}
+        line = self._answers.readline()
+        answer: dict[str, Any] = json.loads(line) if line else {"why": self._end()}
         if "why" in answer:
             raise RuntimeError(answer["why"])
         return answer[key]
@@ -290,12 +295,16 @@ def rows_of(
     rows = []
     for name, values in seconds.items():
         ratios = np.array(values) / dense
-        ci = interval(lambda index, r=ratios: float(np.median(r[index])), len(ratios))
+        ci = interval(_median_of(ratios), len(ratios))
         row = {"method": name, "bits_per_weight": bits[name], "tokens": tokens}
         row |= {"ms": 1e3 * statistics.median(values), "times_dense": float(np.median(ratios)), "ci": list(ci)}
         rows.append(row)
     failed = [{"method": m, "bits_per_weight": bits[m], "tokens": tokens, "why": reason} for m, reason in why.items()]
     return rows + failed
+
+
+def _median_of(values: np.ndarray) -> Callable[[np.ndarray], float]:
+    return lambda index: float(np.median(values[index]))
 
 
 def measure(
