@@ -82,6 +82,7 @@ class TestKeys:
         ("fields", "message"),
         [
             ({"method": "linear"}, "method: found 'linear', allowed is None with one time group"),
+            ({"recipe": "best starts"}, "recipe: found 'best starts', expected time_groups"),
             ({"activation_ranges": "dynamic", "activation_clip": 0.9}, "activation_ranges: found 'dynamic'"),  # 16 bits
             ({"activation_ranges": "dynamic", "activation_bits": 4, "activations.fit_to": "output"}, "fit_to"),
         ],
