@@ -91,8 +91,8 @@ class GPTQ(_Part):
     bits: WeightBits = 2
     group_size: Count | None = 128
     token_weights: TokenWeights = "uniform"
-    damping: Number = Field(0.01, ge=0)
-    ridge: Number = Field(0.001, ge=0)
+    damping: Number = Field(default=0.01, ge=0)
+    ridge: Number = Field(default=0.001, ge=0)
 
 
 class Trellis(_Part):
@@ -107,11 +107,11 @@ class Trellis(_Part):
     """
 
     method: Literal["trellis"] = "trellis"
-    bits: Number = Field(2.17, ge=1, le=MOST_BITS)
+    bits: Number = Field(default=2.17, ge=1, le=MOST_BITS)
     spread: Flag = True
     group_size: Count | None = None
     token_weights: TokenWeights = "path_kl"
-    damping: Number = Field(0.01, ge=0)
+    damping: Number = Field(default=0.01, ge=0)
     beam: Count = 64
 
     @model_validator(mode="after")
@@ -167,7 +167,7 @@ class Dynamic(_Part):
 
     ranges: Literal["dynamic"] = "dynamic"
     bits: ActivationBits = 8
-    clip: Number = Field(1.0, gt=0, le=1)
+    clip: Number = Field(default=1.0, gt=0, le=1)
 
 
 class _Grouping(_Part):
@@ -235,7 +235,7 @@ class TimeGrouping(_Grouping):
             stored as the one that acts: a longer one is cut, with a warning, and where none is given it is 5.
     """
 
-    count: Whole = Field(3, ge=2)
+    count: Whole = Field(default=3, ge=2)
 
 
 class _Phase(_Part):
@@ -345,7 +345,7 @@ class PathKL(_OnPathKL):
 
     phase: Literal["path_kl"] = "path_kl"
     what: Literal["parameters", "codes", "network"] = "parameters"
-    markov_weight: Number = Field(0.0, ge=0)
+    markov_weight: Number = Field(default=0.0, ge=0)
     code_lr: Rate = 0.01
 
 
