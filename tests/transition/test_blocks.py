@@ -1,17 +1,18 @@
 """Block reconstruction: the stream holds what the models compute, and training brings the outputs nearer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
 from torch import Tensor
 
 from thermo_lib import Calibration
+from thermo_lib.diffusion.inputs import watch_inputs
 from thermo_lib.diffusion.states import forward_states
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.weights import input_hessians
 from thermo_lib.time_aware.groups import TimeGroups
-from thermo_lib.transition.blocks import BlockStream, decisive_dtype
+from thermo_lib.transition.blocks import BlockStream, deciding, decisive_dtype
 from thermo_lib.transition.fit import fit_block
 
 
@@ -85,6 +86,32 @@ def test_what_decides_codes_does_not_hang_on_the_order_of_sums(tiny: DiffusionLM
     for name, parameter in tiny.model.named_parameters():
         assert parameter.dtype == torch.float32
         assert torch.equal(parameter, before[name])
+
+
+def test_whole_passes_that_decide_do_not_hang_on_what_else_is_in_a_batch(
+    tiny: DiffusionLM, two_lengths: Calibration
+) -> None:
+    linear = tiny.model.get_submodule("model.layers.1.mlp.down_proj")
+    before = {name: parameter.clone() for name, parameter in tiny.model.named_parameters()}
+    ids = two_lengths.parts[0].ids[:8]
+
+    def inputs(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        seen: list[Tensor] = []
+        with watch_inputs({"": linear}, lambda _, x: seen.append(x.float())), torch.no_grad():
+            states = [tiny.model.hidden(batch) for batch in batches]
+        return torch.cat(seen), torch.cat(states)
+
+    narrow = inputs([ids])
+    with deciding(tiny):
+        together, alone = inputs([ids]), inputs(ids.split(1))
+    assert torch.equal(together[0], alone[0])
+    for found, expected in zip(together, narrow, strict=True):
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for name, parameter in tiny.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert torch.equal(inputs([ids])[1], narrow[1])  # nothing of it stays
 
 
 def test_a_model_in_another_type_computes_in_its_own(build_tiny: Callable[[int], DiffusionLM]) -> None:

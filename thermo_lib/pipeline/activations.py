@@ -15,6 +15,7 @@ from thermo_lib.pipeline.parts import Static, TimeGrouping
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.ranges import InputSample, clipped_ranges, input_samples
 from thermo_lib.time_aware.smoothing import WINDOWED, BoundarySmoother
+from thermo_lib.transition.blocks import deciding
 from thermo_lib.transition.chains import CalibrationDraws
 from thermo_lib.transition.fit import fit_to_output, fit_to_path_kl, output_error
 from thermo_lib.transition.loss import TransitionLoss
@@ -33,7 +34,8 @@ def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> Samples:
     shared = shared_inputs(lm, list(lm.quantized_layers()))
     config = lm.config
     tokens = config.activations.tokens if config.has_static_ranges else Static().tokens
-    samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
+    with deciding(lm):
+        samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
     return [(names, samples[names[0]]) for names in shared]
 
 

@@ -1,8 +1,9 @@
 """The hidden states that enter a model's blocks, one block after the other."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +59,37 @@ def _computing_in(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for tensor, data in zip(tensors, narrow, strict=True):
             tensor.data = data
+
+
+def _widened(value: Any, dtype: torch.dtype) -> Any:
+    """What a block is given, with float32 tensors in another type."""
+    if isinstance(value, dict):
+        return {key: _widened(one, dtype) for key, one in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_widened(one, dtype) for one in value)
+    is_float32 = isinstance(value, Tensor) and value.dtype == torch.float32
+    return value.to(dtype) if is_float32 else value
+
+
+@contextmanager
+def deciding(lm: DiffusionLM) -> Iterator[None]:
+    """While it is entered (``with``), a model's blocks compute in ``decisive_dtype``: for whole passes that decide.
+
+    Its blocks are in memory. Quantized weights stay as they are stored, and become wide a layer at a time.
+    """
+    dtype, blocks = decisive_dtype(lm), list(lm.model.blocks)
+    with ExitStack() as stack:
+        if dtype != lm.model.dtype:
+            for block in blocks:
+                stack.enter_context(_computing_in(block, dtype))
+                take = block.register_forward_pre_hook(
+                    lambda _, given, named: (_widened(given, dtype), _widened(named, dtype)), with_kwargs=True
+                )
+                stack.callback(take.remove)
+            # The last norm has the model's type, and so what it is given.
+            last = blocks[-1].register_forward_hook(lambda _, __, states: states.to(lm.model.dtype))
+            stack.callback(last.remove)
+        yield
 
 
 class BlockStream:
