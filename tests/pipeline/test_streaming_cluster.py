@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import dask
 import psutil
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from streamed import EARLIER, configured, files, shard_of, states_of, unfinished
 
 from thermo_lib.pipeline import streaming
-from thermo_lib.pipeline.cluster import cluster_client
+from thermo_lib.pipeline.cluster import cluster_client, run_on
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("several_shards")]
@@ -258,6 +259,11 @@ class TestConnecting:
             assert held
         for peer in held:
             peer.close()
+
+    def test_a_client_that_has_closed_itself_has_lost_its_scheduler(self) -> None:
+        closed = Mock(Client, scheduler=None)  # as it is when the scheduler doesn't come back
+        with pytest.raises(OSError, match=r"^scheduler: the scheduler was lost \([^\n]+\); call again$"):
+            next(run_on(closed, [int], "call again"))
 
     def test_a_local_cluster_listens_on_loopback_only(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("os.cpu_count", lambda: 1)

@@ -13,6 +13,7 @@ from thermo_lib.models.streamed import Checkpoint
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import linear_names, norm_names
+from thermo_lib.pipeline.parts import TimeNorms
 from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.storage import check_stored, is_quantized, read_quantization
 
@@ -36,6 +37,7 @@ def about(name: str, family: str | None = None, block_length: int | None = None)
     tokens = read_tokenizer(folder, config.vocab_size).get_vocab_size()
     paths = weight_files(folder)
     thermo = read_quantization(folder) if is_quantized(name) else None
+    norms = None if thermo is None else thermo.time_norms
     found = used(read_headers(paths), config)
     if thermo is None:
         Checkpoint(folder, model)  # which checks names and shapes
@@ -56,7 +58,7 @@ def about(name: str, family: str | None = None, block_length: int | None = None)
         "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
         "attention": f"{model.passes.seen(config)}, {heads}",
         "norms": str(found[last_norm(config, found)].dtype).removeprefix("torch."),
-        **({} if thermo is None or thermo.time_norms is None else {"time norms": _time_norms(model, thermo)}),
+        **({} if norms is None else {"time norms": _time_norms(model, norms)}),
         "quantized": "no" if thermo is None else words(thermo),
         "bits per weight": f"{_bits(model, found):.3f} of the linears in blocks",
         **{path.name: f"{path.stat().st_size:,} bytes" for path in files},
@@ -74,13 +76,12 @@ def _bits(model: MaskPredictor, found: dict[str, Tensor]) -> float:
         elif kind in ("time_weight", "time_bias"):  # one set is that of a plain norm
             bits += 8 * tensor.nbytes * (len(tensor) - 1) // len(tensor)
     for name in names:
-        weights += model.get_submodule(name).weight.numel()
+        weights += model.get_parameter(f"{name}.weight").numel()
     return bits / weights
 
 
-def _time_norms(model: MaskPredictor, config: ThermoConfig) -> str:
+def _time_norms(model: MaskPredictor, phase: TimeNorms) -> str:
     """How many sets of weights the norms have, and how these are smoothed."""
-    phase = config.time_norms
     smoothed = "not smoothed" if phase.smoothing is None else f"smoothing {phase.smoothing}"
     window = "" if phase.window is None else f", window {phase.window}"
     return f"{phase.count} sets for each of {len(norm_names(model))}, {smoothed}{window}"

@@ -1,6 +1,7 @@
 """Quantize the inputs of a model's quantized linears, and change that or its smoothing later."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, copied, install_activations, install_weights, smoother
-from thermo_lib.pipeline.parts import Static, TimeGrouping
+from thermo_lib.pipeline.parts import SmoothingMethod, Static, TimeGrouping
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.ranges import InputSample, clipped_ranges, input_samples
 from thermo_lib.time_aware.smoothing import WINDOWED, BoundarySmoother
@@ -32,35 +33,45 @@ def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> Samples:
         calibration: the states.
     """
     shared = shared_inputs(lm, list(lm.quantized_layers()))
-    config = lm.config
-    tokens = config.activations.tokens if config.has_static_ranges else Static().tokens
+    config, how = lm.config, lm.config.activations
+    tokens = how.tokens if isinstance(how, Static) else Static().tokens
     with deciding(lm):
         samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
     return [(names, samples[names[0]]) for names in shared]
 
 
-def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig) -> TrainableRanges:
+def _trainable_ranges(scale: Tensor, zero_point: Tensor, config: ThermoConfig, how: Static) -> TrainableRanges:
     matrix = smoother(config).weights(config.groups.intervals)
-    return TrainableRanges(scale, zero_point, matrix, config.activations.bits, config.activations.group_size)
+    return TrainableRanges(scale, zero_point, matrix, how.bits, how.group_size)
 
 
 def present_ranges(lm: QuantizedLM) -> dict[str, TrainableRanges]:
     """The static ranges of every layer's input, trainable; layers that share an input share them."""
-    ranges = {}
+    ranges: dict[str, TrainableRanges] = {}
+    how = lm.config.activations
+    if not isinstance(how, Static):
+        return ranges
     for names in shared_inputs(lm, list(lm.activation_params)):
         params = lm.activation_params[names[0]]
         start = torch.stack([p.scale for p in params]), torch.stack([p.zero_point for p in params])
-        ranges |= dict.fromkeys(names, _trainable_ranges(*start, lm.config))
+        ranges |= dict.fromkeys(names, _trainable_ranges(*start, lm.config, how))
     return ranges
 
 
-def _clip_ranges(lm: QuantizedLM, samples: Samples, progress: bool) -> dict[str, TrainableRanges]:
+def _descent(how: Static) -> tuple[int, int, float]:
+    """Steps, batch and learning rate of ranges that are fitted by descent, where none of them is None."""
+    assert how.steps is not None
+    assert how.batch is not None
+    assert how.lr is not None
+    return how.steps, how.batch, how.lr
+
+
+def _clip_ranges(lm: QuantizedLM, how: Static, samples: Samples, progress: bool) -> dict[str, TrainableRanges]:
     """Static activation ranges for least squared error of the activations, or then of the layers' outputs.
 
     Layers that share an input share them.
     """
-    config, how = lm.config, lm.config.activations
-    layers = lm.quantized_layers()
+    config, layers = lm.config, lm.quantized_layers()
     ranges: dict[str, TrainableRanges] = {}
     for names, sample in tqdm(samples, desc=f"ranges {config.precision}", disable=not progress, leave=False):
         start = clipped_ranges(
@@ -70,16 +81,17 @@ def _clip_ranges(lm: QuantizedLM, samples: Samples, progress: bool) -> dict[str,
             token_states=how.by_token_state,
             group_size=how.group_size,
         )
-        fitted = _trainable_ranges(*start, config)
+        fitted = _trainable_ranges(*start, config, how)
         if how.fit_to == "output":
+            steps, batch, lr = _descent(how)
             weight = torch.cat([layers[name].weight() for name in names])
             fit_to_output(
                 fitted,
                 sample,
                 weight,
-                steps=how.steps,
-                batch=how.batch,
-                lr=how.lr,
+                steps=steps,
+                batch=batch,
+                lr=lr,
                 seed=config.seed,
             )
         ranges |= dict.fromkeys(names, fitted)
@@ -95,14 +107,20 @@ def quantize_activations(
 ) -> None:
     how = lm.config.activations
     if isinstance(how, Static):
-        ranges = _clip_ranges(lm, samples or shared_input_samples(lm, calibration), progress)
+        if not samples:
+            assert calibration is not None  # quantize and requantize_activations refuse to go on without
+            samples = shared_input_samples(lm, calibration)
+        ranges = _clip_ranges(lm, how, samples, progress)
         if how.fit_to == "path_kl":
+            assert calibration is not None  # they refuse that here too
+            assert reference is not None
+            steps, batch, lr = _descent(how)
             loss = TransitionLoss(reference, lm, calibration.timesteps, ranges)
             fit_to_path_kl(
                 loss,
-                {p: rate for r in ranges.values() for p, rate in r.rates(how.lr).items()},
-                CalibrationDraws(loss, calibration, how.batch, lm.config.seed),
-                steps=how.steps,
+                {p: rate for r in ranges.values() for p, rate in r.rates(lr).items()},
+                CalibrationDraws(loss, calibration, batch, lm.config.seed),
+                steps=steps,
                 progress=f"path KL {lm.config.precision}" if progress else None,
             )
         lm.activation_params |= {name: fitted.params(lm.config.groups) for name, fitted in ranges.items()}
@@ -133,7 +151,7 @@ def requantize_activations(
     samples: Samples | None = None,
     reference: DiffusionLM | None = None,
     progress: bool = False,
-    **changes: object,
+    **changes: Any,
 ) -> QuantizedLM:
     """The same quantized weights with other activation settings; the given model stays as it is.
 
@@ -153,10 +171,11 @@ def requantize_activations(
     config = lm.config.replace(**changes)
     if config.activations is None and config.time_groups is not None:
         raise ValueError(_TIME_DEPENDENT)
-    needs_states = config.has_static_ranges and (samples is None or config.activations.fit_to == "path_kl")
+    fits_to_path_kl = isinstance(config.activations, Static) and config.activations.fit_to == "path_kl"
+    needs_states = config.has_static_ranges and (samples is None or fits_to_path_kl)
     if needs_states and calibration is None:
         raise ValueError("calibration: found None, required by static activation ranges")
-    if config.has_static_ranges and config.activations.fit_to == "path_kl" and reference is None:
+    if fits_to_path_kl and reference is None:
         raise ValueError("reference: found None, required by fit_to='path_kl'")
     changed = copied(lm, config, {})
     for layer in changed.quantized_layers().values():
@@ -179,7 +198,7 @@ def check_constant_weights(lm: QuantizedLM) -> None:
 _SMOOTHING = frozenset({"enable_boundary_smoothing", "smoothing_method", "smoothing_window"})
 
 
-def _check_changes(changes: dict[str, object], allowed: Iterable[str]) -> None:
+def _check_changes(changes: dict[str, Any], allowed: Iterable[str]) -> None:
     other = sorted(changes.keys() - set(allowed))
     if other:
         raise ValueError(f"{other[0]}: can't change without quantizing again, allowed are {', '.join(sorted(allowed))}")
@@ -214,16 +233,15 @@ def resmoothed(config: ThermoConfig, method: str | None, window: int | None = No
         raise ValueError(f"smoothing: found {method!r}, allowed is None without time groups")
     windowed = method in WINDOWED
     kept = grouping.window if windowed and window is None else window if windowed else None
-    return config.replace(
-        time_groups=TimeGrouping(count=grouping.count, starts=grouping.starts, smoothing=method, window=kept)
-    )
+    smoothing: dict[str, Any] = {"smoothing": method, "window": kept}  # a method that isn't known is refused
+    return config.replace(time_groups=TimeGrouping(count=grouping.count, starts=grouping.starts, **smoothing))
 
 
 @torch.no_grad()
 def smooth_each_layer(
     lm: QuantizedLM,
     calibration: Calibration,
-    methods: Sequence[str],
+    methods: Sequence[SmoothingMethod],
     windows: Sequence[int],
     *,
     reference: DiffusionLM | None = None,
@@ -264,7 +282,9 @@ def smooth_each_layer(
         fitted = ranges[names[0]]
         weight = torch.cat([layers[name].weight() for name in names])
 
-        def cost(index: int, fitted=fitted, sample=sample, weight=weight) -> float:
+        def cost(
+            index: int, fitted: TrainableRanges = fitted, sample: InputSample = sample, weight: Tensor = weight
+        ) -> float:
             fitted.weights = matrices[index]
             if reference is None:
                 return output_error(fitted, sample, weight)

@@ -77,7 +77,7 @@ def run_on(client: "Client", calls: Sequence[Callable[[], Any]], after: str) -> 
             answer any more.
     """
     wait = needs("distributed").wait
-    from distributed.comm import CommClosedError
+    from distributed.comm.core import CommClosedError
     from distributed.scheduler import KilledWorker
 
     futures: dict[Any, int] = {}
@@ -115,8 +115,11 @@ def run_on(client: "Client", calls: Sequence[Callable[[], Any]], after: str) -> 
 
 def _workers(client: "Client", after: str) -> int:
     """How many workers there are; raises OSError where the scheduler doesn't say."""
+    scheduler = client.scheduler
+    if scheduler is None:  # a client that can't connect again closes itself
+        raise OSError(f"scheduler: the scheduler was lost (its client is closed); {after}")
     try:
-        return len(client.sync(client.scheduler.identity, callback_timeout=_ANSWER_SECONDS)["workers"])
+        return len(client.sync(scheduler.identity, callback_timeout=_ANSWER_SECONDS)["workers"])
     except TimeoutError as error:
         raise OSError(f"scheduler: the scheduler was lost (no answer in {_ANSWER_SECONDS} s); {after}") from error
     except OSError as error:

@@ -42,7 +42,7 @@ def compile(lm: DiffusionLM | MaskPredictor, graphs: int = 8) -> None:
         raise ValueError(f"graphs: found {graphs!r}, allowed are whole numbers from 1")
     lm = as_lm(lm)
     if lm.device.type == "cuda":
-        lm.model.hidden = GraphedPass(lm.model, graphs)
+        lm.model.hidden = GraphedPass(lm.model, graphs)  # type: ignore[method-assign]  # it stands for the method
     elif isinstance(lm, QuantizedLM):
         compile_linears(lm.model)
 

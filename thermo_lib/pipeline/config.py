@@ -57,7 +57,8 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    quant_method: ClassVar[str] = "thermo"
+    # transformers declares an instance's, one of its own methods; without ClassVar pydantic would make it a field.
+    quant_method: ClassVar[str] = "thermo"  # type: ignore[misc, assignment]
     format_version: ClassVar[int] = 3  # of quantized folders; 2 had flat fields, 1 had neighbours in a byte
 
     weights: Weights = Field(default_factory=GPTQ)
@@ -83,9 +84,9 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         if isinstance(self.weights, Trellis):
             self._check_trellis()
         if self.time_groups is not None:
-            self._check_time_groups()
+            self._check_time_groups(self.time_groups)
         if self.time_norms is not None:
-            self._check_time_norms()
+            self._check_time_norms(self.time_norms)
         heaviest = max((phase.markov_weight for phase in self.training if isinstance(phase, PathKL)), default=0)
         if heaviest > 0 and not (self.has_static_ranges and self.time_groups):
             found = f"found {heaviest}"
@@ -104,8 +105,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
                 "time_groups: found some, allowed is None with trellis weights and no quantized activations"
             )
 
-    def _check_time_groups(self) -> None:
-        grouping = self.time_groups
+    def _check_time_groups(self, grouping: TimeGrouping) -> None:
         if isinstance(self.activations, Dynamic):
             found = f"found {grouping.count} groups"
             raise ValueError(f"time_groups: {found}, allowed is None with dynamic ranges, which have no parameters")
@@ -117,9 +117,9 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
             )
         self.__dict__["time_groups"] = grouping.acting(self.timesteps, "time_groups")  # refuses starts that don't fit
 
-    def _check_time_norms(self) -> None:
+    def _check_time_norms(self, norms: TimeNorms) -> None:
         try:
-            acting = self.time_norms.acting(self.timesteps, "time_norms")
+            acting = norms.acting(self.timesteps, "time_norms")
         except ValueError as error:
             message = str(error).replace("num_time_groups", "count", 1).replace("time_group_starts", "starts", 1)
             raise ValueError(f"time_norms.{message}") from error
@@ -174,7 +174,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
         return head | self.model_dump(mode="json")
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+    def from_dict(cls, config_dict: Any, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
         """The inverse of ``to_dict``; other arguments are given back, if asked for. Version 2 is read too.
 
         Raises:
@@ -211,7 +211,7 @@ class ThermoConfig(BaseModel, QuantizationConfigMixin):
     @property
     def time_norms(self) -> TimeNorms | None:
         """The phase that gives norms a set of weights for each time group, None where there is none."""
-        return self.phase("time_norms")
+        return next((phase for phase in self.training if isinstance(phase, TimeNorms)), None)
 
     @property
     def groups(self) -> TimeGroups:

@@ -108,7 +108,8 @@ def nested(
     result["training"] = _training(use, tuple(_as_dict(phase) for phase in result.get("training", ())))
     for name, value in fields.items():
         if name not in FLAT and is_single(name):
-            _set(result, *name.split(".", 1), value)
+            part, _, key = name.partition(".")
+            _set(result, part, key, value)
     return result
 
 
@@ -153,7 +154,8 @@ class _Use:
                 raise ValueError(f"{name}: found {value!r:.80}, allowed is {allowed[0]!r} with {because}")
 
 
-def _as_dict(part: Any) -> dict[str, Any] | None:
+def _as_dict(part: Any) -> Any:
+    """A part with its settings as a mapping; what isn't a part, as None, stays as it is."""
     return part.model_dump(exclude_unset=True) | _tags(part) if hasattr(part, "model_dump") else part
 
 

@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
 from thermo_lib.quant.time_norms import TimeNorm, is_norm, time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.smoothing import WINDOWS, BoundarySmoother
+
+Part = TypeVar("Part", bound=nn.Module)
 
 _NUMBER = re.compile(r"\.\d+(?=\.)")  # the first in the name of what is in a block is the block's
 
@@ -82,6 +85,13 @@ class QuantizedLM(DiffusionLM):
         return bits / weights
 
 
+def part_as(kind: type[Part], model: nn.Module, name: str) -> Part:
+    """The part of a model that has a name, and that is known to be of a kind."""
+    part = model.get_submodule(name)
+    assert isinstance(part, kind)
+    return part
+
+
 def tables(model: MaskPredictor) -> tuple[str, str]:
     """Names of embeddings and head."""
     return model.parts.embeddings, model.parts.head
@@ -127,8 +137,9 @@ def names_by_block(names: list[str]) -> dict[str, list[str]]:
     """Block name, e.g. ``model.layers.0``, to the names of its layers."""
     blocks: dict[str, list[str]] = {}
     for name in names:
-        block = name[: _NUMBER.search(name).end()]
-        blocks.setdefault(block, []).append(name)
+        number = _NUMBER.search(name)
+        assert number is not None  # it is the name of what is in a block
+        blocks.setdefault(name[: number.end()], []).append(name)
     return blocks
 
 
@@ -140,7 +151,7 @@ def install_layer(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor]) -> N
         name: of the layer.
         stored: the layer's buffers that hold the codes.
     """
-    linear = lm.model.get_submodule(name)
+    linear = part_as(nn.Linear, lm.model, name)
     layer = quantizer_of(lm.config).layer(
         linear.in_features,
         linear.out_features,
@@ -238,7 +249,8 @@ def _rows_by_timestep(
 def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Put a coded table in the place of the embeddings, of a head that is tied to them, or of the head."""
     rows, columns = lm.model.config.vocab_size, lm.model.config.hidden_size
-    how = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size or columns}
+    how: dict[str, Any] = {"bits": lm.config.embedding_bits, "group_size": lm.config.group_size or columns}
+    module: QuantizedLinear | QuantizedEmbedding
     for table in tables(lm.model) if lm.model.config.tie_word_embeddings else (name,):
         if table == lm.model.parts.head:
             module = QuantizedLinear(columns, rows, bias=False, **how)

@@ -426,10 +426,10 @@ class OneLine:
             name = f"{field}.{error['ctx']['discriminator'].strip(chr(39))}"
             return f"{self.names.get(name, name)}: found {error['ctx']['tag']!r:.80}, {found}"
         else:
-            allowed = {"tuple_type": "a list", "model_type": "an object", "model_attributes_type": "an object"}
+            kinds = {"tuple_type": "a list", "model_type": "an object", "model_attributes_type": "an object"}
             found = error["msg"].replace("Input should be", "allowed is")
-            if error["type"] in allowed:
-                found = f"allowed is {allowed[error['type']]}"
+            if error["type"] in kinds:
+                found = f"allowed is {kinds[error['type']]}"
         return f"{field}: found {error['input']!r:.80}, {found}"
 
     def _fields(self, loc: tuple[Any, ...]) -> list[str]:

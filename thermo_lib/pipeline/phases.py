@@ -5,7 +5,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,25 +21,28 @@ from thermo_lib.pipeline.parts import PathKL, Phase, TimeNorms
 from thermo_lib.transition.chains import Batch, Chains
 from thermo_lib.transition.loss import TransitionLoss
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+AnyPhase = TypeVar("AnyPhase", bound=Phase)
 _HELD: ContextVar[Path | None] = ContextVar("held", default=None)  # the folder of the function that is running
 
 
-def alone_in_resume(function: Function) -> Function:
+def alone_in_resume(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
     """Make a function that keeps snapshots the only one in the folder ``resume``, and tidy up after killed ones."""
 
     @wraps(function)
-    def run(*arguments: Any, resume: str | Path | None = None, **more: Any) -> Any:
+    def run(*arguments: Arguments.args, **more: Arguments.kwargs) -> Result:
+        resume: Any = more.get("resume")
         folder = None if resume is None else Path(resume).resolve()
         if folder == _HELD.get():
-            return function(*arguments, resume=resume, **more)
+            return function(*arguments, **more)
         token = _HELD.set(folder)
         try:
             if folder is None:
                 return function(*arguments, **more)
             with locked(folder / "snapshots", said="resume: found another run keeping {}"):
                 sweep_inside(folder)
-                return function(*arguments, resume=resume, **more)
+                return function(*arguments, **more)
         finally:
             _HELD.reset(token)
 
@@ -47,7 +50,7 @@ def alone_in_resume(function: Function) -> Function:
 
 
 @dataclass(frozen=True)
-class PhaseRun:
+class PhaseRun(Generic[AnyPhase]):
     """A phase of training of one model.
 
     Attributes:
@@ -59,7 +62,7 @@ class PhaseRun:
         progress: show bars.
     """
 
-    phase: Phase
+    phase: AnyPhase
     config: ThermoConfig
     reference: DiffusionLM
     source: Calibration | Sequence[Prompts]
@@ -69,7 +72,7 @@ class PhaseRun:
     @classmethod
     def of(
         cls,
-        phase: Phase,
+        phase: AnyPhase,
         config: ThermoConfig,
         reference: DiffusionLM,
         calibration: Calibration | None,
@@ -79,7 +82,7 @@ class PhaseRun:
         progress: bool,
         name: str,
         start: DiffusionLM | None = None,
-    ) -> "PhaseRun":
+    ) -> "PhaseRun[AnyPhase]":
         """Choose the source of the states, and the snapshot.
 
         Args:

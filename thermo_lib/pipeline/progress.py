@@ -22,10 +22,6 @@ class BlockSnapshots:
 
     of_all: Snapshot | None
 
-    def _of(self, block: str) -> Snapshot:
-        path = self.of_all.path
-        return Snapshot(path.with_name(f"{path.stem}-{block.rpartition('.')[2]}{path.suffix}"), self.of_all.run)
-
     def save(self, lm: QuantizedLM, block: str, losses: dict[str, list[float]]) -> None:
         """Keep a finished block.
 
@@ -37,12 +33,12 @@ class BlockSnapshots:
         if self.of_all is None:
             return
         module = lm.model.get_submodule(block)
-        layers = [name for name in lm.quantized_layers() if name.startswith(f"{block}.")]
-        tables = {f"{name}.{key}" for name in layers for key in _held(lm.model.get_submodule(name))}
+        layers = {name: layer for name, layer in lm.quantized_layers().items() if name.startswith(f"{block}.")}
+        tables = {f"{name}.{key}" for name, layer in layers.items() for key in _held(layer)}
         rest = {name: tensor for name, tensor in named(block, module.state_dict()).items() if name not in tables}
         stored = {key: tensor for name in layers for key, tensor in weight_tensors(lm, name).items()}
         trained = {name: torch.tensor(values, dtype=torch.float64) for name, values in losses.items()}
-        self._of(block).save(named("stored", stored) | named("rest", rest) | named("losses", trained))
+        _of_block(self.of_all, block).save(named("stored", stored) | named("rest", rest) | named("losses", trained))
 
     def restore(self, lm: QuantizedLM, block: str) -> bool:
         """Bring a block to where its snapshot was taken; False where there is none.
@@ -50,7 +46,7 @@ class BlockSnapshots:
         Raises:
             ValueError: what ``Snapshot.load`` raises.
         """
-        state = {} if self.of_all is None else self._of(block).load()
+        state = {} if self.of_all is None else _of_block(self.of_all, block).load()
         if not state:
             return False
         device, config, quantizer = lm.device, lm.config, quantizer_of(lm.config)
@@ -58,6 +54,7 @@ class BlockSnapshots:
         for name in sorted({name.rpartition(".")[0] for name in stored}):
             layer, found = lm.model.get_submodule(name), part_of(stored, name)
             parameters = {key: found[f"weight_{key}"] for key in quantizer.parameters}
+            assert isinstance(layer, nn.Linear | QuantizedLinear)
             lm.weight_params[name] = time_group_params("weight", parameters, config, layer.in_features)
             codes = {key: found[key] for key in quantizer.layer.STORED}
             if isinstance(layer, QuantizedLinear):
@@ -72,6 +69,12 @@ class BlockSnapshots:
         return True
 
 
-def _held(layer: nn.Module) -> tuple[str, ...]:
+def _of_block(of_all: Snapshot, block: str) -> Snapshot:
+    """The snapshot of a block."""
+    path = of_all.path
+    return Snapshot(path.with_name(f"{path.stem}-{block.rpartition('.')[2]}{path.suffix}"), of_all.run)
+
+
+def _held(layer: QuantizedLinear) -> tuple[str, ...]:
     """The buffers of a quantized layer that its codes and parameters decide."""
     return (*layer.STORED, "scale", "zero_point", "row_of_step")

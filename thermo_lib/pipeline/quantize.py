@@ -1,8 +1,9 @@
 """Quantize a diffusion language model: the phases in their order."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,6 +15,7 @@ from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, norm_names
+from thermo_lib.pipeline.parts import Sequential
 from thermo_lib.pipeline.phases import PhaseRun, alone_in_resume, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.training import (
@@ -64,9 +66,9 @@ def quantize(
         carried=lm.carried,
     )
     sequential = config.phase("sequential")
-    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    how: dict[str, Any] = {"prompts": prompts, "resume": resume, "progress": progress}
     with torch.no_grad():
-        if sequential is not None:
+        if isinstance(sequential, Sequential):
             run = PhaseRun.of(sequential, config, lm, calibration, name="sequential", **how)
             quantize_sequentially(quantized, run)
         else:
@@ -77,7 +79,11 @@ def quantize(
             quantize_activations(quantized, lm, calibration, progress)
         elif config.time_groups is not None:
             quantized = resmooth(quantized, config.smoothing_method, config.smoothing_window)
-    train = {"blocks": reconstruct_blocks, "path_kl": optimize_transitions, "time_norms": train_time_norms}
+    train: dict[str, Callable[..., QuantizedLM]] = {
+        "blocks": reconstruct_blocks,
+        "path_kl": optimize_transitions,
+        "time_norms": train_time_norms,
+    }
     for phase in config.training:
         if phase.phase in train:
             settings = phase.model_dump(exclude={"phase"})

@@ -94,15 +94,20 @@ class Quantizer(ABC):
 class UniformGrid(Quantizer):
     """Codes on a uniform grid: round to nearest, least squares, or GPTQ."""
 
+    how: RoundToNearest | LeastSquares | GPTQ
+
     def _code(self, name: str, weight: Tensor, hessians: Tensor | None, group_size: int) -> Coded:
         bits = self.how.bits
         if isinstance(self.how, GPTQ):
+            assert hessians is not None  # as needs_hessians says
             base = gptq(weight, hessians.sum(0), bits, group_size, self.how.damping, self.how.ridge)
         else:
             base = ROUNDING[type(self.how)](weight, bits, group_size)
-        intervals = self.groups.intervals
-        ridge = self.how.ridge if isinstance(self.how, GPTQ) else GPTQ().ridge
-        fitted = [base] if len(intervals) == 1 else [refit(weight, base, hessian, ridge) for hessian in hessians]
+        intervals, fitted = self.groups.intervals, [base]
+        if len(intervals) > 1:
+            assert hessians is not None  # as needs_hessians says
+            ridge = self.how.ridge if isinstance(self.how, GPTQ) else GPTQ().ridge
+            fitted = [refit(weight, base, hessian, ridge) for hessian in hessians]
         stored = {"packed": pack(base.codes, bits, group_size)}
         return stored, [
             TimeGroupParams(time_range, f.scale, f.zero_point, f.group_size)
@@ -113,6 +118,7 @@ class UniformGrid(Quantizer):
 class TrellisCodes(Quantizer):
     """Streams of bits whose columns may take different numbers of bits; see ``quant.trellis``."""
 
+    how: Trellis
     layer = TrellisLinear
     parameters = ("scale",)
 
@@ -139,6 +145,7 @@ class TrellisCodes(Quantizer):
         self._column_bits = allocate_bits(self._costs, self._rows, self.how.bits)
 
     def _code(self, name: str, weight: Tensor, hessians: Tensor | None, group_size: int) -> Coded:
+        assert hessians is not None  # as needs_hessians says
         equal = torch.full((weight.shape[1],), int(self.how.bits))
         column_bits = self._column_bits[name] if self.how.spread else equal
         coded = trellis(weight, hessians.sum(0), column_bits, group_size, self.how.damping, self.how.beam)

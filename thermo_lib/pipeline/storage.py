@@ -35,11 +35,14 @@ from thermo_lib.pipeline.model import (
     install_time_norms,
     linear_names,
     norm_names,
+    part_as,
     range_table,
     tables,
     weight_table,
 )
+from thermo_lib.pipeline.parts import Static
 from thermo_lib.pipeline.quantizers import expected_codes, expected_parameters, quantizer_of
+from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.time_norms import time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 
@@ -65,7 +68,7 @@ def stored_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
 
 def weight_tensors(lm: QuantizedLM, name: str) -> dict[str, Tensor]:
     """``stored_tensors`` of a layer that isn't checked, as before its activations are quantized."""
-    layer = lm.model.get_submodule(name)
+    layer = part_as(QuantizedLinear, lm.model, name)
     codes = named(name, {key: getattr(layer, key) for key in layer.STORED})
     return codes | _group_tensors("weight", {name: lm.weight_params[name]}, lm.config)
 
@@ -75,8 +78,9 @@ def _check_held(lm: QuantizedLM, name: str) -> None:
 
     Layers hold smoothed rows, the model what they come from; ``load_state_dict`` changes only the first.
     """
-    layer = lm.model.get_submodule(name)
-    tables = {"weights": (layer, weight_table(lm.weight_params[name], lm.config))}
+    layer = part_as(QuantizedLinear, lm.model, name)
+    tables: dict[str, tuple[nn.Module | None, tuple[Tensor, Tensor, Tensor]]] = {}
+    tables["weights"] = layer, weight_table(lm.weight_params[name], lm.config)
     if lm.config.has_static_ranges:
         tables["activations"] = layer.input_quantizer, range_table(lm.activation_params[name], lm.config)
     for kind, (held, expected) in tables.items():
@@ -110,8 +114,8 @@ def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
             tensors[f"{name}.bias"] = layer.bias
     for name in coded_tables(lm.model, lm.config):
         table = lm.model.get_submodule(name)
-        values = {"packed": table.packed, "weight_scale": table.scale, "weight_zero_point": table.zero_point}
-        tensors |= named(name, values)
+        buffers = {"packed": "packed", "weight_scale": "scale", "weight_zero_point": "zero_point"}
+        tensors |= named(name, {key: table.get_buffer(buffer) for key, buffer in buffers.items()})
     return tensors | _group_tensors("activation", lm.activation_params, lm.config)
 
 
@@ -233,13 +237,13 @@ def expected_tensors(
         parameters = expected_parameters(1, rows, columns, thermo.group_size, ("scale", "zero_point"))
         expected |= named(name, expected_codes(rows, columns, thermo.embedding_bits) | parameters)
     for name in names:
-        linear = model.get_submodule(name)
+        linear = part_as(nn.Linear, model, name)
         expected |= _expected_weight(name, linear, model.config, thermo, found, folder)
         if linear.bias is not None:
             expected[f"{name}.bias"] = linear.bias
-        if thermo.has_static_ranges:
-            channel_groups = -(-linear.in_features // (thermo.activations.group_size or linear.in_features))
-            shape = (thermo.num_time_groups, 1 + thermo.activations.by_token_state, channel_groups)
+        if isinstance(how := thermo.activations, Static):
+            channel_groups = -(-linear.in_features // (how.group_size or linear.in_features))
+            shape = (thermo.num_time_groups, 1 + how.by_token_state, channel_groups)
             per_group = torch.empty(shape, device="meta", dtype=torch.float32)
             expected |= {f"{name}.activation_scale": per_group, f"{name}.activation_zero_point": per_group}
     return expected
@@ -257,7 +261,8 @@ def check_stored(model: MaskPredictor, thermo: ThermoConfig, paths: Sequence[Pat
     Raises:
         ValueError: what ``read_headers``, ``check_shapes`` and ``check_types`` raise.
     """
-    found, column_bits = read_headers(paths), {}
+    found = read_headers(paths)
+    column_bits: dict[str, Tensor] = {}
     for path in paths:
         with open_safetensors(path) as file:
             keys = [key for key in file.keys() if key.endswith("packed_column_bits")]
@@ -363,7 +368,7 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
     config, thermo = lm.model.config, lm.config
     kinds = {"weight": lm.weight_params} | ({"activation": lm.activation_params} if thermo.has_static_ranges else {})
     for name in linear_names(lm.model):
-        linear, stored_name = lm.model.get_submodule(name), tensor_name(config, name)
+        linear, stored_name = part_as(nn.Linear, lm.model, name), tensor_name(config, name)
         for kind, layers in kinds.items():
             values = {key: tensors.pop(f"{name}.{kind}_{key}") for key in _parameter_names(kind, thermo)}
             name_of_scale, computed = f"{stored_name}.{kind}_scale", dtype if kind == "weight" else torch.float32
@@ -375,7 +380,8 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
             linear.bias = nn.Parameter(tensors.pop(f"{name}.bias").to(dtype), requires_grad=False)
         install_layer(lm, name, stored)
         if thermo.activations is not None:
-            install_activations(lm.model.get_submodule(name), lm.activation_params.get(name, []), thermo)
+            layer = part_as(QuantizedLinear, lm.model, name)
+            install_activations(layer, lm.activation_params.get(name, []), thermo)
     for name in coded_tables(lm.model, thermo):
         stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
         span, key = (0, 2**thermo.embedding_bits - 1), f"{tensor_name(config, name)}.weight_scale"

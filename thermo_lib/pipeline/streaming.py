@@ -177,15 +177,15 @@ def _quantize(
                 digests[path.name] = _write(path, {name: tensors[name] for name in names})
                 _record(partial, run, digests)
     elif not config.needs_calibration:
-        shards = _shards(_tasks(checkpoint, model, config), lambda task: task.size, shard_bytes)
-        paths = _shard_paths(partial, len(shards))
-        size = sum(task.size for shard in shards for task in shard)
+        tasks = _shards(_tasks(checkpoint, model, config), lambda task: task.size, shard_bytes)
+        paths = _shard_paths(partial, len(tasks))
+        size = sum(task.size for shard in tasks for task in shard)
         with tqdm(total=size, desc="quantize", unit="B", unit_scale=True, disable=not progress) as bar:
-            for number, found in _written(shards, paths, digests, model_config, config, client, device):
+            for number, found in _written(tasks, paths, digests, model_config, config, client, device):
                 if digests.get(paths[number].name) != found:
                     digests[paths[number].name] = found
                     _record(partial, run, digests)
-                bar.update(sum(task.size for task in shards[number]))
+                bar.update(sum(task.size for task in tasks[number]))
     weight_map: dict[str, str] = {}
     for path in paths:
         with open_safetensors(path) as file:

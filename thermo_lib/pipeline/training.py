@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -36,13 +37,13 @@ from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.time_norms import refresh_time_norms, time_norms
 from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.transition.blocks import BlockStream
-from thermo_lib.transition.chains import CalibrationDraws
+from thermo_lib.transition.chains import CalibrationDraws, Draws
 from thermo_lib.transition.fit import fit_block, fit_to_path_kl
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 from thermo_lib.transition.parameters import FixedWeight, TrainableLayers, TrainableWeight
 
 
-def quantize_sequentially(lm: QuantizedLM, run: PhaseRun) -> None:
+def quantize_sequentially(lm: QuantizedLM, run: PhaseRun[Sequential]) -> None:
     """Quantize shared input after shared input, each time training the rest of the block for the block's output.
 
     Linears with one input, such as q, k and v, are quantized together. After that the weights still in full precision
@@ -97,7 +98,9 @@ def _fit_rest(
     """Train a block's linears that aren't quantized yet, and the scales of those that are; the loss of each step."""
     layers = lm.quantized_layers()
     weights = _trainable_weights({name: layers[name] for name in linears if name in layers})
-    rest = [lm.model.get_submodule(name).weight.requires_grad_() for name in linears if name not in layers]
+    rest = [lm.model.get_parameter(f"{name}.weight") for name in linears if name not in layers]
+    for tensor in rest:
+        tensor.requires_grad_()
     with TrainableLayers(lm, {}, weights):
         losses = fit_block(
             stream,
@@ -120,10 +123,10 @@ def _trainable_weights(
     """The layers' weights, their codes too where the full-precision model is given."""
     if targets is None:
         return {name: TrainableWeight(layer, holds_codes=holds_codes) for name, layer in layers.items()}
-    found = {}
+    found: dict[str, TrainableWeight] = {}
     for block, names in names_by_block(list(layers)).items():
         with held(targets.get_submodule(block)):
-            found |= {name: TrainableWeight(layers[name], targets.get_submodule(name).weight) for name in names}
+            found |= {name: TrainableWeight(layers[name], targets.get_parameter(f"{name}.weight")) for name in names}
     return found
 
 
@@ -133,7 +136,8 @@ def _weight_rates(weights: Iterable[TrainableWeight], phase: Phase) -> dict[nn.P
     for weight in weights:
         rates[weight.log_scale] = phase.scale_lr
         rates |= {weight.zero_point: phase.zero_point_lr} if weight.zero_point.requires_grad else {}
-        rates |= {weight.position: phase.code_lr} if weight.learns_codes else {}
+        if isinstance(phase, Blocks | PathKL) and isinstance(weight.position, nn.Parameter):
+            rates[weight.position] = phase.code_lr
     return rates
 
 
@@ -157,7 +161,7 @@ def reconstruct_blocks(
     resume: str | Path | None = None,
     in_place: bool = False,
     progress: bool = False,
-    **settings: object,
+    **settings: Any,
 ) -> QuantizedLM:
     """Train scales, zero points and codes of the weights block by block for the block's output.
 
@@ -180,7 +184,7 @@ def reconstruct_blocks(
     """
     phase = Blocks(**settings)
     config = _trained_config(lm, phase)
-    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    how: dict[str, Any] = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name="blocks", start=lm, **how)
     changed = copied(lm, config, lm.activation_params, in_place=in_place)
     states = run.states()
@@ -243,7 +247,7 @@ def optimize_transitions(
     resume: str | Path | None = None,
     in_place: bool = False,
     progress: bool = False,
-    **settings: object,
+    **settings: Any,
 ) -> QuantizedLM:
     """Train the quantization parameters of all layers together for least path KL.
 
@@ -269,7 +273,7 @@ def optimize_transitions(
     phase = PathKL(**settings)
     config = _trained_config(lm, phase)
     earlier = sum(isinstance(before, PathKL) for before in lm.config.training)
-    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    how: dict[str, Any] = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name=f"transitions{earlier or ''}", start=lm, **how)
     changed = copied(lm, config, lm.activation_params, in_place=in_place)
     network = dict.fromkeys(_network(changed), phase.network_lr) if phase.what == "network" else {}
@@ -280,7 +284,7 @@ def optimize_transitions(
 
 def fit_quantized(
     lm: QuantizedLM,
-    run: PhaseRun,
+    run: PhaseRun[PathKL] | PhaseRun[TimeNorms],
     network: Mapping[Tensor, float],
     name: str,
     *,
@@ -301,13 +305,13 @@ def fit_quantized(
         The loss of each step, see ``fit_to_path_kl``.
     """
     phase, config, layers, ranges = run.phase, lm.config, lm.quantized_layers(), present_ranges(lm)
-    is_streamed, is_fresh = isinstance(run.reference, StreamedLM), phase.states == "fresh"
+    is_streamed, source = isinstance(run.reference, StreamedLM), run.source
     weights: dict[str, TrainableWeight] = {}
     rates: dict[Tensor, float] = {}
     if parameters:
         weights = _trainable_weights(layers, targets, holds_codes=not is_streamed)
-        rates |= {p: rate for r in ranges.values() for p, rate in r.rates(phase.range_lr).items()}
-        rates |= _weight_rates(weights.values(), phase)
+        rates.update(pair for r in ranges.values() for pair in r.rates(phase.range_lr).items())
+        rates.update(_weight_rates(weights.values(), phase).items())
     else:
         for held in ranges.values():
             held.requires_grad_(False)
@@ -315,16 +319,21 @@ def fit_quantized(
     for tensor in network:
         tensor.requires_grad_()
     rates |= network
-    timesteps = config.timesteps if is_fresh else run.source.timesteps
+    timesteps = source.timesteps if isinstance(source, Calibration) else config.timesteps
     loss = TransitionLoss(run.reference, lm, timesteps, ranges, weights or fixed)
     inputs = list({id(r): r for r in ranges.values()}.values())  # layers that share an input share its ranges
     markov_weight = phase.markov_weight if isinstance(phase, PathKL) else 0.0
+    draws: Draws
+    if isinstance(source, Calibration):
+        assert phase.batch is not None  # with calibration states it is filled in
+        draws = CalibrationDraws(loss, source, phase.batch, config.seed)
+    else:
+        draws = FreshChains(loss, source, phase, config.seed)
+    assert phase.steps is not None  # it is filled in
     losses = fit_to_path_kl(
         loss,
         rates,
-        FreshChains(loss, run.source, phase, config.seed)
-        if is_fresh
-        else CalibrationDraws(loss, run.source, phase.batch, config.seed),
+        draws,
         steps=phase.steps,
         penalty=lambda: markov_weight * sum(r.roughness() for r in inputs),
         snapshot=run.snapshot,
@@ -351,7 +360,7 @@ def train_time_norms(
     resume: str | Path | None = None,
     in_place: bool = False,
     progress: bool = False,
-    **settings: object,
+    **settings: Any,
 ) -> QuantizedLM:
     """Give every norm a set of weights (and biases) for each time group, and train them for least path KL.
 
@@ -374,8 +383,9 @@ def train_time_norms(
     """
     config = _trained_config(lm, TimeNorms(**settings))
     phase = config.time_norms
+    assert phase is not None  # it has just been added
     norm_names(lm.model)  # refuses kinds that aren't known
-    how = {"prompts": prompts, "resume": resume, "progress": progress}
+    how: dict[str, Any] = {"prompts": prompts, "resume": resume, "progress": progress}
     run = PhaseRun.of(phase, config, reference, calibration, name="time_norms", start=lm, **how)
     changed = copied(lm, config, lm.activation_params, in_place=in_place)
     install_time_norms(changed.model, config)

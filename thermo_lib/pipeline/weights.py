@@ -6,7 +6,7 @@ quantized, give it."""
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from thermo_lib.diffusion.inputs import run_states
@@ -22,6 +22,7 @@ from thermo_lib.pipeline.model import (
     install_table,
     linear_names,
     names_by_block,
+    part_as,
 )
 from thermo_lib.pipeline.progress import BlockSnapshots
 from thermo_lib.pipeline.quantizers import ROUNDING, Quantizer, quantizer_of
@@ -55,7 +56,7 @@ def coded_weight(weight: Tensor, name: str, config: ThermoConfig, bits: int) -> 
 def code_tables(lm: QuantizedLM) -> None:
     """Put codes in the place of embeddings and head, if the configuration says so."""
     for name in coded_tables(lm.model, lm.config):
-        weight = lm.model.get_submodule(name).weight.detach()
+        weight = lm.model.get_parameter(f"{name}.weight").detach()
         stored = coded_weight(weight, f"{name}.weight", lm.config, lm.config.embedding_bits)
         install_table(lm, name, stored, lm.model.norm.weight.dtype)
 
@@ -118,6 +119,7 @@ def quantize_weights(
                 quantize_layer(lm, quantizer, name, None)
         return
 
+    assert calibration is not None  # what needs Hessians needs calibration
     importance: dict[str, list[Tensor]] = {}
     if counts_tokens(config):
         importance = token_importance(lm, calibration, names, config.seed, "importance" if progress else None)
@@ -136,7 +138,7 @@ def quantize_weights(
 
 def quantize_layer(lm: QuantizedLM, quantizer: Quantizer, name: str, hessians: Tensor | None) -> None:
     """Quantize one linear, under the Hessians of its time groups if any, and put the quantized layer in its place."""
-    weight = lm.model.get_submodule(name).weight.detach()
+    weight = lm.model.get_parameter(f"{name}.weight").detach()
     stored, lm.weight_params[name] = quantizer.code(name, weight, hessians)
     install_layer(lm, name, stored)
 
@@ -157,7 +159,7 @@ def prepare_quantizer(
     stream = BlockStream(lm, calibration, decisive_dtype(lm))
     for linears in names_by_block(linear_names(lm.model)).values():
         for name, hessians in stream.hessians(linears, lm.config.weight_groups, token_weights).items():
-            quantizer.see(name, lm.model.get_submodule(name), hessians.sum(0))
+            quantizer.see(name, part_as(nn.Linear, lm.model, name), hessians.sum(0))
         stream.advance()
     quantizer.decide()
 

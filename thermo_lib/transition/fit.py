@@ -5,6 +5,7 @@ is trained to put out what the full-precision model has at that place, so that i
 arXiv 2102.05426). The squared error of a token counts by what it costs in path KL, see ``loss.token_importance``."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -159,7 +160,7 @@ def fit_block(
 
 def fit_to_path_kl(
     loss: TransitionLoss,
-    rates: Mapping[nn.Parameter, float],
+    rates: Mapping[Any, float],  # of parameters, and of biases that are buffers
     draws: Draws,
     *,
     steps: int,
