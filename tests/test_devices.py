@@ -21,7 +21,7 @@ from thermo_lib.data.puzzles import make_puzzles
 from thermo_lib.diffusion.states import trajectory_states
 from thermo_lib.diffusion.tokens import SAMPLERS
 from thermo_lib.evaluation.scores import Suite, evaluate
-from thermo_lib.models.lm import DiffusionLM, load_model
+from thermo_lib.models.lm import DiffusionLM, load_model, save_model
 from thermo_lib.pipeline.activations import requantize_activations, smooth_each_layer
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.parts import (
@@ -42,7 +42,7 @@ from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 pytestmark = pytest.mark.slow
 
-TIMESTEPS = 6
+TIMESTEPS = 3
 SHORT = {"steps": 2, "batch": 4}
 CONFIGS: dict[str, dict[str, Any]] = {
     "least squares, 8-bit embeddings": {"weights": LeastSquares(group_size=16), "embedding_bits": 8},
@@ -91,6 +91,14 @@ def tiny(build_tiny: Callable[..., DiffusionLM]) -> DiffusionLM:
 def calibration(tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> Calibration:
     """Six sequences of 16 tokens on their trajectories."""
     return calibrate(tiny, [(random_ids(6, 16), None)], timesteps=TIMESTEPS, progress=False)
+
+
+@pytest.fixture(scope="module")
+def folder(build_tiny: Callable[..., DiffusionLM], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of two narrow blocks."""
+    path = tmp_path_factory.mktemp("models") / "narrow"
+    save_model(build_tiny(0, hidden_size=16, intermediate_size=24), path)
+    return path
 
 
 @pytest.fixture
@@ -177,8 +185,8 @@ def test_a_model_is_saved_from_the_device(there: DiffusionLM, tmp_path: Path) ->
 def test_a_checkpoint_is_quantized_on_the_device(
     folder: Path, tmp_path: Path, random_ids: Callable[..., Tensor], fields: dict[str, Any]
 ) -> None:
-    config = ThermoConfig(timesteps=4, **fields)
-    states = calibrate(load_model(str(folder)), [(random_ids(4, 12), None)], timesteps=4, progress=False)
+    config = ThermoConfig(timesteps=2, **fields)
+    states = calibrate(load_model(str(folder)), [(random_ids(4, 12), None)], timesteps=2, progress=False)
     quantize_checkpoint(folder, tmp_path / "here", config, states)
     with PretendedDevice() as device:
         quantize_checkpoint(folder, tmp_path / "there", config, states, device=DEVICE)

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from configurations import CONFIGURATIONS, TIMESTEPS, Outputs, Quantize, RandomIds, config_of, every_configuration
+from configurations import CONFIGURATIONS, TIMESTEPS, Outputs, Quantize, RandomIds, config_of
+from small_runs import shortest
 from torch import nn
 
 from thermo_lib import Calibration, quantize
@@ -16,6 +17,23 @@ from thermo_lib.diffusion.states import States
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import linear_names
 from thermo_lib.quant.buffers import TimestepTable
+
+SHORT = {name: shortest(changes) for name, changes in CONFIGURATIONS.items()}
+every_configuration = pytest.mark.parametrize("changes", SHORT.values(), ids=SHORT)
+# What these do, others do, with more.
+IN_OTHERS = {
+    "W2A16",
+    "W4A16 gptq",
+    "W2A16, 3 groups",
+    "W2A8, 3 groups, smoothed",
+    "W2A4, 3 groups, smoothed",
+    "W2A4, 1 group",
+    "W2A8 dynamic",
+    "W2A16 trellis",
+}
+AGAIN = {name: changes for name, changes in SHORT.items() if name not in IN_OTHERS}
+# One of each kind of layers.
+KINDS = [SHORT[name] for name in ("W2A16", "W2A4, by token state and channel group", "W2A8 dynamic", "W2A16 trellis")]
 
 
 class TestQuantize:
@@ -36,7 +54,7 @@ class TestQuantize:
                 assert torch.equal(state[name], tensor), name
 
     @pytest.mark.slow
-    @every_configuration
+    @pytest.mark.parametrize("changes", AGAIN.values(), ids=AGAIN)
     def test_equal_inputs_give_equal_models_and_stay_as_they_were(
         self,
         build_tiny: Callable[[int], DiffusionLM],
@@ -56,9 +74,7 @@ class TestQuantize:
         assert all(type(lm.model.get_submodule(name)) is nn.Linear for name in linear_names(lm.model))
         assert not any(module._forward_pre_hooks for module in lm.model.modules())
 
-    @pytest.mark.parametrize(
-        "changes", [*CONFIGURATIONS.values(), {"embedding_bits": 8}], ids=[*CONFIGURATIONS, "8-bit embeddings"]
-    )
+    @pytest.mark.parametrize("changes", [*SHORT.values(), {"embedding_bits": 8}], ids=[*SHORT, "8-bit embeddings"])
     def test_everything_is_computed_where_the_model_is(
         self,
         quantized: Quantize,
@@ -67,13 +83,14 @@ class TestQuantize:
         monkeypatch: pytest.MonkeyPatch,
         changes: dict[str, Any],
     ) -> None:
-        # The device without numbers stands for a GPU.
+        # The device without numbers stands for a GPU; one block is like the other.
         lm = copy.deepcopy(quantized(**changes))
+        del lm.model.model.layers[1:]
         lm.set_timestep(TIMESTEPS - 1, TIMESTEPS)
         rows = {module: module.row() for module in lm.model.modules() if isinstance(module, TimestepTable)}
         monkeypatch.setattr(TimestepTable, "row", lambda table: rows[table])
         ids = random_ids(2, 10, seed=5).to("meta")
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16) if changes in KINDS else (torch.bfloat16,):
             model = lm.model.to(device="meta", dtype=dtype)
             with one_device:
                 logits = model(ids, attention_mask=ids != 0).logits

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_runs import every_nth
 from streamed import EARLIER, _stop_at_second, configured, files, states_of, unfinished
 
 from thermo_lib.files.outputs import RUN_NAME
@@ -89,8 +90,8 @@ def test_a_damaged_run_begins_anew(
 def test_a_damaged_snapshot_is_made_anew(
     write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, config = write(), configured(quantizer="gptq", timesteps=8)
-    calibration = states_of(source)
+    source, config = write(), configured(quantizer="gptq", timesteps=2)
+    calibration = every_nth(states_of(source), 4)
     quantize_checkpoint(source, tmp_path / "whole", config, calibration)
 
     def stopped(*_: Any) -> None:

@@ -15,20 +15,29 @@ import pytest
 import torch
 from killed import ended_by
 from safetensors.torch import load_file, save_file
+from small_runs import every_nth
 from streamed import EARLIER, _stop_at_second, configured, files, shard_of, states_of, unfinished
 from torch import Tensor
 
-from thermo_lib import ThermoConfig
+from thermo_lib import Calibration, ThermoConfig
 from thermo_lib.files import folders
 from thermo_lib.models.lm import save_model
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 
 TRAINING = (
-    {"phase": "sequential", "steps": 2, "batch": 4},
+    {"phase": "sequential", "steps": 1, "batch": 4},
     {"phase": "path_kl", "what": "network", "steps": 2, "batch": 4},
 )
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("several_shards")]
+
+
+GPTQ = {"quantizer": "gptq", "group_size": None, "timesteps": 2}  # a layer in one group, which takes the least time
+
+
+def few_states(source: Path) -> Calibration:
+    """At two timesteps, as a stopped run computes much again."""
+    return every_nth(states_of(source), 4)
 
 
 class TestInterrupted:
@@ -62,9 +71,8 @@ class TestInterrupted:
         ("fields", "swaps"),
         [
             ({}, True),
-            ({"quantizer": "gptq"}, True),
-            ({"quantizer": "gptq"}, False),
-            ({"quantizer": "trellis", "average_bits": 2.2, "training": TRAINING}, True),
+            (GPTQ, False),
+            ({"quantizer": "trellis", "timesteps": 2, "average_bits": 2.2, "training": TRAINING}, True),
         ],
     )
     def test_every_single_write_may_be_the_last(
@@ -79,8 +87,8 @@ class TestInterrupted:
         """The same call goes on each time; its work is repeated at most for one shard, or one block."""
         if not swaps:
             monkeypatch.setattr(folders, "_exchange", lambda *_: False)
-        source, config = write(), configured(timesteps=8, **fields)
-        calibration = states_of(source) if config.needs_calibration else None
+        source, config = write(), configured(**fields)
+        calibration = few_states(source) if config.needs_calibration else None
         quantize_checkpoint(source, tmp_path / "whole", config, calibration)
         rename, left = os.replace, 0
 
@@ -118,14 +126,20 @@ class TestInterrupted:
         swaps: bool,
     ) -> None:
         """Whatever is renamed, swapped or removed in the end, the next call computes nothing."""
-        source, config = write(), configured(quantizer="gptq", timesteps=8)
-        calibration = states_of(source)
+        source, config = write(), configured(**GPTQ)
+        calibration = few_states(source)
         quantize_checkpoint(source, tmp_path / "whole", config, calibration)
-        whole, stops = files(tmp_path / "whole"), 0
+        whole, stops, computed = files(tmp_path / "whole"), 0, tmp_path / "computed"
+        with monkeypatch.context() as patch:
+            patch.setattr(streaming, "save_tokenizer", Steps(-1).limited(streaming.save_tokenizer))
+            with pytest.raises(KeyboardInterrupt):
+                quantize_checkpoint(source, output, config, calibration)
+        unfinished(output).rename(computed)
         for allowed in range(100):
             shutil.rmtree(output, ignore_errors=True)
             output.mkdir()
             (output / "config.json").write_bytes(EARLIER["config.json"])
+            shutil.copytree(computed, unfinished(output))
             steps = Steps(allowed)
             with monkeypatch.context() as patch:
                 if not swaps:
@@ -188,8 +202,8 @@ class TestInterrupted:
         monkeypatch: pytest.MonkeyPatch,
         named: str,
     ) -> None:
-        source, config = write(), configured(quantizer="gptq", timesteps=8)
-        calibration = states_of(source)
+        source, config = write(), configured(**GPTQ)
+        calibration = few_states(source)
         with monkeypatch.context() as patch:
             patch.setattr(streaming, "_write", _stop_at_second(streaming._write))
             with suppress(KeyboardInterrupt):
@@ -256,8 +270,8 @@ class TestInterrupted:
         self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         source = write()
-        config = configured(quantizer="gptq")
-        calibration = states_of(source)
+        config = configured(**GPTQ)
+        calibration = few_states(source)
         quantize_checkpoint(source, tmp_path / "whole", config, calibration=calibration)
         unlink = os.unlink
 
@@ -274,13 +288,13 @@ class TestInterrupted:
         quantize_checkpoint(source, output, config, calibration=calibration)
         assert files(output) == files(tmp_path / "whole")
 
-    @pytest.mark.parametrize("quantizer", ["least_squares", "gptq"])
+    @pytest.mark.parametrize("fields", [{}, GPTQ], ids=["least_squares", "gptq"])
     def test_no_file_may_be_larger_than_the_disk(
-        self, write: Callable[..., Path], tmp_path: Path, output: Path, quantizer: str
+        self, write: Callable[..., Path], tmp_path: Path, output: Path, fields: dict[str, Any]
     ) -> None:
         """Each limit stops another file; the run goes on as the limit rises."""
-        source, config = write(), configured(quantizer=quantizer, timesteps=8)
-        calibration = states_of(source) if config.needs_calibration else None
+        source, config = write(), configured(**fields)
+        calibration = few_states(source) if config.needs_calibration else None
         quantize_checkpoint(source, tmp_path / "whole", config, calibration)
         largest = max(len(content) for content in files(tmp_path / "whole").values())
         stopped = set()

@@ -20,21 +20,31 @@ from thermo_lib.transition import fit
 pytestmark = pytest.mark.slow
 
 
+# What the activations are while the weights are trained.
+WAYS: dict[str, dict[str, Any]] = {
+    "W2A16": {},
+    "dynamic": {"activation_bits": 4, "activation_ranges": "dynamic"},
+    "static": {"activation_bits": 4, "activation_token_states": True, **SMOOTH},
+}
+
+
 class TestOptimizeTransitions:
     """Weights' parameters, ranges and codes trained together for least path KL."""
 
-    every_way = pytest.mark.parametrize(
-        "changes",
-        [
-            {},
-            {"activation_bits": 4, "activation_ranges": "dynamic"},
-            {"activation_bits": 4, "activation_token_states": True, **SMOOTH},
-        ],
-        ids=["W2A16", "dynamic", "static"],
-    )
+    every_way = pytest.mark.parametrize("changes", WAYS.values(), ids=WAYS)
 
-    @every_way
-    @pytest.mark.parametrize("what", ["parameters", "codes", "network"])
+    @pytest.mark.parametrize(
+        ("what", "changes"),
+        [
+            pytest.param(what, WAYS[way], id=f"{what}-{way}")
+            for what, ways in {
+                "parameters": ("dynamic", "static"),
+                "codes": ("W2A16", "static"),
+                "network": ("W2A16", "dynamic"),
+            }.items()
+            for way in ways
+        ],
+    )
     def test_it_lowers_path_kl_and_leaves_the_given_models(
         self,
         tiny: DiffusionLM,
@@ -126,8 +136,8 @@ class TestOptimizeTransitions:
         tmp_path: Path,
         changes: dict[str, Any],
     ) -> None:
-        whole = quantized(transitions="parameters", **changes)
-        trained = optimize_transitions(quantized(**changes), tiny, calibration, steps=FEW)
+        whole = quantized(**{"transitions": "parameters", "path_kl.steps": 3}, **changes)
+        trained = optimize_transitions(quantized(**changes), tiny, calibration, steps=3)
         assert torch.equal(outputs(whole), outputs(trained))
         assert whole.config == trained.config
         save_quantized(whole, tmp_path / "q")
@@ -179,7 +189,7 @@ class TestReconstructBlocks:
         trained = reconstruct_blocks(start, tiny, prompts=[EmptyTexts(16, tiny.mask_token_id)], **fresh)
         assert trained.config.phase("blocks").states == "fresh"
         again = reconstruct_blocks(start, tiny, calibration, **fresh)
-        on_calibration = reconstruct_blocks(start, tiny, calibration, steps=FEW)
+        on_calibration = reconstruct_blocks(start, tiny, calibration, steps=1)
         assert torch.equal(outputs(trained), outputs(again))
         assert not torch.equal(outputs(trained), outputs(on_calibration))
         (states,) = calibration.parts
@@ -197,8 +207,9 @@ class TestReconstructBlocks:
         outputs: Outputs,
         changes: dict[str, Any],
     ) -> None:
-        whole = quantized(reconstruction="blocks", transitions="parameters", **changes)
-        parts = optimize_transitions(quantized(reconstruction="blocks", **changes), tiny, calibration, steps=FEW)
+        blocks = {"reconstruction": "blocks", "blocks.steps": 3, **changes}
+        whole = quantized(**{"transitions": "parameters", "path_kl.steps": 3}, **blocks)
+        parts = optimize_transitions(quantized(**blocks), tiny, calibration, steps=3)
         assert torch.equal(outputs(whole), outputs(parts))
         assert whole.config == parts.config
 
@@ -228,13 +239,11 @@ class TestSequential:
         assert all(torch.equal(before[name], tensor) for name, tensor in tiny.model.state_dict().items())
         assert not any(p.requires_grad for lm in (tiny, trained) for p in lm.model.parameters())
 
-    def test_without_training_it_is_quantizing_block_by_block(
-        self, tiny: DiffusionLM, calibration: Calibration
-    ) -> None:
+    def test_without_training_it_is_quantizing_block_by_block(self, quantized: Quantize) -> None:
         # Inside a block the plain quantizer takes all Hessians before any linear is quantized, so only the first
         # linears of the first block are the same; later ones see what is quantized already.
         still = {f"sequential.{name}": 1e-30 for name in ("weight_lr", "scale_lr", "zero_point_lr")}
-        plain, stepped = (quantize(tiny, config_of(**self.GPTQ, **how), calibration) for how in ({}, still))
+        plain, stepped = (quantized(**self.GPTQ, **how) for how in ({}, still | {"sequential.steps": 1}))
         same = [
             name
             for name, layer in plain.quantized_layers().items()
@@ -247,7 +256,8 @@ class TestSequential:
     def test_fresh_states_are_made_from_what_the_calibration_starts_from(
         self, tiny: DiffusionLM, calibration: Calibration
     ) -> None:
-        config = config_of(**self.TRELLIS, reconstruction="sequential", training_states="chains")
+        few = {"weights.beam": 2, "sequential.steps": 2, "sequential.num_texts": 2}
+        config = config_of(**self.TRELLIS, reconstruction="sequential", training_states="chains", **few)
         other = Calibration((calibration.parts[0][torch.arange(0, 36, 2)],), TIMESTEPS, "forward")
         fresh = [quantize(tiny, config, given).quantized_layers() for given in (calibration, other)]
         assert all(torch.equal(layer.packed, fresh[1][name].packed) for name, layer in fresh[0].items())
@@ -270,21 +280,22 @@ class TestResume:
         [
             {
                 "reconstruction": "blocks",
-                "blocks.steps": 10,
+                "blocks.steps": 3,
                 "transitions": "codes",
-                "path_kl.steps": 14,
+                "path_kl.steps": 7,
                 "activation_bits": 4,
                 "activation_token_states": True,
             },
             {
                 "quantizer": "trellis",
                 "average_bits": 2.3,
+                "weights.beam": 4,
                 "activation_bits": 4,
                 "activation_ranges": "dynamic",
                 "reconstruction": "sequential",
-                "sequential.steps": 5,
+                "sequential.steps": 2,
                 "transitions": "network",
-                "path_kl.steps": 14,
+                "path_kl.steps": 7,
                 "training_states": "chains",
                 "own_share": 0.5,
             },
@@ -305,7 +316,7 @@ class TestResume:
             if not len(saved) % turn:
                 raise Stopped
 
-        monkeypatch.setattr(fit, "_SNAPSHOT_STEPS", 5)
+        monkeypatch.setattr(fit, "_SNAPSHOT_STEPS", 3)
         monkeypatch.setattr(Snapshot, "save", save_or_stop)
         return saved
 
@@ -315,13 +326,13 @@ class TestResume:
         self,
         tiny: DiffusionLM,
         calibration: Calibration,
+        quantized: Quantize,
         monkeypatch: pytest.MonkeyPatch,
         tmp_path: Path,
         changes: dict[str, Any],
         written: bool,
     ) -> None:
-        config = config_of(**changes)
-        whole = quantize(tiny, config, calibration)
+        config, whole = config_of(**changes), quantized(**changes)
         saved, stops, trained = self.stop_at(monkeypatch, 2, written=written), 0, None
         while trained is None:
             try:
