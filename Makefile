@@ -2,7 +2,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help repro test test-fast test-library test-notebooks faults fuzz lab peers witness docs dream-7b clean check-platform
+.PHONY: help repro test test-fast test-library test-notebooks test-types faults fuzz lab peers witness docs dream-7b clean check-platform
 
 # A command-line assignment overrides these, e.g. `make test PYTHON=/opt/python3.11/bin/python3.11`.
 # PYTHON: the first of these commands that is Python 3.11, or the interpreter behind it if it is a virtual environment's.
@@ -27,7 +27,7 @@ export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH PYTHONPATH PYTHONHOME
 
 # What is published can be computed without a network; the other targets may download the model that they are given.
-repro test test-fast test-library test-notebooks faults fuzz: export HF_HUB_OFFLINE := 1
+repro test test-fast test-library test-notebooks test-types faults fuzz: export HF_HUB_OFFLINE := 1
 
 # Freed memory is kept for what comes next: a tenth of a notebook's time otherwise goes into getting it anew.
 KEEP_MEMORY = MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=8000000000
@@ -44,7 +44,7 @@ TEST_LIBRARY = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfil
 
 help:
 	@echo "make repro   run the pipeline: train, quantize, measure and execute the notebooks, as far as not up to date"
-	@echo "make test    run the linter, the tests, and the executed notebooks against their stored outputs"
+	@echo "make test    run the linter, the tests, the check of types, and the executed notebooks against their stored outputs"
 	@echo "make test-fast  run the linter and the tests that take a second or less"
 	@echo "make faults  let every file operation of every command that writes fail once (FAULTS=...): nothing may be lost"
 	@echo "make fuzz    read 10,000 damaged inputs: all must end in one line (FUZZ_ARGS=--count 500 --seed 1 --kind words)"
@@ -64,11 +64,15 @@ repro: .venv/.stamp
 test: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
 	$(IN_VENV) .venv/bin/ruff format --check .
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-library test-notebooks
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=line test-library test-notebooks test-types
 
 # Side by side, since each leaves a core idle at times; a thread that waits for another leaves its core to the rest.
+# Types are checked on the core that is free first.
 test-library: .venv/.stamp
 	$(IN_VENV) $(TEST_LIBRARY)
+
+test-types: .venv/.stamp
+	$(IN_VENV) .venv/bin/mypy
 
 test-fast: .venv/.stamp
 	$(IN_VENV) .venv/bin/ruff check .
@@ -119,7 +123,7 @@ dream-7b: .venv/.stamp
 	$(IN_VENV) .venv/bin/python -m thermo_lib tidy notebooks/executed/dream_7b.ipynb
 
 clean:
-	rm -rf .venv .venv-peers .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . \( -name .git -o -name .dvc -o -name artifacts \) -prune -o \
 		\( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 

@@ -25,16 +25,17 @@ from thermo_lib.transition.parameters import TrainableRanges
 Samples = list[tuple[list[str], InputSample]]
 
 
-def shared_input_samples(lm: QuantizedLM, calibration: Calibration) -> Samples:
+def shared_input_samples(lm: QuantizedLM, calibration: Calibration, tokens: int | None = None) -> Samples:
     """The quantized layers, those that share an input together, with a random sample of that input.
 
     Args:
         lm: a quantized model.
         calibration: the states.
+        tokens: see ``Static``; None for those of the model's own static ranges, or the default.
     """
     shared = shared_inputs(lm, list(lm.quantized_layers()))
     config, how = lm.config, lm.config.activations
-    tokens = how.tokens if isinstance(how, Static) else Static().tokens
+    tokens = tokens or (how if isinstance(how, Static) else Static()).tokens
     with deciding(lm):
         samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
     return [(names, samples[names[0]]) for names in shared]

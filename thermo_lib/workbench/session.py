@@ -128,6 +128,7 @@ class Session:
         trajectories: number of the model's own trajectories that path KL is measured on.
         code_sequences, puzzles: what the calibration states are drawn from, see ``calibration_batches``.
         timesteps: ``T``.
+        tokens: sampled of each timestep and kind of calibration states, which ranges are fitted on.
         seed: of all that is drawn.
     """
 
@@ -140,9 +141,10 @@ class Session:
         code_sequences: int = 4,
         puzzles: int = 2,
         timesteps: int = 16,
+        tokens: int = 16,
         seed: int = 0,
     ):
-        self.model, self.folder, self.timesteps, self.seed = model, folder, timesteps, seed
+        self.model, self.folder, self.timesteps, self.tokens, self.seed = model, folder, timesteps, tokens, seed
         self.sizes = {"sequences": code_sequences, "puzzles": puzzles}
         self.lm: DiffusionLM = load_model(model)
         batches = calibration_batches(self.lm, seed, **self.sizes)
@@ -191,7 +193,7 @@ class Session:
         """What ``ThermoConfig`` is given; without quantized activations nothing depends on the timestep."""
         fields: dict[str, Any] = {"weights": WEIGHTS[choice.weights], "timesteps": self.timesteps}
         if choice.activation_bits < 16:
-            fields["activations"] = {"ranges": "static", "bits": choice.activation_bits}
+            fields["activations"] = {"ranges": "static", "bits": choice.activation_bits, "tokens": self.tokens}
             if choice.time_groups > 1:
                 count, half = self._groups(choice)
                 is_windowed = choice.smoothing in WINDOWED
@@ -263,7 +265,7 @@ class Session:
                 found = load_quantized(self._place(name))
             else:
                 raise ValueError(f"weights: found {name!r}, which aren't made yet; press Make, or choose other ones")
-            self._weights[name] = found, shared_input_samples(found, self.calibration)
+            self._weights[name] = found, shared_input_samples(found, self.calibration, self.tokens)
         return self._weights[name]
 
     def build(self, choice: Choice) -> QuantizedLM:
