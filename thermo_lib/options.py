@@ -54,6 +54,7 @@ _NAMES = (
     "a",
     "b",
 )  # texts that mean nothing when empty
+_WITH_INTERVALS = ("evaluate", "compare")  # of scores, over sequences: more than one
 _FILES = ("evaluate", "compare", "study", "point", "speed", "gpu-check", "report")  # commands whose output is a file
 
 
@@ -94,6 +95,8 @@ def check(arguments: argparse.Namespace) -> None:
                 _check_text(option, str(each), name in _NAMES)
             elif name in _LIMITS and each is not None:
                 least, most = _LIMITS[name]
+                if arguments.command in _WITH_INTERVALS and name in ("sequences", "trajectories"):
+                    least = 2
                 if each < least:
                     raise ValueError(f"{option}: found {each}, allowed is at least {least}")
                 if each > most:

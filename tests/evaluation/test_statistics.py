@@ -33,6 +33,12 @@ class TestIntervals:
         assert high - low == pytest.approx(0.196, rel=0.1)
 
 
+    @pytest.mark.parametrize("count", [0, 1])
+    def test_one_row_has_no_interval(self, count: int) -> None:
+        with pytest.raises(ValueError, match=f"interval: found {count} rows .*, allowed are 2 or more"):
+            interval(lambda index: float(index.sum()), count)
+
+
 class TestVerdict:
     """A target is met or not where the whole interval is on one side."""
 

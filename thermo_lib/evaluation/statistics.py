@@ -25,7 +25,12 @@ def interval(
 
     Returns:
         ``(low, high)``; equal seeds and inputs give equal intervals.
+
+    Raises:
+        ValueError: fewer than two rows.
     """
+    if count < 2:
+        raise ValueError(f"interval: found {count} rows (sequences, puzzles or rounds), allowed are 2 or more")
     from scipy.stats import bootstrap  # takes half a second to import
 
     result = bootstrap(

@@ -51,7 +51,7 @@ def _read_yaml(path: Path) -> tuple[Any, dict[Where, int]]:
         raise ValueError(f"{where}: found {len(text)} characters, allowed are at most {_MOST_CHARACTERS}")
     lines: dict[Where, int] = {}
 
-    class Plain(yaml.SafeLoader):  # type: ignore[name-defined, misc]
+    class Plain(yaml.SafeLoader):  # type: ignore[name-defined, misc]  # a module that is imported when it is needed
         def compose_node(self, parent: Any, index: Any) -> Any:
             event = self.peek_event()
             line = event.start_mark.line + 1
