@@ -1,7 +1,7 @@
 """Ranges of activations that are fitted or smoothed later are those of quantizing that way from the start."""
 
 import itertools
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -86,38 +86,44 @@ class TestSmoothing:
 class TestRequantizeActivations:
     """Other activation settings for the same weights give the model that quantizing from the start gives."""
 
-    @pytest.mark.parametrize(
-        "start",
-        [
-            {},
-            {"activation_bits": 8, "activation_ranges": "dynamic"},
-            {"activation_bits": 8},
-            {"activation_bits": 4, **SMOOTH},
-        ],
-        ids=["from W2A16", "from dynamic", "from static", "from 3 groups"],
-    )
-    @pytest.mark.parametrize(
-        "end",
-        [
-            {"activation_bits": 16, "num_time_groups": 1},
-            {"activation_bits": 8, "num_time_groups": 1, "activation_ranges": "dynamic"},
-            {"activation_bits": 4, "num_time_groups": 1, "activation_ranges": "static"},
-            {"activation_bits": 4, "activation_ranges": "static", **SMOOTH},
-        ],
-        ids=["to W2A16", "to dynamic", "to static", "to 3 groups"],
-    )
+    STARTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "W2A16": {},
+        "dynamic": {"activation_bits": 8, "activation_ranges": "dynamic"},
+        "static": {"activation_bits": 8},
+        "3 groups": {"activation_bits": 4, **SMOOTH},
+    }
+    ENDS: ClassVar[dict[str, dict[str, Any]]] = {
+        "W2A16": {"activation_bits": 16, "num_time_groups": 1},
+        "dynamic": {"activation_bits": 8, "num_time_groups": 1, "activation_ranges": "dynamic"},
+        "static": {"activation_bits": 4, "num_time_groups": 1, "activation_ranges": "static"},
+        "3 groups": {"activation_bits": 4, "activation_ranges": "static", **SMOOTH},
+    }
+    # Each start and each end meets another two or three times.
+    WAYS: ClassVar[list[tuple[str, str]]] = [
+        ("W2A16", "dynamic"),
+        ("W2A16", "3 groups"),
+        ("dynamic", "W2A16"),
+        ("dynamic", "static"),
+        ("static", "static"),
+        ("static", "dynamic"),
+        ("static", "3 groups"),
+        ("3 groups", "W2A16"),
+        ("3 groups", "static"),
+    ]
+
+    @pytest.mark.parametrize(("start", "end"), WAYS)
     def test_it_is_quantizing_with_the_new_settings(
         self,
         quantized: Quantize,
         outputs: Outputs,
         calibration: Calibration,
-        start: dict[str, Any],
-        end: dict[str, Any],
+        start: str,
+        end: str,
     ) -> None:
-        before = quantized(**start)
+        before = quantized(**self.STARTS[start])
         kept = outputs(before)
-        changed = requantize_activations(before, calibration, **end)
-        expected = quantized(**end)
+        changed = requantize_activations(before, calibration, **self.ENDS[end])
+        expected = quantized(**self.ENDS[end])
         assert changed.config == expected.config
         assert torch.equal(outputs(changed), outputs(expected))
         assert torch.equal(outputs(before), kept)
