@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -35,11 +35,23 @@ from thermo_lib.evaluation.scores import (
     relative_accuracy_gain,
     solve_puzzles,
 )
+from thermo_lib.evaluation.statistics import interval, mean_interval
 from thermo_lib.evaluation.summary import markov, summarize
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import QuantizedLM
 
 TIMESTEPS = 6
+
+
+@pytest.fixture(scope="module")
+def full(tiny: DiffusionLM, suite: Suite) -> Evaluation:
+    """Of the reference itself."""
+    return evaluate(tiny, suite)
+
+
+@pytest.fixture(scope="module")
+def rough(unsmoothed: QuantizedLM, suite: Suite) -> Evaluation:
+    return evaluate(unsmoothed, suite)
 
 
 @dataclass
@@ -114,21 +126,22 @@ class TestScores:
         torch.testing.assert_close(torch.stack([correct, masked, nll]), expected, rtol=1e-4, atol=1e-4)
         assert 0 < correct.sum() < masked.sum()
 
-    def test_accuracy_and_nelbo_are_the_documented_means(self, tiny: DiffusionLM, suite: Suite) -> None:
-        result = evaluate(tiny, suite)
+    def test_accuracy_and_nelbo_are_the_documented_means(
+        self, tiny: DiffusionLM, suite: Suite, full: Evaluation
+    ) -> None:
         correct, masked, nll = masked_token_scores(tiny, suite.held_out, TIMESTEPS)
         shares = [float(correct[:, i].sum() / masked[:, i].sum()) for i in range(TIMESTEPS)]
-        assert result.accuracy_per_timestep.tolist() == pytest.approx(shares)
-        assert result.accuracy == pytest.approx(sum(shares) / TIMESTEPS)
+        assert full.accuracy_per_timestep.tolist() == pytest.approx(shares)
+        assert full.accuracy == pytest.approx(sum(shares) / TIMESTEPS)
         # rho_i = 1 / (T - i); 6 sequences of 16 tokens.
         nelbo = sum(float(nll[:, i].sum()) / (TIMESTEPS - i) for i in range(TIMESTEPS)) / 6 / 16
-        assert result.nelbo == pytest.approx(nelbo)
+        assert full.nelbo == pytest.approx(nelbo)
 
-    def test_the_reference_has_no_divergence_from_itself(self, tiny: DiffusionLM, suite: Suite) -> None:
-        result = evaluate(tiny, suite)
-        assert result.path.total == 0
-        assert result.path.mean_cosine == pytest.approx(1, abs=1e-6)
+    def test_the_reference_has_no_divergence_from_itself(self, full: Evaluation) -> None:
+        assert full.path.total == 0
+        assert full.path.mean_cosine == pytest.approx(1, abs=1e-6)
 
+    @settings(max_examples=15)
     @given(length=st.integers(1, 12), vocabulary=st.integers(3, 50))
     def test_a_uniform_model_has_the_nelbo_of_a_uniform_guess(self, length: int, vocabulary: int) -> None:
         # With exactly t_i n masked tokens at timestep i the NELBO is sum_i rho_i t_i ln(V - 1) = ln(V - 1): a masked
@@ -186,10 +199,20 @@ class TestIntervals:
         low, high = path_kl_interval(result.path, result.resamples)
         assert low < result.path.total < high
 
-    def test_equal_evaluations_differ_by_exactly_nothing(self, tiny: DiffusionLM, suite: Suite) -> None:
-        first, again = evaluate(tiny, suite), evaluate(tiny, suite)
-        assert relative_accuracy_gain(first, again) == (0.0, (0.0, 0.0))
-        assert path_kl_difference(first, again) == (0.0, (0.0, 0.0))
+    def test_equal_evaluations_differ_by_exactly_nothing(
+        self, tiny: DiffusionLM, suite: Suite, full: Evaluation
+    ) -> None:
+        again = evaluate(tiny, suite)
+        assert relative_accuracy_gain(full, again) == (0.0, (0.0, 0.0))
+        assert path_kl_difference(full, again) == (0.0, (0.0, 0.0))
+
+    @pytest.mark.parametrize("kind", [np.float64, np.float32])
+    @pytest.mark.parametrize("count", [2, 9, 130])
+    def test_all_samples_at_once_give_the_same_interval(self, count: int, kind: type) -> None:
+        values = np.random.default_rng(count).normal(size=count).astype(kind)
+        assert mean_interval(values, 50) == interval(lambda index: float(values[index].mean()), count, 50)
+        medians = interval(lambda index: np.median(values[index], -1).astype(float), count, 50, vectorized=True)
+        assert medians == interval(lambda index: float(np.median(values[index])), count, 50)
 
     def test_a_gain_over_nothing_is_refused(self) -> None:
         nothing = evaluation_of([[0.0]], [[10.0]], [[1.0]])
@@ -303,7 +326,7 @@ class TestSuite:
 
     def test_a_model_that_does_not_know_the_tasks_gets_no_puzzles(self, tiny: DiffusionLM, small_corpus: None) -> None:
         foreign = replace(tiny, tokenizer=Tokenizer.from_str(tiny.tokenizer.to_str().replace(SUDOKU, "<|other|>")))
-        suite = build_suite(foreign, timesteps=2, sequences=3, length=12)
+        suite = build_suite(foreign, timesteps=2, sequences=3, trajectories=2, length=12)
         assert suite.puzzles == []
         scores = evaluate(foreign, suite)
         assert scores.puzzles is None
@@ -315,10 +338,12 @@ class TestSuite:
 class TestQuantizedModels:
     """Rows, targets and validation of quantized models."""
 
-    def test_validation_is_path_kl_cosine_and_markov_score(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
-        result, scores = validate(unsmoothed, suite), evaluate(unsmoothed, suite)
-        assert result.path_kl == scores.path.total > 0
-        assert result.cosine_similarity == scores.path.mean_cosine < 1
+    def test_validation_is_path_kl_cosine_and_markov_score(
+        self, unsmoothed: QuantizedLM, suite: Suite, rough: Evaluation
+    ) -> None:
+        result = validate(unsmoothed, suite)
+        assert result.path_kl == rough.path.total > 0
+        assert result.cosine_similarity == rough.path.mean_cosine < 1
         assert result.markov == markov(unsmoothed)
         assert result.markov_smoothness_score == result.markov.score < 1
         assert list(result.markov.boundary_scores) == [2, 4]
@@ -329,12 +354,11 @@ class TestQuantizedModels:
         assert (result.markov_smoothness_score, result.markov) == (1.0, None)
 
     def test_a_row_has_settings_and_scores_of_its_model(
-        self, tiny: DiffusionLM, unsmoothed: QuantizedLM, suite: Suite
+        self, tiny: DiffusionLM, unsmoothed: QuantizedLM, full: Evaluation, rough: Evaluation
     ) -> None:
-        scores = evaluate(unsmoothed, suite)
-        full = summarize("full precision", tiny, evaluate(tiny, suite))
-        row = summarize("rough", unsmoothed, scores)
-        assert row.keys() == full.keys()
+        of_reference = summarize("full precision", tiny, full)
+        row = summarize("rough", unsmoothed, rough)
+        assert row.keys() == of_reference.keys()
         expected = {
             "name": "rough",
             "bits": 8,
@@ -346,15 +370,16 @@ class TestQuantizedModels:
             "smoothing_method": None,
             "smoothing_window": None,
             "bits_per_weight": unsmoothed.bits_per_weight,
-            "accuracy": scores.accuracy,
-            "nelbo": scores.nelbo,
-            "path_kl": scores.path.total,
+            "accuracy": rough.accuracy,
+            "nelbo": rough.nelbo,
+            "path_kl": rough.path.total,
             "markov_score": markov(unsmoothed).score,
             "violations": len(markov(unsmoothed).violations),
-            "sudoku_solved": scores.puzzles.accuracy,
+            "sudoku_solved": rough.puzzles.accuracy,
         }
         assert {key: row[key] for key in expected} == expected
         assert len(row["accuracy_per_timestep"]) == len(row["path_kl_per_timestep"]) == TIMESTEPS
-        assert (full["bits"], full["activation_bits"], full["bits_per_weight"]) == (32, 32, 32.0)
-        assert full["markov_score"] is full["quantizer"] is None
-        json.dumps([row, full], allow_nan=False)
+        about = [of_reference[name] for name in ("bits", "activation_bits", "bits_per_weight")]
+        assert about == [32, 32, 32.0]
+        assert of_reference["markov_score"] is of_reference["quantizer"] is None
+        json.dumps([row, of_reference], allow_nan=False)

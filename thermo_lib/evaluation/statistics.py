@@ -13,15 +13,22 @@ Verdict = Literal["met", "not met", "inconclusive"]
 
 
 def interval(
-    statistic: Callable[[np.ndarray], float], count: int, resamples: int = RESAMPLES, seed: int = 0
+    statistic: Callable[[np.ndarray], Any],
+    count: int,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    *,
+    vectorized: bool = False,
 ) -> tuple[float, float]:
     """A 95 % bootstrap percentile interval.
 
     Args:
-        statistic: of an int array of row indices, drawn with replacement.
+        statistic: of an int array of row indices, drawn with replacement; a number.
         count: number of rows.
         resamples: number of bootstrap samples.
         seed: seeds them.
+        vectorized: ``statistic`` gets the indices of all samples at once, ``(resamples, count)``, and returns float64
+            ``(resamples,)``, which is many times faster.
 
     Returns:
         ``(low, high)``; equal seeds and inputs give equal intervals.
@@ -35,8 +42,8 @@ def interval(
 
     result = bootstrap(
         (np.arange(count),),
-        lambda index: statistic(index.astype(int)),
-        vectorized=False,
+        lambda index, axis=-1: statistic(index.astype(int)),
+        vectorized=vectorized,
         n_resamples=resamples,
         confidence_level=0.95,
         method="percentile",
@@ -48,7 +55,7 @@ def interval(
 def mean_interval(values: Sequence[float] | np.ndarray, resamples: int = RESAMPLES) -> tuple[float, float]:
     """The 95 % interval of the mean of some values, see ``interval``."""
     array = np.asarray(values)
-    return interval(lambda index: float(array[index].mean()), len(array), resamples)
+    return interval(lambda index: array[index].mean(-1).astype(float), len(array), resamples, vectorized=True)
 
 
 def side_of_zero(ci: Sequence[float], below: str, above: str, between: str) -> str:
@@ -105,7 +112,7 @@ def paired_ratio(
     ratios = np.array(seconds["candidate"]) / np.array(seconds["baseline"])
     return {
         "ratio": float(np.median(ratios)),
-        "ci": list(interval(lambda index: float(np.median(ratios[index])), rounds)),
+        "ci": list(interval(lambda index: np.median(ratios[index], axis=-1), rounds, vectorized=True)),
         "rounds": rounds,
         "candidate_seconds": statistics.median(seconds["candidate"]),
         "baseline_seconds": statistics.median(seconds["baseline"]),

@@ -196,7 +196,7 @@ def gain(rows: Sequence[Scored], baselines: Sequence[Scored]) -> tuple[float, tu
         rows, baselines: the same seeds in the same order.
     """
     new, old = (np.mean([row.accuracy_per_sequence for row in side], 0) for side in (rows, baselines))
-    ci = interval(lambda index: float(new[index].mean() / old[index].mean() - 1), len(new))
+    ci = interval(lambda index: new[index].mean(-1) / old[index].mean(-1) - 1, len(new), vectorized=True)
     return float(new.mean() / old.mean() - 1), ci
 
 
