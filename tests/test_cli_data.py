@@ -13,6 +13,7 @@ from thermo_lib.models.lm import load_model
 from thermo_lib.pipeline.storage import load_quantized
 
 TEXTS = [f"def f{number}(x):\n    return x + {number}\n" for number in range(40)]
+FIELDS = {"weights.group_size": 16, "timesteps": 4}
 SIZE = ("--sequences", 4, "--length", 12)
 
 
@@ -23,23 +24,28 @@ def lines(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> torch.Tensor:
+    """The logits of what is calibrated on the file."""
+    lm = load_model(str(folder))
+    states = calibrate(lm, text_batches(lm, TEXTS, sequences=4, length=12), timesteps=4, progress=False)
+    return quantize(lm, ThermoConfig(**FIELDS), states).model(torch.arange(12)[None]).logits
+
+
 @pytest.mark.parametrize("layerwise", [False, True])
-def test_quantize_calibrates_on_a_file(run: Any, folder: Path, lines: Path, monkeypatch: Any, layerwise: bool) -> None:
+def test_quantize_calibrates_on_a_file(
+    run: Any, folder: Path, lines: Path, monkeypatch: Any, expected: torch.Tensor, layerwise: bool
+) -> None:
     from thermo_lib import commands
 
     monkeypatch.setattr(commands, "calibrate", calibrate)
     words = ("--layerwise", "all") if layerwise else ()
-    fields = {"weights.group_size": 16, "timesteps": 4}
-    settings = [f"{name}={value}" for name, value in fields.items()]
+    settings = [f"{name}={value}" for name, value in FIELDS.items()]
     status, _, err = run(
         "quantize", "--model", folder, "--output", "q", "--calibration", lines, *SIZE, *words, *settings
     )
     assert (status, err.count("error")) == (0, 0)
-    lm = load_model(str(folder))
-    states = calibrate(lm, text_batches(lm, TEXTS, sequences=4, length=12), timesteps=4, progress=False)
-    expected = quantize(lm, ThermoConfig(**fields), states)
-    ids = torch.arange(12)[None]
-    assert torch.equal(load_quantized("q").model(ids).logits, expected.model(ids).logits)
+    assert torch.equal(load_quantized("q").model(torch.arange(12)[None]).logits, expected)
 
 
 def test_evaluate_scores_a_file(run: Any, folder: Path, lines: Path, monkeypatch: Any) -> None:

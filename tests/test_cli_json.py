@@ -45,13 +45,24 @@ def test_quantize_names_the_folder_and_its_size(run: Run, folder: Path) -> None:
 @pytest.mark.parametrize("command", ["evaluate", "compare"])
 def test_scores_are_what_output_has(run: Run, folder: Path, command: str) -> None:
     models = ("--model", folder) if command == "evaluate" else (folder, "preset=fast")
-    content = told(run, command, *models, "--timesteps", 4, "--output", "scores.json")
+    content = told(run, command, *models, "--timesteps", 2, "--output", "scores.json")
     assert content == json.loads(Path("scores.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
 def test_benchmark_prints_its_report(run: Run, folder: Path) -> None:
-    words = ("--smoothing-method", "linear", "--timesteps", 4, "--group-size", 16, "--output", "b")
+    words = (
+        "--smoothing-method",
+        "linear",
+        "--timesteps",
+        3,
+        "--quantizer",
+        "rtn",
+        "--group-size",
+        16,
+        "--output",
+        "b",
+    )
     content = told(run, "benchmark", "--model", folder, *words)
     assert content == json.loads(Path("b/report.json").read_text(encoding="utf-8"))
 

@@ -9,7 +9,7 @@ from thermo_lib.data.puzzles import Puzzle, make_puzzles
 from thermo_lib.evaluation import demo
 from thermo_lib.models.lm import DiffusionLM
 
-STEPS = 4
+STEPS = 2
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from thermo_lib import Calibration, ThermoConfig, evaluate, quantize
 from thermo_lib.evaluation import statistics
-from thermo_lib.evaluation.scores import Suite, relative_accuracy_gain
+from thermo_lib.evaluation.scores import Evaluation, Suite, relative_accuracy_gain
 from thermo_lib.evaluation.smoothing import (
     CLAIMED,
     Targets,
@@ -29,6 +29,11 @@ from thermo_lib.pipeline.model import QuantizedLM
 
 TIMESTEPS = 6
 RandomIds = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="module")
+def baseline(unsmoothed: QuantizedLM, suite: Suite) -> Evaluation:
+    return evaluate(unsmoothed, suite)
 
 
 class TestQuantizedModels:
@@ -54,9 +59,11 @@ class TestQuantizedModels:
         assert {t["activation_bits"] for t in targets} == {4}
         assert {row["smoothing_window"] for row in rows} == {None, 1}  # at most half of a group
 
-    def test_targets_are_measured_against_the_unsmoothed_model(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+    def test_targets_are_measured_against_the_unsmoothed_model(
+        self, unsmoothed: QuantizedLM, suite: Suite, baseline: Evaluation
+    ) -> None:
         smoothed = resmooth(unsmoothed, "linear")
-        scores, baseline = evaluate(smoothed, suite), evaluate(unsmoothed, suite)
+        scores = evaluate(smoothed, suite)
         gain, score, cut = smoothing_targets(smoothed, scores, unsmoothed, baseline)
         assert (gain["value"], tuple(gain["ci"])) == relative_accuracy_gain(scores, baseline)
         assert gain["value"] == pytest.approx(scores.accuracy / baseline.accuracy - 1)
@@ -74,7 +81,7 @@ class TestQuantizedModels:
         assert [row["target"] for row in others] == [-1.0, 1.5, 0.9]
         assert [row["verdict"] for row in others] == ["met", "not met", "not met"]
 
-    def test_without_a_jump_there_is_no_cut_to_measure(self, unsmoothed: QuantizedLM, suite: Suite) -> None:
+    def test_without_a_jump_there_is_no_cut_to_measure(self, unsmoothed: QuantizedLM, baseline: Evaluation) -> None:
         flat = replace(
             unsmoothed,
             activation_params={
@@ -82,8 +89,7 @@ class TestQuantizedModels:
                 for name, params in unsmoothed.activation_params.items()
             },
         )
-        scores = evaluate(unsmoothed, suite)
-        targets = smoothing_targets(flat, scores, flat, scores)
+        targets = smoothing_targets(flat, baseline, flat, baseline)
         assert [t["name"] for t in targets] == ["relative accuracy gain", "Markov score"]
         assert targets[1]["value"] == 1
 

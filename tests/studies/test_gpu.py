@@ -40,7 +40,7 @@ SMALL = gpu.Extent(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
-        for name, small in (("_SEQUENCES", 1), ("_STEPS", 3), ("_TEXT", 20)):
+        for name, small in (("_SEQUENCES", 1), ("_STEPS", 2), ("_TEXT", 20)):
             patch.setattr(gpu, name, small)
         found = gpu.gpu_check(torch.device("cpu"), SMALL, path)
     assert json.loads(path.read_text(encoding="utf-8")) == found

@@ -105,6 +105,12 @@ class TestKeys:
         )
 
 
+@pytest.fixture(scope="module")
+def shallow(build_tiny: Callable[..., DiffusionLM]) -> DiffusionLM:
+    """A model of one block: seven linears, enough for layers that choose for themselves."""
+    return build_tiny(0, num_hidden_layers=1)
+
+
 WHERE = {"config": {}, "calibration_seed": 0, "recipe": None}
 
 
@@ -118,11 +124,11 @@ class TestGrid:
     """Points are measured once and kept."""
 
     @pytest.mark.slow
-    def test_scores_are_those_of_the_evaluation(self, tiny: DiffusionLM, tmp_path: Path) -> None:
-        grid = Grid(tmp_path / "grid.json", tiny, SMALL)
+    def test_scores_are_those_of_the_evaluation(self, shallow: DiffusionLM, tmp_path: Path) -> None:
+        grid = Grid(tmp_path / "grid.json", shallow, SMALL)
         grid.run(points(), progress=False)
-        suite = build_suite(tiny, timesteps=4, sequences=4, trajectories=2, sudoku=0)
-        models = grid_module._Models(tiny, SMALL)
+        suite = build_suite(shallow, timesteps=4, sequences=4, trajectories=2, sudoku=0)
+        models = grid_module._Models(shallow, SMALL)
         for p in points():
             result, row = evaluate(models.build(p), suite), grid[p]
             assert row.accuracy == pytest.approx(result.accuracy, abs=1e-5)
@@ -184,10 +190,10 @@ class TestGrid:
 
     @pytest.mark.slow
     def test_a_killed_run_goes_on_and_writes_the_same_file(
-        self, tiny: DiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, shallow: DiffusionLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         some = points()[:4]
-        Grid(tmp_path / "whole.json", tiny, SMALL).run(some, progress=False)
+        Grid(tmp_path / "whole.json", shallow, SMALL).run(some, progress=False)
         calls = []
 
         def be_killed(*arguments: Any) -> PointRow:
@@ -199,8 +205,8 @@ class TestGrid:
         score = grid_module.score
         monkeypatch.setattr(grid_module, "score", be_killed)
         with pytest.raises(KeyboardInterrupt):
-            Grid(tmp_path / "grid.json", tiny, SMALL).run(some, progress=False)
-        resumed = Grid(tmp_path / "grid.json", tiny, SMALL)
+            Grid(tmp_path / "grid.json", shallow, SMALL).run(some, progress=False)
+        resumed = Grid(tmp_path / "grid.json", shallow, SMALL)
         assert len(resumed.rows) == 2
         resumed.run(some, progress=False)
         assert len(calls) == 3 + len(some) - 2
@@ -316,8 +322,8 @@ class TestFreshStates:
         assert asked == [{**settings, "batch": None, "markov_weight": 0.0}]
 
     @pytest.mark.slow
-    def test_they_make_another_model_than_calibration_states(self, tiny: DiffusionLM) -> None:
-        models = grid_module._Models(tiny, SMALL)
+    def test_they_make_another_model_than_calibration_states(self, shallow: DiffusionLM) -> None:
+        models = grid_module._Models(shallow, SMALL)
         shares = ({"path_kl.own_share": 0.0}, {"path_kl.own_share": 1.0})
         trained = [models.build(point(**DYNAMIC, **{**FRESH, **share})) for share in shares]
         trained.append(models.build(point(**DYNAMIC, **TRAINED)))

@@ -25,13 +25,12 @@ SMALL = witness.WitnessInputs(
 )
 
 
-@pytest.fixture(scope="module")
-def published() -> BertForMaskedLM:
+def _published(blocks: int) -> BertForMaskedLM:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(LETTERS),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=blocks,
         num_attention_heads=4,
         intermediate_size=64,
         max_position_embeddings=20,
@@ -42,10 +41,8 @@ def published() -> BertForMaskedLM:
     return model
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, published: BertForMaskedLM) -> Path:
+def _converted(root: Path, published: BertForMaskedLM) -> Path:
     """A wheel in the layout of the published one, converted."""
-    root = tmp_path_factory.mktemp("witness")
     state, pickle = published.state_dict(), io.BytesIO()
     more = {"bert.embeddings.position_ids": torch.arange(20)[None], "bert.pooler.dense.weight": torch.zeros(32, 32)}
     torch.save(state | more | {"cls.species.weight": torch.zeros(6, 32)}, pickle)
@@ -59,8 +56,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, published: BertForMaskedLM)
 
 
 @pytest.fixture(scope="module")
+def published() -> BertForMaskedLM:
+    return _published(2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, published: BertForMaskedLM) -> Path:
+    return _converted(tmp_path_factory.mktemp("witness"), published)
+
+
+@pytest.fixture(scope="module")
 def lm(folder: Path) -> DiffusionLM:
     return load_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> DiffusionLM:
+    """A model of one block, for what is measured of quantized ones."""
+    return load_model(str(_converted(tmp_path_factory.mktemp("shallow"), _published(1))))
 
 
 def test_the_folder_is_the_published_model(lm: DiffusionLM, published: BertForMaskedLM) -> None:
@@ -109,9 +122,9 @@ def test_a_part_of_the_plan_names_a_point_once() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(lm: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
+def measured(shallow: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> Grid:
     """A grid with round-to-nearest, and with the question of W2A16 for one seed."""
-    grid = Grid(tmp_path_factory.mktemp("points") / "points.json", lm, SMALL)
+    grid = Grid(tmp_path_factory.mktemp("points") / "points.json", shallow, SMALL)
     question = witness.question_points(None, (0,))
     grid.run([*witness.method_points("round-to-nearest"), *(p for points in question.values() for p in points)])
     return grid
@@ -175,7 +188,9 @@ class TestReport:
         )
 
 
-def test_published_sequences_are_masked_and_filled(lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_sequences_are_masked_and_filled(
+    lm: DiffusionLM, shallow: DiffusionLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(witness, "PUBLIC", ("ACDEFG", "KLMNP"))
     shares = []
     for letters in witness.PUBLIC:
@@ -189,7 +204,7 @@ def test_published_sequences_are_masked_and_filled(lm: DiffusionLM, monkeypatch:
     assert len(set(witness.public_accuracy(lm, 4, masks=8).tolist())) > 1
     few = {name: witness.FIRST[name] for name in ("round-to-nearest", "GPTQ", "trellis, sequential")}
     monkeypatch.setattr(second_model, "FIRST", few)
-    rows = second_model.public_rows(lm, SMALL, progress=False)
+    rows = second_model.public_rows(shallow, SMALL, progress=False)
     assert [row["method"] for row in rows] == ["full precision", "round-to-nearest", "GPTQ"]
     assert all(row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1] for row in rows)
 
