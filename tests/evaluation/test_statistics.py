@@ -32,7 +32,6 @@ class TestIntervals:
         low, high = interval(lambda index: float(values[index].mean()), 400)
         assert high - low == pytest.approx(0.196, rel=0.1)
 
-
     @pytest.mark.parametrize("count", [0, 1])
     def test_one_row_has_no_interval(self, count: int) -> None:
         with pytest.raises(ValueError, match=f"interval: found {count} rows .*, allowed are 2 or more"):
