@@ -69,7 +69,9 @@ def test_another_prompt_is_continued_and_the_puzzle_comes_back(session: Session)
 
 
 @pytest.mark.parametrize(
-    "choice", [PLAIN, Choice(activation_bits=16), Choice(time_groups=1, activation_bits=8)], ids=str
+    "choice",
+    [PLAIN, Choice(activation_bits=16), Choice("round-to-nearest, 4 bits", time_groups=1, activation_bits=8)],
+    ids=str,
 )
 def test_the_lines_of_code_make_the_same_model(session: Session, choice: Choice) -> None:
     found: dict[str, Any] = {}
@@ -176,5 +178,9 @@ class TestWidgets:
     def test_buttons_give_code_and_a_folder(self, bench: Workbench) -> None:
         bench.code.click()
         assert bench.lines.value == bench.session.code(bench.choice)
+        bench.name.value = "mine"
         bench.save.click()
-        assert "load_quantized reads it" in bench.message.value
+        assert "saved/mine; load_quantized reads it" in bench.message.value
+        bench.name.value = "../mine"
+        bench.save.click()
+        assert "error: name: found" in bench.message.value

@@ -4,6 +4,7 @@ A session holds a model, few calibration states and few trajectories, so that mo
 on two cores. What is measured on so little has wide intervals, which are shown with it. Nothing here needs a browser.
 """
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -30,13 +31,20 @@ from thermo_lib.time_aware.markov import MarkovReport
 from thermo_lib.time_aware.smoothing import SMOOTHING_METHODS, WINDOWED
 from thermo_lib.workbench.job import Job, estimated_seconds
 
-WEIGHTS: dict[str, dict[str, Any]] = {  # two bits each
+_BEAM = 16  # of trellises: a fourth of what presets take, a fourth of the time
+WEIGHTS: dict[str, dict[str, Any]] = {  # two bits unless the name says otherwise
     "round-to-nearest": {"method": "rtn"},
     "least squares": {"method": "least_squares"},
     "GPTQ": {"method": "gptq"},
-    "trellis": {"method": "trellis", "bits": 2, "spread": False, "token_weights": "uniform", "beam": 16},
+    "trellis": {"method": "trellis", "bits": 2, "spread": False, "token_weights": "uniform", "beam": _BEAM},
+    "trellis, 2.17 bits spread": {"method": "trellis", "token_weights": "uniform", "beam": _BEAM},
+    "round-to-nearest, 4 bits": {"method": "rtn", "bits": 4},
+    "least squares, 4 bits": {"method": "least_squares", "bits": 4},
+    "GPTQ, 4 bits": {"method": "gptq", "bits": 4},
 }
-QUICK = ("round-to-nearest", "least squares")  # made while one waits
+QUICK = tuple(
+    name for name, how in WEIGHTS.items() if how["method"] in ("rtn", "least_squares")
+)  # made while one waits
 ACTIVATION_BITS = (16, 8, 4, 3, 2)
 SMOOTHING = (None, *SMOOTHING_METHODS)
 
@@ -46,7 +54,7 @@ class Choice:
     """What is chosen.
 
     Attributes:
-        weights: one of ``WEIGHTS``; two bits a weight.
+        weights: one of ``WEIGHTS``.
         activation_bits: one of ``ACTIVATION_BITS``, 16 for not quantized; else in static ranges.
         time_groups: number of groups of timesteps with ranges of their own; 1 for one range at all timesteps.
         smoothing: one of ``SMOOTHING``.
@@ -250,7 +258,7 @@ class Session:
         return ThermoConfig(weights=WEIGHTS[weights], timesteps=self.timesteps)
 
     def _place(self, weights: str) -> Path:
-        return self.folder / weights.replace(" ", "-")
+        return self.folder / weights.replace(",", "").replace(" ", "-")
 
     def weights(self, name: str) -> tuple[QuantizedLM, Samples]:
         """A model with quantized weights alone, and samples of its linears' inputs.
@@ -345,7 +353,13 @@ class Session:
         return self.lm.tokenizer.decode([token], skip_special_tokens=False)
 
     def save(self, choice: Choice, name: str = "model") -> Path:
-        """Save the model of a choice, and say where; ``load_quantized`` reads the folder."""
+        """Save the model of a choice, and say where; ``load_quantized`` reads the folder.
+
+        Raises:
+            ValueError: a name that isn't one of a folder.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}", name):
+            raise ValueError(f"name: found {name!r:.80}, allowed are up to 64 letters, digits, -, _ and .")
         folder = self.folder / "saved" / name
         save_quantized(self.build(choice), folder)
         return folder

@@ -97,7 +97,7 @@ class Workbench:
         self._job: Job | None = None
         self._watching: asyncio.Future[None] | None = None
         first = Choice()
-        self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights (2 bits)")
+        self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights")
         self.bits = widgets.Dropdown(
             options=ACTIVATION_BITS, value=first.activation_bits, description="activation bits"
         )
@@ -114,7 +114,8 @@ class Workbench:
         self.numbers, self.texts, self.chart = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
         self.make, self.stop = widgets.Button(description="Make"), widgets.Button(description="Stop")
         self.progress = widgets.FloatProgress(0, min=0, max=1, layout={"width": "200px"})
-        self.code, self.save = widgets.Button(description="Copy as code"), widgets.Button(description="Save")
+        self.code, self.save = widgets.Button(description="Copy as code"), widgets.Button(description="Save as")
+        self.name = widgets.Text(value="model", layout={"width": "120px"})
         self.lines = widgets.Textarea(layout={"width": "100%", "height": "260px", "display": "none"})
         choosers = (self.weights, self.bits, self.groups, self.smoothing, self.window, self.layer)
         for chooser in (*choosers, self.step, self.prompt):
@@ -128,7 +129,7 @@ class Workbench:
         self.save.on_click(lambda _: self._said(self._save))
         self._buttons(False)
         making = widgets.HBox([self.make, self.stop, self.progress])
-        chosen = widgets.VBox([*choosers, making, widgets.HBox([self.code, self.save]), self.message])
+        chosen = widgets.VBox([*choosers, making, widgets.HBox([self.code, self.save, self.name]), self.message])
         shown = widgets.VBox([self.numbers])
         below = widgets.VBox([self.prompt, self.step, self.texts])
         self.panel = widgets.VBox([widgets.HBox([chosen, shown]), self.chart, below, self.lines])
@@ -219,7 +220,7 @@ class Workbench:
         return "The lines are below."
 
     def _save(self) -> str:
-        return f"Saved in {self.session.save(self.choice)}; load_quantized reads it."
+        return f"Saved in {self.session.save(self.choice, self.name.value)}; load_quantized reads it."
 
 
 def _png(drawn: Any) -> bytes:
