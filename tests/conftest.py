@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Its import otherwise starts two processes that import torch and build ahead what is built at its first use anyway.
+os.environ.setdefault("HUMMING_DISABLE_PARALLEL_BUILD", "1")
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from thermo_lib import __main__ as command_line
-from thermo_lib import commands
+from thermo_lib import commands, compare
 from thermo_lib.data import corpus
 from thermo_lib.data.corpus import train_tokenizer
 from thermo_lib.data.puzzles import MASK, SPECIAL_TOKENS
@@ -149,6 +151,7 @@ def run(
     monkeypatch.setattr(commands, "build_suite", small_suite)
     monkeypatch.setattr(commands, "smoothing_overhead", small_overhead)
     monkeypatch.setattr(commands, "reproducible", lambda: None)  # it has tests of its own
+    monkeypatch.setattr(compare, "reproducible", lambda: None)  # or all later tests would have its threads and kernels
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
