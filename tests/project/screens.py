@@ -1,22 +1,17 @@
-"""Pictures of what a user sees, for the documentation: ``python tests/project/screens.py [report] [site] [notebook]``.
+"""Pictures of what a user sees, for the documentation: ``python tests/project/screens.py [report] [site]``.
 
-``notebook`` changes a parameter of notebook 04 in a real JupyterLab, runs all, and shows the end, where this run stands
-beside the committed one: that takes as long as the notebook does. ``site`` needs ``make docs``. The workbench's picture
-is left by its test, see ``test_lab.py``.
+``site`` needs ``make docs``. The workbench's picture is left by its test, see ``test_lab.py``.
 """
 
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import markdown
-from browser import ROOT, SECONDS, Page, lab, page, until
+from browser import ROOT, Page, page, until
 
 FIGURES = ROOT / "docs" / "figures"
-NOTEBOOK = "04_boundary_smoothing.ipynb"
-CHANGED = "smoothing_window = 2"
 STYLE = "body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 24px auto } td, th { padding: 2px 8px }"
 
 
@@ -44,30 +39,9 @@ def site(browser: Page, work: Path) -> None:
     page.unlink()
 
 
-def notebook(browser: Page, work: Path) -> None:
-    """Notebook 04 after a change of a parameter, at its end."""
-    root = work / "root"
-    root.mkdir()
-    shutil.copy(ROOT / "notebooks" / NOTEBOOK, root)
-    cells = "[...jupyterapp.shell.widgets('main')].find(one => one.context?.path).content"
-    with lab(root, work / "settings") as address:
-        browser.open_notebook(f"{address}/lab/tree/{NOTEBOOK}")
-        name = CHANGED.split(" =", maxsplit=1)[0]
-        browser.js(
-            f"(() => {{ const source = {cells}.widgets[1].model.sharedModel; source.setSource("
-            f"source.getSource().replace(/^{name} = .*$/m, '{CHANGED}')) }})()"
-        )
-        browser.js("void jupyterapp.commands.execute('notebook:run-all-cells')")
-        last = f"{cells}.widgets.filter(one => one.model.type == 'code').at(-1)"
-        until(lambda: browser.js(f"{last}.model.outputs.length > 0"), "the notebook's last cell", 10 * SECONDS)
-        browser.js(f"{cells}.scrollToCell({last}, 'start').then(() => true)")
-        until(lambda: browser.js("document.readyState") == "complete", "the page")
-        browser.picture(FIGURES / "notebook.png")
-
-
 def main(names: list[str]) -> None:
     """Make some pictures, or all."""
-    makers = {maker.__name__: maker for maker in (report, site, notebook)}
+    makers = {maker.__name__: maker for maker in (report, site)}
     with tempfile.TemporaryDirectory() as folder, page(Path(folder) / "home", "1300,1000") as browser:
         for name in names or makers:
             makers[name](browser, Path(folder))
