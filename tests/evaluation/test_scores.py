@@ -35,7 +35,6 @@ from thermo_lib.evaluation.scores import (
     relative_accuracy_gain,
     solve_puzzles,
 )
-from thermo_lib.evaluation.statistics import interval, mean_interval
 from thermo_lib.evaluation.summary import markov, summarize
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import QuantizedLM
@@ -205,14 +204,6 @@ class TestIntervals:
         again = evaluate(tiny, suite)
         assert relative_accuracy_gain(full, again) == (0.0, (0.0, 0.0))
         assert path_kl_difference(full, again) == (0.0, (0.0, 0.0))
-
-    @pytest.mark.parametrize("kind", [np.float64, np.float32])
-    @pytest.mark.parametrize("count", [2, 9, 130])
-    def test_all_samples_at_once_give_the_same_interval(self, count: int, kind: type) -> None:
-        values = np.random.default_rng(count).normal(size=count).astype(kind)
-        assert mean_interval(values, 50) == interval(lambda index: float(values[index].mean()), count, 50)
-        medians = interval(lambda index: np.median(values[index], -1).astype(float), count, 50, vectorized=True)
-        assert medians == interval(lambda index: float(np.median(values[index])), count, 50)
 
     def test_a_gain_over_nothing_is_refused(self) -> None:
         nothing = evaluation_of([[0.0]], [[10.0]], [[1.0]])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from thermo_lib.evaluation.statistics import interval, verdict
+from thermo_lib.evaluation.statistics import interval, mean_interval, verdict
 
 
 class TestIntervals:
@@ -31,6 +31,14 @@ class TestIntervals:
         values = (values - values.mean()) / values.std()
         low, high = interval(lambda index: float(values[index].mean()), 400)
         assert high - low == pytest.approx(0.196, rel=0.1)
+
+    @pytest.mark.parametrize("kind", [np.float64, np.float32])
+    @pytest.mark.parametrize("count", [2, 9, 130])
+    def test_all_samples_at_once_give_the_same_interval(self, count: int, kind: type) -> None:
+        values = np.random.default_rng(count).normal(size=count).astype(kind)
+        assert mean_interval(values, 50) == interval(lambda index: float(values[index].mean()), count, 50)
+        medians = interval(lambda index: np.median(values[index], -1).astype(float), count, 50, vectorized=True)
+        assert medians == interval(lambda index: float(np.median(values[index])), count, 50)
 
     @pytest.mark.parametrize("count", [0, 1])
     def test_one_row_has_no_interval(self, count: int) -> None:

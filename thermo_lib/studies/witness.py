@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thermo_lib.data.puzzles import token_id
 from thermo_lib.diffusion.states import Calibration, calibrate, forward_states, trajectory_states
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, masked_token_scores
 from thermo_lib.files.folders import write_folder
@@ -116,15 +117,8 @@ def starts(lm: DiffusionLM, count: int, residues: int) -> tuple[Tensor, Tensor]:
         ids int64 ``(count, residues + 2)``, and where the masks are, bool of that shape.
     """
     ids = torch.full((count, residues + 2), lm.mask_token_id)
-    ids[:, 0], ids[:, -1] = (_id(lm, token) for token in ("[CLS]", "[SEP]"))
+    ids[:, 0], ids[:, -1] = (token_id(lm.tokenizer, token) for token in ("[CLS]", "[SEP]"))
     return ids, ids == lm.mask_token_id
-
-
-def _id(lm: DiffusionLM, token: str) -> int:
-    """The id of a token that the model has."""
-    found = lm.tokenizer.token_to_id(token)
-    assert found is not None, token
-    return found
 
 
 @dataclass(frozen=True)
@@ -178,7 +172,7 @@ def public_accuracy(lm: DiffusionLM, timesteps: int = TIMESTEPS, masks: int = 32
     found = []
     for letters in PUBLIC:
         ids, allowed = starts(lm, masks, len(letters))
-        ids[:, 1:-1] = torch.tensor([_id(lm, letter) for letter in letters])
+        ids[:, 1:-1] = torch.tensor([token_id(lm.tokenizer, letter) for letter in letters])
         states = forward_states(ids, allowed, timesteps, lm.mask_token_id, 1_002)
         correct, masked, _ = masked_token_scores(lm, states, timesteps)
         found.append(accuracy_per_sequence(correct, masked))

@@ -18,7 +18,7 @@ from thermo_lib.files.reading import read_object
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import linear_names
+from thermo_lib.pipeline.model import linear_names, part_as
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import save_quantized
@@ -36,8 +36,7 @@ def estimated_seconds(lm: DiffusionLM, config: ThermoConfig, calibration: Calibr
         calibration: the states.
     """
     names = linear_names(lm.model)
-    linear = lm.model.get_submodule(names[0])
-    assert isinstance(linear, nn.Linear)
+    linear = part_as(nn.Linear, lm.model, names[0])
     width = linear.in_features
     x = torch.randn(4 * width, width, generator=torch.Generator().manual_seed(0))
     quantizer = quantizer_of(config)

@@ -42,9 +42,8 @@ WEIGHTS: dict[str, dict[str, Any]] = {  # two bits unless the name says otherwis
     "least squares, 4 bits": {"method": "least_squares", "bits": 4},
     "GPTQ, 4 bits": {"method": "gptq", "bits": 4},
 }
-QUICK = tuple(
-    name for name, how in WEIGHTS.items() if how["method"] in ("rtn", "least_squares")
-)  # made while one waits
+# Made while one waits.
+QUICK = tuple(name for name, how in WEIGHTS.items() if how["method"] in ("rtn", "least_squares"))
 ACTIVATION_BITS = (16, 8, 4, 3, 2)
 SMOOTHING = (None, *SMOOTHING_METHODS)
 

@@ -23,11 +23,11 @@ from thermo_lib.data.puzzles import PuzzlePrompts
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
 from thermo_lib.diffusion.prompts import EmptyTexts, Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.models.architectures import DreamModel, MaskPredictor
+from thermo_lib.models.architectures import DreamModel
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline import parts
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import linear_names, names_by_block
+from thermo_lib.pipeline.model import linear_names, names_by_block, part_as
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.weights import input_hessians
 from thermo_lib.quant.gptq import gptq
@@ -69,15 +69,8 @@ def stored_bits(*tensors: Tensor, bits: int | None = None) -> int:
     return sum(t.numel() * (t.element_size() * 8 if bits is None else bits) for t in tensors)
 
 
-def linear_of(model: MaskPredictor, name: str) -> nn.Linear:
-    """A linear of a full-precision model."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
 def _weights(lm: DiffusionLM) -> dict[str, Tensor]:
-    return {name: linear_of(lm.model, name).weight.detach() for name in linear_names(lm.model)}
+    return {name: part_as(nn.Linear, lm.model, name).weight.detach() for name in linear_names(lm.model)}
 
 
 def thermo(lm: DiffusionLM, calibration: Calibration, **fields: Any) -> Layers:
@@ -186,7 +179,7 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
         with _first_blocks(lm, int(block.rpartition(".")[2]) + 1):
             run_states(lm, calibration, names[:1], accumulate)
         for name, config, task in zip(names, configs, tasks, strict=True):
-            linear = linear_of(lm.model, name)
+            linear = part_as(nn.Linear, lm.model, name)
             task.quantizer.configure(perchannel=True)
             quantized, scale, zero, group_index, *_ = task.quantize()
             linear.weight.copy_(quantized)
@@ -261,7 +254,7 @@ def autoround(lm: DiffusionLM, calibration: Calibration, *, scheme: str, iters: 
 def importance(lm: DiffusionLM, calibration: Calibration) -> dict[str, Tensor]:
     """llama.cpp's importance matrix: the mean square of each input of every linear, float32 ``(in_features,)``."""
     names = linear_names(lm.model)
-    sums = {name: torch.zeros(linear_of(lm.model, name).in_features, dtype=torch.float64) for name in names}
+    sums = {name: torch.zeros(part_as(nn.Linear, lm.model, name).in_features, dtype=torch.float64) for name in names}
     tokens = dict.fromkeys(names, 0)
 
     def accumulate(name: str, x: Tensor, is_masked: Tensor, timestep: int) -> None:

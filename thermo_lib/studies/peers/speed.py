@@ -34,12 +34,12 @@ from thermo_lib.files.reading import read_report
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.notebooks import ROOT, THREADS
-from thermo_lib.pipeline.model import linear_names
+from thermo_lib.pipeline.model import linear_names, part_as
 from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.quant.planes import compile_linears
 from thermo_lib.studies.full_size import PUBLISHED, random_model
 from thermo_lib.studies.peers import FOLDER, llama
-from thermo_lib.studies.peers.methods import linear_of, stored_bits
+from thermo_lib.studies.peers.methods import stored_bits
 from thermo_lib.studies.speed import PEERS_SPEED_COLUMNS
 
 PEERS_SPEED_REPORT = ROOT / "reports" / "peers_speed.json"
@@ -80,7 +80,7 @@ def _replaced(config: PreTrainedConfig, make: Callable[[nn.Linear], tuple[nn.Mod
     model = _model(config)
     bits = weights = 0
     for name in linear_names(model):
-        linear = linear_of(model, name)
+        linear = part_as(nn.Linear, model, name)
         weights += linear.weight.numel()
         replacement, stored = make(linear)
         bits += stored
