@@ -16,11 +16,9 @@ from typing import Any
 
 import websocket
 
-ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 SECONDS = 180
 _NEWS = {"fetchNews": "false", "checkForUpdates": False}
-_OPENED = "[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(one => one.context?.path)"
 
 
 def until(what: Callable[[], Any], said: str, seconds: float = SECONDS) -> Any:
@@ -61,17 +59,39 @@ class Page:
         """Save what is seen, as PNG."""
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
-    def open_notebook(self, address: str) -> None:
-        """Open a notebook in JupyterLab, and wait for its kernel."""
-        self.send("Page.navigate", url=address)
-        status = f"{_OPENED}?.context.sessionContext.session?.kernel?.status"
+    def open_notebook(self, address: str, path: str) -> None:
+        """Open a notebook of a JupyterLab, and wait for its kernel."""
+        self.send("Page.navigate", url=f"{address}/lab/tree/{path}?reset")
+        self.opened = (
+            f"[...(window.jupyterapp?.shell?.widgets('main') ?? [])].find(one => one.context?.path == '{path}')"
+        )
+        status = f"{self.opened}?.context.sessionContext.session?.kernel?.status"
         until(lambda: self.js(status) == "idle", "the notebook's kernel")
-        self.js(f"jupyterapp.shell.activateById({_OPENED}.id)")  # no one has clicked on it
+        self.js(f"jupyterapp.shell.activateById({self.opened}.id)")  # no one has clicked on it
+
+    def write_cell(self, number: int, source: str) -> None:
+        """Put other text into a cell of the opened notebook."""
+        self.js(f"{self.opened}.content.widgets[{number}].model.sharedModel.setSource({json.dumps(source)})")
+
+    def run_all(self, what: Callable[[], Any], said: str, seconds: float = SECONDS) -> None:
+        """Run all cells of the opened notebook, and wait for something that they show; an error is not waited for."""
+        self.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
+        until(lambda: what() or self.outputs("error"), said, seconds)
+        assert not self.outputs("error")
+
+    def outputs(self, kind: str) -> list[str]:
+        """The outputs of a kind (``error``, ``stderr``) in the opened notebook, those that can't be seen too."""
+        cells = f"{self.opened}.content.widgets.flatMap(cell => cell.model.outputs?.toJSON() ?? [])"
+        return self.js(f"{cells}.filter(one => [one.output_type, one.name].includes('{kind}')).map(JSON.stringify)")
+
+    def text_of(self, number: int) -> str:
+        """What a cell of the opened notebook shows."""
+        return self.js(f"{self.opened}.content.widgets[{number}].outputArea?.node.innerText ?? ''")
 
 
 @contextmanager
 def lab(root: Path, settings: Path) -> Iterator[str]:
-    """The address of a JupyterLab with this root, as long as it is entered (``with``)."""
+    """The address of a JupyterLab in a checkout, as long as it is entered (``with``)."""
     news = settings / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text(json.dumps(_NEWS))
@@ -82,7 +102,7 @@ def lab(root: Path, settings: Path) -> Iterator[str]:
     words += [f"--ServerApp.root_dir={root}", "--IdentityProvider.token=", "--ServerApp.allow_root=True"]
     words += ["--LabApp.expose_app_in_browser=True", f"--LabApp.user_settings_dir={settings}"]
     words += [f"--LabApp.workspaces_dir={settings}"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     said = settings / "lab.txt"
     with said.open("wb") as file:
         process = subprocess.Popen(

@@ -1,6 +1,7 @@
-"""Pictures of what a user sees, for the documentation: ``python tests/project/screens.py [report] [site]``.
+"""Pictures of what a user sees, for the documentation: ``python tests/project/screens.py [report] [site] [notebook]``.
 
-``site`` needs ``make docs``. The workbench's picture is left by its test, see ``test_lab.py``.
+``site`` needs ``make docs``, ``notebook`` takes some minutes. The workbench's picture is left by its test, see
+``test_lab.py``.
 """
 
 import subprocess
@@ -9,7 +10,8 @@ import tempfile
 from pathlib import Path
 
 import markdown
-from browser import ROOT, Page, page, until
+from browser import Page, lab, page, until
+from tracked import ROOT, copy_tracked
 
 FIGURES = ROOT / "docs" / "figures"
 STYLE = "body { font: 16px/1.5 sans-serif; max-width: 900px; margin: 24px auto } td, th { padding: 2px 8px }"
@@ -39,9 +41,24 @@ def site(browser: Page, work: Path) -> None:
     page.unlink()
 
 
+def notebook(browser: Page, work: Path) -> None:
+    """The end of notebook 04 after a change: its numbers beside the committed ones."""
+    root = copy_tracked(work / "clone")
+    with lab(root, work / "settings") as address:
+        browser.open_notebook(address, "notebooks/04_boundary_smoothing.ipynb")
+        source = browser.js(f"{browser.opened}.content.widgets[1].model.sharedModel.getSource()")
+        browser.write_cell(1, source.replace('default("quant.num_time_groups")', "4"))
+        last = browser.js(f"{browser.opened}.content.widgets.length") - 1
+        browser.run_all(lambda: browser.text_of(last), "notebook 04", 1800)
+        browser.js("jupyterapp.commands.execute('application:toggle-left-area').then(() => true)")
+        browser.js(f"{browser.opened}.content.scrollToItem({last}, 'start').then(() => true)")
+        until(lambda: browser.js("document.querySelectorAll('table').length"), "the table")
+        browser.picture(FIGURES / "notebook.png")
+
+
 def main(names: list[str]) -> None:
     """Make some pictures, or all."""
-    makers = {maker.__name__: maker for maker in (report, site)}
+    makers = {maker.__name__: maker for maker in (report, site, notebook)}
     with tempfile.TemporaryDirectory() as folder, page(Path(folder) / "home", "1300,1000") as browser:
         for name in names or makers:
             makers[name](browser, Path(folder))

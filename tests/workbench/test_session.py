@@ -1,17 +1,25 @@
 """The workbench shows what a choice does, says what has no effect, and gives the lines that make the same model."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from thermo_lib.diffusion.path_kl import path_kl
+from thermo_lib.pipeline.config import ThermoConfig
+from thermo_lib.pipeline.parts import LeastSquares
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import load_quantized
-from thermo_lib.workbench.session import MASKED, Choice, Session, differences
+from thermo_lib.workbench.choices import Choice
+from thermo_lib.workbench.job import Job, Progress
+from thermo_lib.workbench.session import MASKED, Session, differences
 from thermo_lib.workbench.widgets import Workbench, summary, tokens_html
 
 STEPS = 4
+SLOW = Choice(weights="GPTQ", activation_bits=16)
 PLAIN = Choice(time_groups=2, window=1)
 
 
@@ -70,8 +78,14 @@ def test_another_prompt_is_continued_and_the_puzzle_comes_back(session: Session)
 
 @pytest.mark.parametrize(
     "choice",
-    [PLAIN, Choice(activation_bits=16), Choice("round-to-nearest, 4 bits", time_groups=1, activation_bits=8)],
-    ids=str,
+    [
+        PLAIN,
+        Choice(activation_bits=16),
+        Choice("round-to-nearest", weight_bits=4, group_size=None, time_groups=1, activation_bits=8),
+        Choice("preset fast", activation_bits=None),
+        Choice("preset fast", activation_bits=4, is_dynamic=True),
+    ],
+    ids=["static", "16 bits", "fields", "preset", "dynamic"],
 )
 def test_the_lines_of_code_make_the_same_model(session: Session, choice: Choice) -> None:
     found: dict[str, Any] = {}
@@ -94,7 +108,9 @@ def test_what_is_saved_is_the_model_of_the_choice(session: Session) -> None:
 @pytest.mark.parametrize(
     ("fields", "note"),
     [
-        ({"activation_bits": 16}, "activation_bits: found 16, so nothing depends on the timestep"),
+        ({"activation_bits": 16}, "activation_bits: found 16, so time groups have no effect"),
+        ({"is_dynamic": True}, "activation_bits: found dynamic ranges, so time groups have no effect"),
+        ({"weights": "preset fast"}, "weights: found preset fast, which has bits and groups of its own"),
         ({"time_groups": 1}, "time_groups: found 1, which has no boundary to smooth"),
         ({"time_groups": 9}, "time_groups: found 9, shown are 4"),
         ({"time_groups": 2, "window": 20}, "window: found 20, half of a group is 1"),
@@ -102,7 +118,7 @@ def test_what_is_saved_is_the_model_of_the_choice(session: Session) -> None:
 )
 def test_what_has_no_effect_is_said_and_the_rest_goes_on(session: Session, fields: dict[str, Any], note: str) -> None:
     choice = Choice(**{"smoothing": "linear", "window": 1} | fields)
-    (said,) = [line for line in session.notes_of(choice) if line.startswith(note)]
+    (said,) = [line for line in choice.notes(STEPS) if line.startswith(note)]
     assert len(said.splitlines()) == 1
     assert session.show(choice).notes[0]
 
@@ -112,6 +128,8 @@ def test_what_has_no_effect_is_said_and_the_rest_goes_on(session: Session, field
     [
         ({"weights": "x"}, "weights: found 'x', allowed are round-to-nearest, least squares"),
         ({"activation_bits": 5}, "activation_bits: found 5, allowed are 16, 8, 4, 3, 2"),
+        ({"activation_bits": None}, "activation_bits: found None, allowed are 16, 8, 4, 3, 2"),
+        ({"group_size": 5}, "group_size: found 5, allowed are 32, 64, 128, 256, None"),
         ({"smoothing": "x"}, "smoothing: found 'x', allowed are None, linear"),
         ({"window": 0}, "window: found 0, allowed are whole numbers from 1 to 20"),
         ({"time_groups": True}, "time_groups: found True, allowed are whole numbers from 1 to 64"),
@@ -125,25 +143,46 @@ def test_a_choice_out_of_range_is_refused(fields: dict[str, Any], message: str) 
 def test_a_layer_that_is_not_there_and_weights_that_are_not_made_are_named(session: Session) -> None:
     with pytest.raises(ValueError, match=r"layer: found 'x', allowed are the quantized linears, model\.layers\.0"):
         session.show(Choice(layer="x"))
-    with pytest.raises(ValueError, match="weights: found 'GPTQ', which aren't made yet; press Make"):
-        session.show(Choice(weights="GPTQ"))
-    assert session.seconds_of("GPTQ") > session.seconds_of("least squares") == 0
+    with pytest.raises(ValueError, match="weights: gptq-2-bits-128 aren't made yet; press Make"):
+        session.show(SLOW)
+    with pytest.raises(ValueError, match=r"weights.bits: found 2.5, allowed is 2, 4 or 8"):
+        session.show(Choice(weight_bits=2.5))
+    assert session.seconds_of(SLOW) > session.seconds_of(PLAIN) == 0
+    assert session.seconds_of(Choice("preset best")) > 2 * session.seconds_of(Choice("trellis, spread bits", 2.17))
 
 
 @pytest.mark.slow
 def test_slow_weights_are_made_in_a_process_that_can_be_stopped(session: Session) -> None:
-    job = session.make("GPTQ")
+    job = session.make(SLOW)
     job.stop()
-    assert job.result().startswith("stopped after 0 of 4 blocks")
-    assert not session.is_ready("GPTQ")
-    job = session.make("GPTQ")
+    assert job.result().startswith("stopped; the next start goes on")
+    assert not session.is_ready(SLOW)
+    job = session.make(SLOW)
     assert job.result().startswith("made in")
-    assert job.share == 1
-    assert session.is_ready("GPTQ")
-    expected = quantize(session.lm, session.config_of(Choice(weights="GPTQ", activation_bits=16)), session.calibration)
-    found = session.build(Choice(weights="GPTQ", activation_bits=16)).model.state_dict()
+    assert job.progress.what.startswith("gptq")
+    assert session.is_ready(SLOW)
+    expected = quantize(session.lm, SLOW.weights_config(STEPS), session.calibration)
+    found = session.build(SLOW).model.state_dict()
     for name, tensor in expected.model.state_dict().items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_what_a_job_says_is_read_from_its_last_bar(tmp_path: Path) -> None:
+    work = tmp_path / "place-unfinished"
+    work.mkdir()
+    (work / "said.txt").write_text(
+        "\rweights: 100%|##| 4/4 [00:04<00:00]\r path KL W2:  37%|###7  | 3/8 [01:00<01:42, 2s/it]"
+    )
+    with subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process:
+        job = Job(tmp_path / "place", process)
+        assert job.progress == Progress("path KL W2", 0.37, "01:42")
+        with pytest.raises(ValueError, match=r"weights: could not be made .*01:42"):
+            job.result()
+    (work / "said.txt").write_text("\rpath KL W2:   0%|  | 0/8 [00:00<?, ?it/s]")
+    assert job.progress == Progress("path KL W2", 0.0, "")
+    (work / "said.txt").unlink()
+    (work / "said.txt").touch()
+    assert job.progress == Progress()
 
 
 class TestWidgets:
@@ -168,12 +207,30 @@ class TestWidgets:
     def test_what_is_the_matter_is_said_and_the_view_stays(self, bench: Workbench) -> None:
         shown = bench.view
         bench.weights.value = "trellis"
-        assert "trellis: not made yet; Make takes about" in bench.message.value
+        assert "trellis-2-bits: not made yet; Make takes about" in bench.message.value
         assert bench.view is shown
         assert not bench.make.disabled
         bench.weights.value = "least squares"
         assert bench.message.value == ""
         assert bench.make.disabled
+
+    def test_a_preset_comes_with_bits_and_activations_of_its_own(self, bench: Workbench) -> None:
+        bench.weights.value = "preset fast"
+        assert bench.bits.value is None
+        assert bench.weight_bits.disabled
+        assert bench.view.config == ThermoConfig.preset("fast", timesteps=STEPS)
+        bench.bits.value = 8
+        bench.weights.value = "least squares"
+        assert bench.choice.activation_bits == 8
+        assert None not in dict(bench.bits.options).values()
+        bench.weight_bits.value = 4
+        assert bench.view.config.weights == LeastSquares(bits=4)
+
+    def test_bits_that_a_method_cannot_have_are_named(self, bench: Workbench) -> None:
+        bench.weight_bits.value = 5
+        assert "error: weights.bits: found 5, allowed is 2, 4 or 8" in bench.message.value
+        bench.weight_bits.value = 2
+        assert bench.message.value == ""
 
     def test_buttons_give_code_and_a_folder(self, bench: Workbench) -> None:
         bench.code.click()

@@ -4,7 +4,7 @@ Each time group, token state and group of channels has a range of its own. ``tra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -96,11 +96,12 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     if low == high:
         return torch.ones_like(low), torch.zeros_like(low)
-    shares = torch.logspace(0, -2, 41, dtype=torch.float32)
+    shares = list(torch.logspace(0, -2, 41, dtype=torch.float32))
 
     def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
         return _spanning(low * low_share, high * high_share, bits)
 
+    @cache  # the second round asks again for what the first one found
     def error(low_share: Tensor, high_share: Tensor) -> float:
         quantized = fake_quantize(values, *parameters(low_share, high_share), bits)
         return float(quantized.sub_(values).square_().mean())
@@ -109,7 +110,7 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low_share = high_share = both
     for _ in range(2):
         near = [s for s in shares if 0.2 * both <= s <= min(5 * both, 1)]
-        low_share = min(near, key=partial(error, high_share=high_share))
+        low_share = min(near, key=lambda share: error(share, high_share))
         high_share = min(near, key=partial(error, low_share))
     return parameters(low_share, high_share)
 

@@ -1,9 +1,10 @@
 """Weights that take longer than one waits: how long, and made in a process that can be stopped and goes on.
 
-``python -m thermo_lib.workbench.job ORDER`` is that process. It keeps finished blocks, see ``quantize``'s ``resume``.
+``python -m thermo_lib.workbench.job ORDER`` is that process. It keeps what is finished, see ``quantize``'s ``resume``.
 """
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -19,12 +20,15 @@ from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import linear_names, part_as
+from thermo_lib.pipeline.parts import Phase, Sequential
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.quantizers import quantizer_of
 from thermo_lib.pipeline.storage import save_quantized
 
 _START = 10.0  # seconds until a Python has imported everything
 _PASSES = 2 * 1.6  # over the states: for the Hessians and to go on, in float64
+_DESCENT = 6  # passes that a step of training takes: full precision, there and back, and the coding of what is trained
+_BAR = re.compile(r"([^\r\n:]+): +(\d+)%\|[^\r\n]*<([\d:?]+)")
 
 
 def estimated_seconds(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration) -> float:
@@ -54,8 +58,32 @@ def estimated_seconds(lm: DiffusionLM, config: ThermoConfig, calibration: Calibr
         lm.model.hidden(rows)
     a_token = (time.perf_counter() - start) / rows.numel()
     weights = sum(lm.model.get_parameter(f"{name}.weight").numel() for name in names)
-    tokens = sum(part.ids.numel() for part in calibration.parts)
-    return _START + one * weights + _PASSES * a_token * tokens
+    tokens = _PASSES * sum(part.ids.numel() for part in calibration.parts)
+    length = max(part.ids.shape[1] for part in calibration.parts)
+    tokens += _DESCENT * length * sum(_states(phase) for phase in config.training)
+    return _START + one * weights + a_token * tokens
+
+
+def _states(phase: Phase) -> int:
+    """About how many states a phase trains the whole model on, or each block."""
+    a_step = phase.batch or (phase.num_texts or 0) + (phase.num_prompts or 0)
+    sets = 4 if isinstance(phase, Sequential) else 1  # of linears with an input, in a block: steps for each
+    return sets * (phase.steps or 0) * a_step
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a job is doing.
+
+    Attributes:
+        what: the part of the work, as its bar is called; empty before the first.
+        share: how much of that part is done, 0-1.
+        left: time until it is done, as ``05:12``; empty where it isn't known.
+    """
+
+    what: str = ""
+    share: float = 0.0
+    left: str = ""
 
 
 @dataclass
@@ -64,21 +92,17 @@ class Job:
 
     Attributes:
         place: the folder that ``load_quantized`` reads once they are done.
-        blocks: number of the model's blocks.
         process: makes them.
         began: when, in seconds of ``time.monotonic``.
-        before: number of blocks that were done when it began.
     """
 
     place: Path
-    blocks: int
     process: "subprocess.Popen[bytes]"
-    before: int
     began: float = field(default_factory=time.monotonic)
 
     @classmethod
-    def begin(cls, model: str, blocks: int, config: ThermoConfig, calibration: Calibration, place: Path) -> "Job":
-        """Start the process on a model of so many blocks; those that an earlier one finished aren't made again."""
+    def begin(cls, model: str, config: ThermoConfig, calibration: Calibration, place: Path) -> "Job":
+        """Start the process; what an earlier one finished isn't made again."""
         work = place.with_name(f"{place.name}-unfinished")
         work.mkdir(parents=True, exist_ok=True)
         calibration.save(work / "calibration.safetensors")
@@ -87,11 +111,11 @@ class Job:
         command = [sys.executable, "-m", "thermo_lib.workbench.job", str((work / "order.json").resolve())]
         with (work / "said.txt").open("wb") as said:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
-        return cls(place, blocks, process, _finished(work))
+        return cls(place, process)
 
-    @property
-    def _work(self) -> Path:
-        return self.place.with_name(f"{self.place.name}-unfinished")
+    def _said(self) -> str:
+        path = self.place.with_name(f"{self.place.name}-unfinished") / "said.txt"
+        return path.read_bytes().decode(errors="replace")
 
     @property
     def is_running(self) -> bool:
@@ -99,18 +123,13 @@ class Job:
         return self.process.poll() is None
 
     @property
-    def share(self) -> float:
-        """Share of the blocks that are finished, 0-1."""
-        return _finished(self._work) / self.blocks
-
-    @property
-    def seconds_left(self) -> float | None:
-        """About how long it takes from now; None before the first block is finished."""
-        made = _finished(self._work) - self.before
-        if made < 1:
-            return None
-        left = self.blocks - self.before - made
-        return (time.monotonic() - self.began) / made * left
+    def progress(self) -> Progress:
+        """What the last bar of the process says."""
+        bars = _BAR.findall(self._said())
+        if not bars:
+            return Progress()
+        what, percent, left = bars[-1]
+        return Progress(what.strip(), int(percent) / 100, "" if "?" in left else left)
 
     def stop(self) -> None:
         """End the process; what it has finished stays for the next one."""
@@ -125,15 +144,13 @@ class Job:
         """
         status = self.process.wait()
         if status < 0:
-            return f"stopped after {_finished(self._work)} of {self.blocks} blocks, which the next start goes on from"
+            done = self.progress
+            at = f" in {done.what} at {done.share:.0%}" if done.what else ""
+            return f"stopped{at}; the next start goes on from what it had finished"
         if status:
-            said = (self._work / "said.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise ValueError(f"weights: could not be made ({said[-1] if said else f'status {status}':.300})")
+            said = self._said().split()
+            raise ValueError(f"weights: could not be made ({' '.join(said)[-300:] or f'status {status}'})")
         return f"made in {time.monotonic() - self.began:.0f} s"
-
-
-def _finished(work: Path) -> int:
-    return len(list((work / "blocks").glob("weights-*.safetensors")))
 
 
 def main(path: Path) -> None:
@@ -141,7 +158,7 @@ def main(path: Path) -> None:
     order = read_object(path)
     config = ThermoConfig(**order["config"])
     calibration = Calibration.load(path.with_name("calibration.safetensors"))
-    quantized = quantize(load_model(order["model"]), config, calibration, resume=path.parent / "blocks")
+    quantized = quantize(load_model(order["model"]), config, calibration, resume=path.parent / "blocks", progress=True)
     save_quantized(quantized, order["output"])
     json.dump({"bits_per_weight": quantized.bits_per_weight}, sys.stdout)
 

@@ -24,65 +24,15 @@ from thermo_lib.evaluation.summary import markov
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import Samples, requantize_activations, resmooth, shared_input_samples
 from thermo_lib.pipeline.config import ThermoConfig
-from thermo_lib.pipeline.model import QuantizedLM, linear_names, names_by_block
+from thermo_lib.pipeline.model import QuantizedLM, linear_names
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
 from thermo_lib.time_aware.markov import MarkovReport
-from thermo_lib.time_aware.smoothing import SMOOTHING_METHODS, WINDOWED
+from thermo_lib.workbench.choices import NAMED, Choice
 from thermo_lib.workbench.job import Job, estimated_seconds
 
-_BEAM = 16  # of trellises: a fourth of what presets take, a fourth of the time
-WEIGHTS: dict[str, dict[str, Any]] = {  # two bits unless the name says otherwise
-    "round-to-nearest": {"method": "rtn"},
-    "least squares": {"method": "least_squares"},
-    "GPTQ": {"method": "gptq"},
-    "trellis": {"method": "trellis", "bits": 2, "spread": False, "token_weights": "uniform", "beam": _BEAM},
-    "trellis, 2.17 bits spread": {"method": "trellis", "token_weights": "uniform", "beam": _BEAM},
-    "round-to-nearest, 4 bits": {"method": "rtn", "bits": 4},
-    "least squares, 4 bits": {"method": "least_squares", "bits": 4},
-    "GPTQ, 4 bits": {"method": "gptq", "bits": 4},
-}
-# Made while one waits.
-QUICK = tuple(name for name, how in WEIGHTS.items() if how["method"] in ("rtn", "least_squares"))
-ACTIVATION_BITS = (16, 8, 4, 3, 2)
-SMOOTHING = (None, *SMOOTHING_METHODS)
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What is chosen.
-
-    Attributes:
-        weights: one of ``WEIGHTS``.
-        activation_bits: one of ``ACTIVATION_BITS``, 16 for not quantized; else in static ranges.
-        time_groups: number of groups of timesteps with ranges of their own; 1 for one range at all timesteps.
-        smoothing: one of ``SMOOTHING``.
-        window: number of timesteps smoothed on each side of a boundary, 1 to 20.
-        layer: name of the linear whose parameters are shown.
-
-    Raises:
-        ValueError: a value that isn't allowed; names the field, what was found and what is allowed.
-    """
-
-    weights: str = "least squares"
-    activation_bits: int = 4
-    time_groups: int = 3
-    smoothing: str | None = "linear"
-    window: int = 3
-    layer: str = ""
-
-    def __post_init__(self) -> None:
-        for name, allowed in (("weights", tuple(WEIGHTS)), ("activation_bits", ACTIVATION_BITS)):
-            if getattr(self, name) not in allowed:
-                words = ", ".join(map(str, allowed))
-                raise ValueError(f"{name}: found {getattr(self, name)!r:.80}, allowed are {words}")
-        if self.smoothing not in SMOOTHING:
-            words = ", ".join(map(str, SMOOTHING))
-            raise ValueError(f"smoothing: found {self.smoothing!r:.80}, allowed are {words}")
-        for name, most in (("time_groups", 64), ("window", 20)):
-            found = getattr(self, name)
-            if type(found) is not int or not 1 <= found <= most:
-                raise ValueError(f"{name}: found {found!r:.80}, allowed are whole numbers from 1 to {most}")
+RANGE_SIZES = 2, 1  # code sequences and puzzles that ranges are fitted on
+QUICK = ("rtn", "least_squares")  # methods for the weights that are made while one waits
 
 
 @dataclass(frozen=True)
@@ -133,9 +83,10 @@ class Session:
         model: see ``load_model``.
         folder: of what is made here, such as slow weights and saved models.
         trajectories: number of the model's own trajectories that path KL is measured on.
-        code_sequences, puzzles: what the calibration states are drawn from, see ``calibration_batches``.
+        code_sequences, puzzles: what the calibration states are drawn from, see ``calibration_batches``. Ranges are
+            fitted on those of two sequences and one puzzle.
         timesteps: ``T``.
-        tokens: sampled of each timestep and kind of calibration states, which ranges are fitted on.
+        tokens: sampled of each timestep and kind of the states that ranges are fitted on.
         seed: of all that is drawn.
     """
 
@@ -152,19 +103,23 @@ class Session:
         seed: int = 0,
     ):
         self.model, self.folder, self.timesteps, self.tokens, self.seed = model, folder, timesteps, tokens, seed
-        self.sizes = {"sequences": code_sequences, "puzzles": puzzles}
+        self.sizes = code_sequences, puzzles
         self.lm: DiffusionLM = load_model(model)
-        batches = calibration_batches(self.lm, seed, **self.sizes)
-        batches = [pair for pair in batches if len(pair[0])]
-        self.calibration: Calibration = calibrate(self.lm, batches, timesteps=timesteps, seed=seed, progress=False)
+        self.calibration, self.range_states = (self._states(*sizes) for sizes in (self.sizes, RANGE_SIZES))
         size: dict[str, Any] = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
         self.suite: Suite = build_suite(self.lm, timesteps=timesteps, seed=seed, **size)
         self.prompt, self.start = "", torch.empty(0)
-        self._weights: dict[str, tuple[QuantizedLM, Samples]] = {}
-        self._ranges: dict[tuple[str, int, int], QuantizedLM] = {}
+        self._weights: dict[str, QuantizedLM] = {}
+        self._samples: dict[str, Samples] = {}
+        self._ranges: dict[tuple[str, str, int], QuantizedLM] = {}
         self._last: np.ndarray | None = None
         self._full: tuple[str, list[list[str]]] | None = None
         self.ask_puzzle()
+
+    def _states(self, code_sequences: int, puzzles: int) -> Calibration:
+        batches = calibration_batches(self.lm, self.seed, sequences=code_sequences, puzzles=puzzles)
+        kept = [pair for pair in batches if len(pair[0])]
+        return calibrate(self.lm, kept, timesteps=self.timesteps, seed=self.seed, progress=False)
 
     @property
     def layers(self) -> list[str]:
@@ -196,101 +151,61 @@ class Session:
         self.start = torch.tensor([[*given, *[self.lm.mask_token_id] * tokens]])
         self._full = None
 
-    def fields_of(self, choice: Choice) -> dict[str, Any]:
-        """What ``ThermoConfig`` is given; without quantized activations nothing depends on the timestep."""
-        fields: dict[str, Any] = {"weights": WEIGHTS[choice.weights], "timesteps": self.timesteps}
-        if choice.activation_bits < 16:
-            fields["activations"] = {"ranges": "static", "bits": choice.activation_bits, "tokens": self.tokens}
-            if choice.time_groups > 1:
-                count, half = self._groups(choice)
-                is_windowed = choice.smoothing in WINDOWED
-                fields["time_groups"] = {
-                    "count": count,
-                    "smoothing": None if is_windowed and not half else choice.smoothing,
-                }
-                if is_windowed and half:
-                    fields["time_groups"]["window"] = min(choice.window, half)
-        return fields
+    def is_ready(self, choice: Choice) -> bool:
+        """Whether a choice's weights are there, or made while one waits.
 
-    def _groups(self, choice: Choice) -> tuple[int, int]:
-        """The number of groups, and half of the timesteps of the longest, which is the widest window."""
-        count = min(choice.time_groups, self.timesteps)
-        return count, -(-self.timesteps // count) // 2
+        Raises:
+            ValueError: bits that the method can't have.
+        """
+        is_made = choice.name in self._weights or (self._place(choice) / "config.json").is_file()
+        config = choice.weights_config(self.timesteps)
+        return is_made or (config.weights.method in QUICK and not config.training)
 
-    def config_of(self, choice: Choice) -> ThermoConfig:
-        """The configuration that a choice means."""
-        return ThermoConfig(**self.fields_of(choice))
+    def seconds_of(self, choice: Choice) -> float:
+        """About how long a choice's weights take to make on this machine, from what is timed of them."""
+        config = choice.weights_config(self.timesteps)
+        return 0.0 if self.is_ready(choice) else estimated_seconds(self.lm, config, self.calibration)
 
-    def notes_of(self, choice: Choice) -> list[str]:
-        """What of a choice has no effect, a line each."""
-        found = []
-        if choice.activation_bits == 16:
-            if choice.time_groups > 1:
-                found.append("activation_bits: found 16, so nothing depends on the timestep; choose 8 or fewer.")
-            return found
-        if choice.time_groups == 1 and choice.smoothing is not None:
-            found.append("time_groups: found 1, which has no boundary to smooth; choose 2 or more.")
-        if choice.time_groups > self.timesteps:
-            found.append(f"time_groups: found {choice.time_groups}, shown are {self.timesteps}, one for each timestep.")
-        half = self._groups(choice)[1]
-        if choice.time_groups > 1 and choice.smoothing in WINDOWED and choice.window > half:
-            acts = (
-                f"half of a group is {half}, which is what acts" if half else "a group has one timestep, nothing acts"
-            )
-            found.append(f"window: found {choice.window}, {acts}.")
-        return found
-
-    def is_ready(self, weights: str) -> bool:
-        """Whether weights are there, or made while one waits."""
-        return weights in self._weights or weights in QUICK or (self._place(weights) / "config.json").is_file()
-
-    def seconds_of(self, weights: str) -> float:
-        """About how long weights take to make on this machine, from one linear and one pass that are timed."""
-        return 0.0 if self.is_ready(weights) else estimated_seconds(self.lm, self._plain(weights), self.calibration)
-
-    def make(self, weights: str) -> Job:
+    def make(self, choice: Choice) -> Job:
         """Begin to make slow weights, in a process of their own that can be stopped; the same call goes on."""
-        blocks = len(names_by_block(self.layers))
-        return Job.begin(self.model, blocks, self._plain(weights), self.calibration, self._place(weights))
+        return Job.begin(self.model, choice.weights_config(self.timesteps), self.calibration, self._place(choice))
 
-    def _plain(self, weights: str) -> ThermoConfig:
-        return ThermoConfig(weights=WEIGHTS[weights], timesteps=self.timesteps)
+    def _place(self, choice: Choice) -> Path:
+        return self.folder / choice.name
 
-    def _place(self, weights: str) -> Path:
-        return self.folder / weights.replace(",", "").replace(" ", "-")
-
-    def weights(self, name: str) -> tuple[QuantizedLM, Samples]:
-        """A model with quantized weights alone, and samples of its linears' inputs.
+    def weights(self, choice: Choice) -> QuantizedLM:
+        """The model whose weights are a choice's; its activations aren't quantized unless a preset has it so.
 
         Raises:
             ValueError: weights that aren't made yet, see ``make``.
         """
-        if name not in self._weights:
-            if name in QUICK:
-                found = quantize(self.lm, self._plain(name))
-            elif self.is_ready(name):
-                found = load_quantized(self._place(name))
+        if choice.name not in self._weights:
+            if not self.is_ready(choice):
+                raise ValueError(f"weights: {choice.name} aren't made yet; press Make, or choose other ones")
+            if (self._place(choice) / "config.json").is_file():
+                self._weights[choice.name] = load_quantized(self._place(choice))
             else:
-                raise ValueError(f"weights: found {name!r}, which aren't made yet; press Make, or choose other ones")
-            self._weights[name] = found, shared_input_samples(found, self.calibration, self.tokens)
-        return self._weights[name]
+                self._weights[choice.name] = quantize(self.lm, choice.weights_config(self.timesteps))
+        return self._weights[choice.name]
 
     def build(self, choice: Choice) -> QuantizedLM:
-        """The model of a choice: what ``quantize`` makes of its configuration and this session's calibration states."""
-        config = self.config_of(choice)
-        weights, samples = self.weights(choice.weights)
-        if config.activations is None:
+        """The model of a choice: its weights, and then its activations in ranges fitted on few of the states."""
+        weights, changes = self.weights(choice), choice.activation_fields(self.timesteps, self.tokens)
+        if changes is None:
             return weights
-        count = 1 if config.time_groups is None else config.time_groups.count
-        key = choice.weights, choice.activation_bits, count
+        if not choice.is_static:
+            return requantize_activations(weights, **changes)
+        if choice.name not in self._samples:
+            self._samples[choice.name] = shared_input_samples(weights, self.range_states, self.tokens)
+        groups = changes["time_groups"] or {"count": 1, "smoothing": None}
+        key = choice.name, str(choice.activation_bits), groups["count"]
         if key not in self._ranges:
-            grouping = None if count == 1 else {"count": count, "smoothing": None}
-            changes: dict[str, Any] = {"activations": config.activations, "time_groups": grouping}
-            self._ranges[key] = requantize_activations(weights, samples=samples, **changes)
-        grouped = self._ranges[key]
-        if config.time_groups is None or config.time_groups.smoothing is None:
-            return grouped
-        return resmooth(grouped, config.time_groups.smoothing, config.time_groups.window)
+            rough = None if groups["count"] == 1 else groups | {"smoothing": None, "window": None}
+            how: dict[str, Any] = {"activations": changes["activations"], "time_groups": rough}
+            self._ranges[key] = requantize_activations(weights, samples=self._samples[choice.name], **how)
+        if groups["smoothing"] is None:
+            return self._ranges[key]
+        return resmooth(self._ranges[key], groups["smoothing"], groups.get("window"))
 
     def show(self, choice: Choice) -> View:
         """Everything that is shown of a choice.
@@ -331,7 +246,7 @@ class Session:
             bits_per_weight=lm.bits_per_weight,
             megabytes=sum(tensor.nbytes for tensor in lm.model.state_dict().values()) / 1e6,
             texts=self._texts(lm),
-            notes=self.notes_of(choice),
+            notes=choice.notes(self.timesteps),
             seconds=time.perf_counter() - start,
         )
 
@@ -365,17 +280,30 @@ class Session:
 
     def code(self, choice: Choice) -> str:
         """Lines of Python that make the model of a choice."""
-        settings = "\n".join(f"    {name}={value!r}," for name, value in self.fields_of(choice).items())
-        size = ", ".join(f"{name}={value}" for name, value in self.sizes.items())
-        return (
-            "import thermo_lib as thermo\n"
-            "from thermo_lib.diffusion.states import calibration_batches\n\n"
-            f"lm = thermo.load_model({self.model!r})\n"
-            f"batches = calibration_batches(lm, {self.seed}, {size})  # few, as on the workbench\n"
-            f"calibration = thermo.calibrate(lm, batches, timesteps={self.timesteps}, seed={self.seed})\n"
-            f"config = thermo.ThermoConfig(\n{settings}\n)\n"
-            "quantized = thermo.quantize(lm, config, calibration)\n"
-        )
+        weights = choice.weights_fields()
+        if weights is None:
+            config = f"thermo.ThermoConfig.preset({NAMED[choice.weights]!r}, timesteps={self.timesteps})"
+        else:
+            config = f"thermo.ThermoConfig(\n    weights={weights!r},\n    timesteps={self.timesteps},\n)"
+        lines = [
+            "import thermo_lib as thermo",
+            "from thermo_lib.diffusion.states import calibration_batches",
+            "from thermo_lib.pipeline.activations import requantize_activations\n",
+            f"lm = thermo.load_model({self.model!r})",
+            self._states_code("calibration", *self.sizes),
+            f"config = {config}",
+            "quantized = thermo.quantize(lm, config, calibration)",
+        ]
+        if changes := choice.activation_fields(self.timesteps, self.tokens):
+            fields = "".join(f"    {name}={value!r},\n" for name, value in changes.items())
+            if choice.is_static:
+                lines.append(self._states_code("calibration", *RANGE_SIZES))
+            lines.append(f"quantized = requantize_activations(\n    quantized,\n    calibration,\n{fields})")
+        return "\n".join([*lines, ""])
+
+    def _states_code(self, name: str, code_sequences: int, puzzles: int) -> str:
+        batches = f"calibration_batches(lm, {self.seed}, sequences={code_sequences}, puzzles={puzzles})"
+        return f"{name} = thermo.calibrate(lm, {batches}, timesteps={self.timesteps}, seed={self.seed})"
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -11,8 +11,9 @@ from thermo_lib.evaluation.display import OTHERS
 from thermo_lib.evaluation.figures import lines, parameter_over_time
 from thermo_lib.evaluation.statistics import side_of_zero
 from thermo_lib.extras import needs
+from thermo_lib.workbench.choices import ACTIVATION_BITS, GROUP_SIZES, MOST, NAMED, SMOOTHING, WEIGHTS, Choice
 from thermo_lib.workbench.job import Job
-from thermo_lib.workbench.session import ACTIVATION_BITS, SMOOTHING, WEIGHTS, Choice, Session, View, differences
+from thermo_lib.workbench.session import Session, View, differences
 
 _WIDE = {"description_width": "130px"}
 _SECONDS = 0.5  # between two looks at a job
@@ -78,6 +79,16 @@ def figure(view: View, last: View | None) -> Any:
     return drawn
 
 
+def _activation_bits(is_preset: bool) -> tuple[tuple[str, int | None], ...]:
+    """What activations can have, beside what a preset has."""
+    plain = tuple((f"{bits}, not quantized" if bits == 16 else str(bits), bits) for bits in ACTIVATION_BITS)
+    return (("as the preset has them", None), *plain) if is_preset else plain
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
 class Workbench:
     """Widgets to choose with, and what is shown of the choice.
 
@@ -96,16 +107,22 @@ class Workbench:
         self._last: View | None = None
         self._job: Job | None = None
         self._watching: asyncio.Future[None] | None = None
+        self._is_choosing = False
         first = Choice()
         self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights")
+        self.weight_bits = widgets.BoundedFloatText(first.weight_bits, min=1, max=8, step=1, description="weight bits")
+        sizes = [(size or "whole row", size) for size in GROUP_SIZES]
+        self.group_size = widgets.Dropdown(options=sizes, value=first.group_size, description="weights a scale")
         self.bits = widgets.Dropdown(
-            options=ACTIVATION_BITS, value=first.activation_bits, description="activation bits"
+            options=_activation_bits(False), value=first.activation_bits, description="activation bits"
         )
+        self.dynamic = widgets.Checkbox(first.is_dynamic, description="dynamic: a range for each token", indent=True)
         most = session.timesteps
         self.groups = widgets.IntSlider(first.time_groups, 1, most, description="time groups", continuous_update=False)
         methods = [("none" if method is None else method, method) for method in SMOOTHING]
         self.smoothing = widgets.Dropdown(options=methods, value=first.smoothing, description="smoothing")
-        self.window = widgets.IntSlider(first.window, 1, 20, description="window (steps)", continuous_update=False)
+        most = MOST["window"]
+        self.window = widgets.IntSlider(first.window, 1, most, description="window (steps)", continuous_update=False)
         self.layer = widgets.Dropdown(options=session.layers, description="layer")
         self.step = widgets.IntSlider(session.timesteps, 0, session.timesteps, description="denoising step")
         self.prompt = widgets.Text(description="own prompt", placeholder="code to continue; empty for a 4x4 Sudoku")
@@ -117,10 +134,12 @@ class Workbench:
         self.code, self.save = widgets.Button(description="Copy as code"), widgets.Button(description="Save as")
         self.name = widgets.Text(value="model", layout={"width": "120px"})
         self.lines = widgets.Textarea(layout={"width": "100%", "height": "260px", "display": "none"})
-        choosers = (self.weights, self.bits, self.groups, self.smoothing, self.window, self.layer)
+        activations = (self.bits, self.dynamic, self.groups, self.smoothing, self.window)
+        choosers = (self.weights, self.weight_bits, self.group_size, *activations, self.layer)
         for chooser in (*choosers, self.step, self.prompt):
             chooser.style = _WIDE
-        for chooser in choosers:
+        self.weights.observe(lambda _: self._choose_weights(), "value")
+        for chooser in choosers[1:]:
             chooser.observe(lambda _: self.update(), "value")
         self.step.observe(lambda _: self._show_texts(), "value")
         self.prompt.observe(lambda _: self._ask(), "value")
@@ -140,23 +159,40 @@ class Workbench:
         """What is chosen now."""
         return Choice(
             weights=self.weights.value,
+            weight_bits=self.weight_bits.value,
+            group_size=self.group_size.value,
             activation_bits=self.bits.value,
+            is_dynamic=self.dynamic.value,
             time_groups=self.groups.value,
             smoothing=self.smoothing.value,
             window=self.window.value,
             layer=self.layer.value,
         )
 
+    def _choose_weights(self) -> None:
+        """Offer what the chosen weights can have: a preset comes with bits and activations of its own."""
+        is_preset = self.weights.value in NAMED
+        for field in (self.weight_bits, self.group_size):
+            field.disabled = is_preset
+        before, options = self.bits.value, _activation_bits(is_preset)
+        if self.bits.options != options:
+            self._is_choosing = True
+            self.bits.options = options
+            self.bits.value = None if is_preset else 4 if before is None else before
+            self._is_choosing = False
+        self.update()
+
     def update(self) -> None:
         """Show the present choice; weights that aren't made yet are named with the time that they take."""
-        self._said(self._update)
+        if not self._is_choosing:
+            self._said(self._update)
 
     def _update(self) -> str:
         choice = self.choice
-        if not self.session.is_ready(choice.weights):
+        if not self.session.is_ready(choice):
             self._buttons(True)
-            seconds = self.session.seconds_of(choice.weights)
-            return f"{choice.weights}: not made yet; Make takes about {seconds:.0f} s on this machine."
+            seconds = self.session.seconds_of(choice)
+            return f"{choice.name}: not made yet; Make takes about {_time(seconds)} on this machine."
         self._buttons(False)
         self._last, self.view = self.view, self.session.show(choice)
         self.numbers.value = summary(self.view)
@@ -191,22 +227,23 @@ class Workbench:
         self.make.disabled, self.stop.disabled = not can_make or is_running, not is_running
 
     def _make(self) -> str:
-        weights = self.weights.value
-        self._job = self.session.make(weights)
+        choice = self.choice
+        self._job = self.session.make(choice)
         self._buttons(True)
-        self._watching = asyncio.ensure_future(self._watch(self._job, weights))
-        return f"{weights}: being made"
+        self._watching = asyncio.ensure_future(self._watch(self._job, choice))
+        return f"{choice.name}: being made"
 
-    async def _watch(self, job: Job, weights: str) -> None:
+    async def _watch(self, job: Job, choice: Choice) -> None:
         while job.is_running:
-            self.progress.value = job.share
-            left = job.seconds_left
-            self.message.value = f"{weights}: being made" + ("" if left is None else f", about {left:.0f} s left")
+            done = job.progress
+            self.progress.value = done.share
+            words = [choice.name + ": being made", done.what, done.left and f"{done.left} left in this part"]
+            self.message.value = html.escape(", ".join(word for word in words if word))
             await asyncio.sleep(_SECONDS)
         self._said(job.result)
         self.progress.value = 0.0
-        self._buttons(not self.session.is_ready(weights))
-        if self.session.is_ready(weights) and self.weights.value == weights:
+        self._buttons(not self.session.is_ready(choice))
+        if self.session.is_ready(choice) and self.choice.name == choice.name:
             self.update()
 
     def _stop(self) -> str:
