@@ -20,6 +20,7 @@ from thermo_lib import (
     quantize,
 )
 from thermo_lib import __main__ as command_line
+from thermo_lib.files.outputs import alone_in_folder
 
 FAST = ("preset=fast", "group_size=16")
 
@@ -167,6 +168,18 @@ class TestQuantize:
         assert status == 2
         assert "the source or a folder that holds it" in err
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    @pytest.mark.parametrize("words", [(), FAST, ("--layerwise", "all")], ids=["in memory", "streamed", "layerwise"])
+    def test_a_second_run_into_a_folder_is_refused_before_its_work(
+        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+    ) -> None:
+        for work in ("load_model", "load_streamed", "quantize_checkpoint"):
+            monkeypatch.setattr(commands, work, None)
+        with alone_in_folder("small"):
+            status, _, err = run("quantize", "--model", folder, "--output", "small", *words)
+        assert status == 2
+        assert f"output: found another run writing {Path.cwd()}/small, allowed is one at a time" in err
+        assert list(Path().iterdir()) == []
 
     def test_a_quantized_folder_is_not_quantized_again(self, run: Run, folder: Path) -> None:
         assert run("quantize", "--model", folder, "--output", "small", *FAST)[0] == 0

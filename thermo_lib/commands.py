@@ -34,7 +34,7 @@ from thermo_lib.evaluation.smoothing import (
     smoothing_overhead,
 )
 from thermo_lib.evaluation.summary import summarize
-from thermo_lib.files.outputs import alone_in, output_file, output_folder
+from thermo_lib.files.outputs import alone_in, alone_in_folder, output_file
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import as_json, write_json, write_text
@@ -153,7 +153,8 @@ def run_quantize(arguments: argparse.Namespace) -> None:
         check_texts(arguments.calibration)
     device = "cpu" if arguments.scheduler is not None and arguments.device is None else device_of(arguments.device)
     start = time.perf_counter()
-    with products_in(FLOAT32 if arguments.float32 else TF32):
+    source = model_folder(arguments.model)
+    with alone_in_folder(arguments.output, source), products_in(FLOAT32 if arguments.float32 else TF32):
         _quantize(arguments, config, device)
     size = sum(path.stat().st_size for path in weight_files(arguments.output))
     peak = ""
@@ -171,7 +172,6 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
     if arguments.layerwise is not None:
         if not config.needs_calibration:
             raise ValueError(f"layerwise: found weights.method={config.quantizer!r}, which needs no calibration states")
-        output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
         lm: DiffusionLM = load_streamed(arguments.model, **kind_of(arguments), device=device)
         calibration = calibration_states(lm, config, arguments)
@@ -179,7 +179,6 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
             calibration = calibration.thinned(int(arguments.layerwise))
         write(calibration=calibration)
     elif config.needs_calibration:
-        output_folder(arguments.output, model_folder(arguments.model))  # refuses a wrong one before the work
         reproducible()
         lm = load_model(arguments.model, **kind_of(arguments))
         lm.model.to(device)

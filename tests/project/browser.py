@@ -75,7 +75,7 @@ class Page:
 
     def run_all(self, what: Callable[[], Any], said: str, seconds: float = SECONDS) -> None:
         """Run all cells of the opened notebook, and wait for something that they show; an error is not waited for."""
-        self.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)")
+        self.js("void jupyterapp.commands.execute('notebook:run-all-cells')")
         until(lambda: what() or self.outputs("error"), said, seconds)
         assert not self.outputs("error")
 

@@ -101,6 +101,20 @@ def alone_in(output: str | Path | None, keys: Sequence[str] = ()) -> Iterator[No
         yield
 
 
+@contextmanager
+def alone_in_folder(folder: str | Path, source: Path | None = None) -> Iterator[None]:
+    """Be the only run that makes a model folder, from before the work on; see ``output_folder`` for the arguments.
+
+    Raises:
+        ValueError: another run makes it, or what ``output_folder`` raises.
+        OSError: what ``output_folder`` raises.
+    """
+    path = output_folder(folder, source)
+    said = f"output: found another run writing {path}".replace("{", "{{").replace("}", "}}")
+    with locked(unfinished(path, "run"), said=said):  # the folder's own lock is its writer's, at the end
+        yield
+
+
 def mark(folder: Path, run: str | None = None) -> None:
     """Note in a folder that is complete which files are in it, so that it may be replaced one day.
 
