@@ -113,7 +113,8 @@ peers: .venv/.stamp .venv-peers/.stamp
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.full_size
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.speed
 
-# What the reports have already is kept, and a run that was stopped goes on. For a new one delete reports/*_points.json.
+# What the reports have already is kept, and a run that was stopped goes on. For a new one delete reports/witness*.json
+# and reports/norms_points.json.
 witness: .venv/.stamp
 	$(KEEP_MEMORY) .venv/bin/python -m thermo_lib.studies.second_model
 

@@ -42,6 +42,7 @@ from thermo_lib.models.families import read_config
 from thermo_lib.models.lm import save_model, stored_dtype
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.pipeline.about import about, words
+from thermo_lib.pipeline.model import dequantized, tables
 
 LAYOUTS = [*ENCODERS, BIASED]
 SMALL = ThermoConfig(quantizer="rtn", activation_bits=16, num_time_groups=1, group_size=16, timesteps=2)
@@ -303,18 +304,26 @@ class TestQuantized:
         loaded = MODELS[layout.model_type].from_pretrained(tmp_path / "quantized", dtype=torch.float32)
         assert loaded(text).logits.equal(load_quantized(tmp_path / "quantized").model(text).logits)
 
-    @EVERY_ENCODER
-    def test_coded_embeddings_are_refused_before_any_work(
-        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout
+    @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+    @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.label)
+    def test_embeddings_and_head_have_codes_too(
+        self, write: Callable[..., Path], tmp_path: Path, layout: EncoderLayout, text: Tensor, tied: bool
     ) -> None:
-        source, config = write(layout), SMALL.replace(embedding_bits=8)
-        because = f"with {layout.model_type!r} models, whose head has a layer or a bias of its own"
-        message = f"embedding_bits: found 8, allowed is 16 {because}"
-        with pytest.raises(ValueError, match=message):
-            quantize(layout.load(source), config)
-        with pytest.raises(ValueError, match=message):
-            quantize_checkpoint(source, tmp_path / "quantized", config)
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["source"]
+        source, config = write(layout, tied=tied), SMALL.replace(embedding_bits=8)
+        lm = quantize(layout.load(source), config)
+        expected = lm.model(text).logits
+        plain = quantize(layout.load(source), SMALL).model(text).logits
+        assert 0 < (expected - plain).abs().max() < 0.1 * plain.abs().max()
+        save_quantized(lm, tmp_path / "saved")
+        quantize_checkpoint(source, tmp_path / "streamed", config)
+        for folder in ("saved", "streamed"):
+            assert load_quantized(tmp_path / folder).model(text).logits.equal(expected)
+            loaded = MODELS[layout.model_type].from_pretrained(tmp_path / folder, dtype=torch.float32)
+            assert loaded(text).logits.equal(expected)
+        coded = {name.removesuffix(".packed") for name in stored(tmp_path / "saved") if name.endswith(".packed")}
+        assert coded == {*layout.linears, *(tables(lm.model)[: 1 if tied else 2])}
+        assert stored(tmp_path / "streamed").keys() == stored(tmp_path / "saved").keys()
+        assert (dequantized(lm).model(text).logits - expected).abs().max() < 1e-4
 
     @EVERY_ENCODER
     def test_the_auto_classes_of_transformers_refuse_the_codes(

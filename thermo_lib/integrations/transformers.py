@@ -29,6 +29,7 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     QuantizedLM,
     coded_tables,
+    head_bias,
     install_dynamic_ranges,
     install_time_norms,
     linear_names,
@@ -131,7 +132,11 @@ class ThermoQuantizer(HfQuantizer):
                 holder.bias = module.bias
             model.set_submodule(owner, holder)
         if coded_tables(model, self.quantization_config):
-            model.lm_head = model.get_submodule("lm_head") if "lm_head" in owners else nn.Identity()
+            if (head := model.parts.head) not in owners:  # it shares the embeddings' codes
+                holder = _Stored(module := model.get_submodule(head), {})
+                if head_bias(model) == f"{head}.bias" and module.bias is not None:
+                    holder.bias = module.bias
+                model.set_submodule(head, holder)
             model.all_tied_weights_keys = {}
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> MaskPredictor:
@@ -152,9 +157,9 @@ class ThermoQuantizer(HfQuantizer):
     def _install(self, model: MaskPredictor, dtype: torch.dtype) -> None:
         tensors = dict(model.named_buffers())
         tensors = {name: tensors[name] for name in self.coded}
-        for name in {name.rpartition(".")[0] for name in self.coded}:
-            holder = model.get_submodule(name)
-            assert isinstance(holder, _Stored)
+        for name, holder in list(model.named_modules()):
+            if not isinstance(holder, _Stored):
+                continue
             if (bias := getattr(holder, "bias", None)) is not None:
                 tensors[f"{name}.bias"] = bias
             model.set_submodule(name, holder.replaced[0])

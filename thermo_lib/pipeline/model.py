@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.models.settings import Parts
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.parts import Dynamic
 from thermo_lib.pipeline.quantizers import quantizer_of
@@ -253,7 +252,9 @@ def install_table(lm: QuantizedLM, name: str, stored: Mapping[str, Tensor], dtyp
     module: QuantizedLinear | QuantizedEmbedding
     for table in tables(lm.model) if lm.model.config.tie_word_embeddings else (name,):
         if table == lm.model.parts.head:
-            module = QuantizedLinear(columns, rows, bias=False, **how)
+            bias = part_as(nn.Linear, lm.model, table).bias
+            module = QuantizedLinear(columns, rows, bias=bias is not None, **how)
+            module.bias = None if bias is None else bias.detach().float()
         else:
             module = QuantizedEmbedding(rows, columns, dtype=dtype, **how)
         module.packed = stored["packed"]
@@ -321,11 +322,14 @@ def dequantized(lm: QuantizedLM) -> DiffusionLM:
     return DiffusionLM(model, *about, chat_template=lm.chat_template, carried=lm.carried)
 
 
+def head_bias(model: MaskPredictor) -> str:
+    """What the head's bias is stored as, if it has one: BERT's is that of the layer around it, where they are tied."""
+    name = f"{model.parts.head}.bias"
+    return model.parts.tied.get(name, name) if model.config.tie_word_embeddings else name
+
+
 def coded_tables(model: MaskPredictor, config: ThermoConfig) -> tuple[str, ...]:
     """Which of embeddings and head have codes of their own; a tied head shares those of the embeddings."""
     if config.embedding_bits == 16:
         return ()
-    if model.parts.head != Parts.head:
-        because = f"with {model.config.model_type!r} models, whose head has a layer or a bias of its own"
-        raise ValueError(f"embedding_bits: found {config.embedding_bits}, allowed is 16 {because}")
     return tables(model)[:1] if model.config.tie_word_embeddings else tables(model)

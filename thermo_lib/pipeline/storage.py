@@ -29,6 +29,7 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import (
     QuantizedLM,
     coded_tables,
+    head_bias,
     install_activations,
     install_layer,
     install_table,
@@ -112,6 +113,9 @@ def model_tensors(lm: QuantizedLM) -> dict[str, Tensor]:
         tensors |= stored_tensors(lm, name)
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
+    for name in coded:
+        if (bias := getattr(lm.model.get_submodule(name), "bias", None)) is not None:
+            tensors.setdefault(head_bias(lm.model), bias)
     for name in coded_tables(lm.model, lm.config):
         table = lm.model.get_submodule(name)
         buffers = {"packed": "packed", "weight_scale": "scale", "weight_zero_point": "zero_point"}
@@ -382,7 +386,13 @@ def install(lm: QuantizedLM, tensors: dict[str, Tensor], folder: Path, dtype: to
         if thermo.activations is not None:
             layer = part_as(QuantizedLinear, lm.model, name)
             install_activations(layer, lm.activation_params.get(name, []), thermo)
-    for name in coded_tables(lm.model, thermo):
+    with_codes = coded_tables(lm.model, thermo)
+    if with_codes and (head := part_as(nn.Linear, lm.model, lm.model.parts.head)).bias is not None:
+        name = head_bias(lm.model)
+        bias = tensors[name] if name in tensors else lm.model.get_parameter(name)
+        tensors.pop(f"{lm.model.parts.head}.bias", None)
+        head.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+    for name in with_codes:
         stored = {key: tensors.pop(f"{name}.{key}") for key in ("packed", "weight_scale", "weight_zero_point")}
         span, key = (0, 2**thermo.embedding_bits - 1), f"{tensor_name(config, name)}.weight_scale"
         _check_scale(stored["weight_scale"], stored["weight_zero_point"], span, key, dtype, folder)

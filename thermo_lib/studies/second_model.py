@@ -16,6 +16,7 @@ from thermo_lib.evaluation.report import versions
 from thermo_lib.evaluation.smoothing import CLAIMED, target_row
 from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.files.locks import locked
+from thermo_lib.files.reading import read_object
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.parts import SmoothingMethod
@@ -67,6 +68,7 @@ BOTH_COLUMNS = {
     "reference, share": ("reference_share", "{:.3f}"),
     "witness, share": ("witness_share", "{:.3f}"),
 }
+PUBLIC_COLUMNS = {name: COLUMNS[name] for name in ("method", "accuracy", "95 %")}
 NORM_COLUMNS = {
     "model": ("model", "{}"),
     "weights": ("quantizer", "{}"),
@@ -274,15 +276,16 @@ def both_models(
 
 
 def main() -> None:
-    """Measure what is missing, and write the report after each part of the plan."""
+    """Measure what is missing, and write the report after each part of the plan; what it has already is kept."""
     with locked(REPORT):
         grid = Grid(POINTS, load_model(str(fetch())), WitnessInputs())
         reference = Grid(NORMS_POINTS, load_model("reference"))
-        variance = {
+        earlier = read_object(REPORT) if REPORT.is_file() else {}
+        variance = earlier.get("variance") or {
             "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
             WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
         }
-        public = public_rows(grid.reference, WitnessInputs())
+        public = earlier.get("public") or public_rows(grid.reference, WitnessInputs())
         work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
         for measured, points in work:
             measured.run(points)
