@@ -47,7 +47,7 @@ def notebook(browser: Page, work: Path) -> None:
     with lab(root, work / "settings") as address:
         browser.open_notebook(address, "notebooks/04_boundary_smoothing.ipynb")
         source = browser.js(f"{browser.opened}.content.widgets[1].model.sharedModel.getSource()")
-        browser.write_cell(1, source.replace('default("quant.num_time_groups")', "4"))
+        browser.write_cell(1, source.replace('default("quant.smoothing_window")', "1"))
         last = browser.js(f"{browser.opened}.content.widgets.length") - 1
         browser.run_all(lambda: browser.text_of(last), "notebook 04", 1800)
         browser.js("jupyterapp.commands.execute('application:toggle-left-area').then(() => true)")

@@ -22,15 +22,17 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Figure, list[Axes]]":
-    """``count`` axes, at most three in a row."""
-    rows = -(-count // 3)
+    """``count`` axes, at most two in a row: letters of three are too small to read at half size."""
+    rows = -(-count // 2)
     columns = -(-count // rows)
     size = (width * columns, height * rows)
     figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
     for ax in axes.flat:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
-    return figure, list(axes.flat)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, list(axes.flat[:count])
 
 
 def _colors(names: Sequence[str], ours: Collection[str]) -> dict[str, str]:
