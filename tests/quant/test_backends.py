@@ -253,6 +253,21 @@ class TestChoice:
         layer.backend = "humming"
         assert backends.choose(layer, x) == ("humming" if "humming" in suited else "plain")
 
+    @pytest.mark.parametrize(
+        ("in_features", "out_features", "group_size", "suits"),
+        [(128, 192, 64, True), (128, 130, 64, False), (96, 128, 32, False), (192, 64, 12, False), (64, 64, 8, True)],
+    )
+    def test_humming_is_for_blocks_of_64(
+        self, monkeypatch: pytest.MonkeyPatch, in_features: int, out_features: int, group_size: int, suits: bool
+    ) -> None:
+        class OnGpu(Tensor):
+            is_cuda = True
+
+        monkeypatch.setattr(backends, "_is_there", lambda name: name == "humming")
+        layer = QuantizedLinear(in_features, out_features, bits=2, group_size=group_size, bias=False)
+        x = torch.zeros((3, in_features), dtype=torch.bfloat16).as_subclass(OnGpu)
+        assert backends._for_humming(layer, x) == suits
+
     def test_a_name_that_isnt_known_or_not_installed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         layer = planes_layer(4, 32, 2, 16)
         with pytest.raises(ValueError, match="backend: found 'fast', allowed are auto, plain, compiled, cuda, triton"):

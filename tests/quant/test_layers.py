@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import QuantizedWeight, fake_quantize, fake_quantize_per_token, pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
-from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear
+from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear
 from thermo_lib.quant.rounding import round_to_nearest
 
 FIRST_ROW = torch.zeros(1, dtype=torch.int32)
@@ -176,9 +176,50 @@ class TestQuantizedLinear:
         table.packed, table.scale, table.zero_point = quantized.codes, quantized.scale[None], quantized.zero_point[None]
         assert torch.equal(table(torch.arange(3)), quantized.dequantize())
 
+    @pytest.mark.parametrize("group_size", [4, 5])  # with and without planes
+    def test_a_large_weight_is_multiplied_some_rows_at_a_time(
+        self, monkeypatch: pytest.MonkeyPatch, group_size: int
+    ) -> None:
+        layer = linear_of(round_to_nearest(weights(7, 12, 0), 4, group_size), weights(1, 7, 1)[0])
+        x, taken, weight = weights(6, 12, 2).view(2, 3, 12), [], layer.weight
+        expected = layer(x)
+        monkeypatch.setattr("thermo_lib.quant.layers._DENSE", 3 * 12)
+        monkeypatch.setattr(layer, "weight", lambda rows: taken.append(rows) or weight(rows))
+        torch.testing.assert_close(layer(x), expected)
+        assert taken == [slice(0, 3), slice(3, 6), slice(6, 9)]
+
     def test_printing_a_layer_names_its_size_and_precision(self) -> None:
         layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, input_quantizer=DynamicRanges(8))
         assert "in_features=6, out_features=3, bits=2, group_size=4, activation_bits=8" in repr(layer)
+
+
+class TestNew:
+    """What a new layer has room for, which a saved one is loaded into."""
+
+    def shapes(self, layer: nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in layer.state_dict().items()}
+
+    @pytest.mark.parametrize("kind", [QuantizedLinear, TrellisLinear])
+    def test_a_linear(self, kind: type[QuantizedLinear]) -> None:
+        layer = kind(6, 3, bits=2, group_size=4, bias=True, timesteps=5)
+        expected = {
+            "packed": (torch.uint8, (3, 2)),
+            "scale": (torch.float16, (1, 3, 2)),
+            "zero_point": (torch.float16, (1, 3, 2)),
+            "row_of_step": (torch.int32, (5,)),
+            "bias": (torch.float32, (3,)),
+        }
+        if kind is TrellisLinear:
+            expected["packed_column_bits"] = torch.uint8, (3,)
+        assert self.shapes(layer) == expected
+        assert torch.equal(layer(torch.ones(2, 6)), torch.zeros(2, 3))
+
+    def test_an_embedding(self) -> None:
+        table = QuantizedEmbedding(3, 6, bits=2, group_size=4, dtype=torch.float16)
+        parameters = torch.float16, (1, 3, 2)
+        assert self.shapes(table) == {"packed": (torch.uint8, (3, 2)), "scale": parameters, "zero_point": parameters}
+        assert table(torch.arange(3)).dtype == table.dtype == torch.float16
+        assert table.bfloat16().dtype == torch.bfloat16
 
 
 class TestBias:

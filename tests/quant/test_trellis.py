@@ -125,6 +125,7 @@ class TestAllocation:
         found = allocate_bits({"narrow": torch.ones(4), "wide": torch.ones(4)}, {"narrow": 2, "wide": 8}, 1.6)
         assert found["narrow"].tolist() == [3, 3, 3, 3]
         assert found["wide"].tolist() == [2, 1, 1, 1]
+        assert all(bits.dtype == torch.uint8 for bits in found.values())
 
     @pytest.mark.parametrize("average", [0.0, 0.9, MOST_BITS + 0.1])
     def test_an_average_out_of_range_is_refused(self, average: float) -> None:
