@@ -1,7 +1,8 @@
 """Numbers in Markdown that come from the results files: ``python -m thermo_lib.prose`` fills them in.
 
 A mark is a comment, which no Markdown renderer shows. Before a number in a sentence it says where that comes from, and
-``<!--/-->`` ends it; in the first cell of a table's row it says where the other cells come from, cell by cell::
+``<!--/-->`` ends it; in the first cell of a table's row it says where the other cells come from, cell by cell. No line
+begins with one: a comment there would end the paragraph::
 
     `best` keeps <!--= best kept -->99.0 % (98.5 to 99.6)<!--/--> of the accuracy.
     | round-to-nearest <!--= rtn: bits accuracy kl --> | 2.25 | 0.316 | 84.3 |
@@ -12,13 +13,16 @@ The words before the last ones name a *source*:
 - ``study(activation_bits=4 num_time_groups=3)``, in the words of ``thermo point``: the three seeds of a configuration
   in ``reports/study.json``; ``study(... / ...)`` compares two, and ``+`` first adds words to those of the second.
 - ``witness.rows[method=GPTQ]``: the records of a JSON file in ``reports/`` with these fields; ``~`` in place of ``=``
-  takes a part of the field's text.
+  takes a part of the field's text, ``!=`` another text. A name before or between the brackets may have ``*`` for any
+  letters, and ``→`` stands for ``->``, which would end the comment: ``gpu.rows[linear=3584→512]``.
 - ``variance(layer)``: the share of a factor in the variance of log ranges, a field for each model.
-- ``dream_7b /(\\d+) s, /``: what an executed notebook printed, the pattern's group.
+- ``dream_7b /(\\d+) s, /``: what an executed notebook printed and showed as text, the pattern's group; as a number in a
+  format with ``dream_7b /(\\d+) MiB/*1e-3:.1f``.
 
-The last word is a *quantity*: a name of ``QUANTITIES``, or a field with a format, such as ``seconds:.0f``; ``min:``,
-``max:``, ``mean:`` and ``count:`` before a field take several records together. ``-`` leaves a cell as it is, and
-``256@ms:.1f`` takes the source with 256 in the place of its ``*``.
+The last word is a *quantity*: a name of ``QUANTITIES``, or a field with a format, such as ``seconds:.0f``. A field may
+be multiplied and divided, ``seconds*28/60:.0f``, and has ``_`` for its spaces. ``min:``, ``max:``, ``mean:``,
+``count:`` and ``range:`` (from the least to the largest) before a field take several records together. ``-`` leaves a
+cell as it is. ``256@ms:.1f`` takes the source with 256 in the place of its ``*``, and ``1,256@ms:.1f`` fills two cells.
 """
 
 import json
@@ -26,6 +30,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import filter as matching
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +48,7 @@ PAGES = (
     "README.md",
     "docs/choose.md",
     "docs/field.md",
+    "docs/format.md",
     "docs/index.md",
     "docs/presets.md",
     "docs/results.md",
@@ -82,6 +88,7 @@ _ROW = re.compile(
 _CELL = re.compile(r"(?P<before>\s*(?:\*\*)?)(?P<value>.*?)(?P<after>(?:\*\*)?(?: [¹²³⁴⁵])?\s*)")
 _FILTERED = re.compile(r"(?P<file>\w+)(?P<steps>(?:\.[^.\[\]]+|\[[^\]]*\])*)")
 _STEP = re.compile(r"\.(?P<name>[^.\[\]]+)|\[(?P<filter>[^\]]*)\]")
+_FACTOR = re.compile(r"([*/])([\d.e-]+)")
 
 
 @cache
@@ -102,10 +109,10 @@ def _point_key(content: Record) -> str:
 
 @cache
 def _printed(notebook: str) -> str:
-    """All that an executed notebook printed."""
+    """All that an executed notebook printed, and showed as text."""
     cells = read_json(ROOT / "notebooks" / "executed" / f"{notebook}.ipynb")["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]
-    return "\n".join("".join(output["text"]) for output in outputs if "text" in output)
+    return "\n".join("".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
 
 
 def _peer(name: str) -> Record:
@@ -118,7 +125,9 @@ def _peer(name: str) -> Record:
 def _words(text: str) -> dict[str, Any]:
     """What ``thermo point`` takes, from its words."""
     fields = dict(word.split("=", 1) for word in text.split())
-    read = {name: int(value) if value.isdigit() else value.replace("_", " ") for name, value in fields.items()}
+    read: dict[str, Any] = {name: value.replace("_", " ") for name, value in fields.items()}
+    read |= {name: float(value) for name, value in fields.items() if re.fullmatch(r"\d+\.\d+", value)}
+    read |= {name: int(value) for name, value in fields.items() if value.isdigit()}
     kept = ("path_kl", "least_squares")
     named = {name: fields[name] for name, value in fields.items() if value in kept}
     return read | named | {name: value == "true" for name, value in fields.items() if value in ("true", "false")}
@@ -150,15 +159,15 @@ def _studied(text: str) -> Record:
 
 def _filtered(source: str) -> list[Record]:
     """The records of a file in reports/ that a path with filters leaves."""
-    match = _FILTERED.fullmatch(source)
+    match = _FILTERED.fullmatch(re.sub(r" ?→ ?", " -> ", source))
     if match is None or not (ROOT / "reports" / f"{match['file']}.json").is_file():
         raise ValueError(f"source: found {source!r}, allowed are {', '.join(PEERS)}, study(...), a report, a notebook")
     found: list[Any] = [_report(match["file"])]
     for step in _STEP.finditer(match["steps"]):
         if step["name"] is not None:
-            if any(step["name"] not in record for record in found):
+            if not all(matching(record, step["name"]) for record in found):
                 raise ValueError(f"{source}: found no {step['name']!r}")
-            found = [record[step["name"]] for record in found]
+            found = [record[name] for record in found for name in matching(record, step["name"])]
             found = [item for value in found for item in (value if isinstance(value, list) else [value])]
         else:
             found = [record for record in found if all(_fits(record, part) for part in step["filter"].split(";"))]
@@ -166,9 +175,9 @@ def _filtered(source: str) -> list[Record]:
 
 
 def _fits(record: Record, condition: str) -> bool:
-    name, sign, wanted = re.split(r"([=~])", condition, maxsplit=1)
+    name, sign, wanted = re.split(r"(!=|=|~)", condition, maxsplit=1)
     value = "null" if record[name] is None else str(record[name])
-    return value == wanted if sign == "=" else wanted in value
+    return wanted in value if sign == "~" else (value == wanted) == (sign == "=")
 
 
 def records(source: str) -> list[Record]:
@@ -257,6 +266,7 @@ QUANTITIES: dict[str, Callable[[Record], str]] = {
     "gain_verdict": _verdict_of_gain,
     "share": _share,
     "target": lambda record: _with_ci("value", "+.1%")({**record, "value_ci": record["ci"]}),
+    "times": lambda record: _with_ci("times_dense", ".2f")({**record, "times_dense_ci": record["ci"]}),
     "norms_gain": _with_ci("change", ".2f", sign=-1),
     "kl_norms": lambda record: f"{record['path_kl']:.1f}, {_with_ci('change', '+.2f')(record)} against one set",
     "overhead": lambda record: f"{number(record['value'], '+.1%')}, {record['verdict']}",
@@ -270,6 +280,23 @@ _TOGETHER: dict[str, Callable[[Sequence[float]], float]] = {
 }
 
 
+def _scaled(found: Any, field: str) -> Any:
+    """What a field holds, multiplied and divided as the field's name says after it."""
+    for sign, factor in _FACTOR.findall(field):
+        found = found * float(factor) if sign == "*" else found / float(factor)
+    return found
+
+
+def _field(source: str, record: Record, field: str) -> Any:
+    """A field of a record, multiplied and divided."""
+    name = _FACTOR.sub("", field)
+    for known in (name, name.replace("_", " ")):
+        if known in record:
+            return _scaled(record[known], field)
+    allowed = ", ".join(QUANTITIES)
+    raise ValueError(f"{source}: found quantity {field!r}, allowed are {allowed}, and a field with a format")
+
+
 def value(source: str, quantity: str) -> str:
     """The text of a mark.
 
@@ -277,24 +304,28 @@ def value(source: str, quantity: str) -> str:
         ValueError: a source or a quantity that isn't known, or more than one record where one is asked for.
     """
     if quantity.startswith("/"):
-        found = re.findall(quantity.strip("/"), _printed(source))
-        if len(found) != 1:
-            raise ValueError(f"{source}: {quantity}: found {len(found)} times, allowed is once")
-        return found[0]
+        pattern, _, rest = quantity[1:].rpartition("/")
+        texts = re.findall(pattern, _printed(source))
+        if len(texts) != 1:
+            raise ValueError(f"{source}: {quantity}: found {len(texts)} times, allowed is once")
+        factors, _, form = rest.partition(":")
+        return number(_scaled(float(texts[0].replace(",", "")), factors), form) if form else texts[0]
     rows = records(source)
-    together, _, field = quantity.partition(":")
-    if together in _TOGETHER:
-        name, _, form = field.partition(":")
-        return number(_TOGETHER[together]([row[name] for row in rows]), form)
+    together, _, rest = quantity.partition(":")
+    if together in (*_TOGETHER, "range"):
+        field, _, form = rest.partition(":")
+        found = [_field(source, row, field) for row in rows]
+        if together != "range":
+            return number(_TOGETHER[together](found), form)
+        ends = min(found), max(found)
+        return number(ends[0], form) if number(ends[0], form) == number(ends[1], form) else spread(ends, form)
     if len(rows) != 1:
         raise ValueError(f"{source}: found {len(rows)} records, allowed is one")
     if quantity in QUANTITIES:
         return QUANTITIES[quantity](rows[0])
-    name, is_field, form = quantity.partition(":")
-    if not is_field or name not in rows[0]:
-        known = ", ".join(QUANTITIES)
-        raise ValueError(f"{source}: found quantity {quantity!r}, allowed are {known}, and a field with a format")
-    return rows[0][name] if form == "s" else number(rows[0][name], form)
+    field, _, form = quantity.partition(":")
+    one = _field(source, rows[0] if form else {}, field)  # without a format it is the name of a quantity
+    return one if form == "s" else number(one, form)
 
 
 def _filled_mark(match: re.Match[str]) -> str:
@@ -303,8 +334,14 @@ def _filled_mark(match: re.Match[str]) -> str:
     return f"<!--= {spec} -->{value(spec[:split], spec[split + 1 :])}<!--/-->"
 
 
+def _each(quantities: Sequence[str]) -> list[str]:
+    """One quantity a cell: ``1,256@ms:.1f`` is that of two."""
+    parts = [quantity.rpartition("@") for quantity in quantities]
+    return [f"{one}{sign}{asked}" for put, sign, asked in parts for one in put.split(",")]
+
+
 def _filled_row(match: re.Match[str]) -> str:
-    cells, quantities = match["cells"].split("|"), match["quantities"].split()
+    cells, quantities = match["cells"].split("|"), _each(match["quantities"].split())
     if len(quantities) > len(cells):
         raise ValueError(f"{match['spec']}: found {len(quantities)} quantities, allowed are at most {len(cells)} cells")
     for place, quantity in enumerate(quantities):

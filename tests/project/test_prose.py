@@ -39,6 +39,12 @@ def test_the_numbers_of_a_page_are_those_of_the_reports(page: str) -> None:
     assert prose.filled(text) == text, f"{page} is stale: `python -m thermo_lib.prose` fills it in"
 
 
+@pytest.mark.parametrize("page", prose.PAGES)
+def test_no_line_begins_with_a_mark(page: str) -> None:
+    """A comment at the start of a line ends the paragraph, and what follows it there isn't read as Markdown."""
+    assert not re.findall(r"^ {0,3}<!--.*", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def test_readme_has_no_result_without_a_mark() -> None:
     assert unmarked((ROOT / "README.md").read_text(encoding="utf-8")) == []
 
@@ -79,6 +85,47 @@ def test_a_claim_has_its_interval_and_verdict() -> None:
     assert prose.value("best", "kept_verdict") in {"met at 99 %", "not met at 99 %", "inconclusive at 99 %"}
 
 
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"size": f"{i} -> 4", "ms": ms, "peak mib": 2048, "why": None} for i, ms in ((2, 1.5), (3, 1.25), (4, 2.75))
+    ]
+    report = {"models": {"one": rows[0], "another==1.0": rows[1]}, "rows": rows, "card": "a card"}
+    printed = "fast: 2,048 MiB in 3 s\nslow: 12 s"
+    monkeypatch.setattr(prose, "_report", lambda name: report)
+    monkeypatch.setattr(prose, "_printed", lambda notebook: printed)
+
+
+@pytest.mark.parametrize(
+    ("source", "quantity", "text"),
+    [
+        ("gpu", "card:s", "a card"),
+        ("gpu.rows[size=2→4]", "ms:.2f", "1.50"),
+        ("gpu.rows[size=2 → 4]", "ms*1000:.0f", "1500"),
+        ("gpu.rows[size=2→4]", "peak_mib/1024:.1f", "2.0"),
+        ("gpu.rows[size=2→4]", "ms*28/60:.1f", "0.7"),
+        ("gpu.rows[size!=2→4]", "range:ms:.2f", "1.25 to 2.75"),
+        ("gpu.rows[size!=2→4;size~3]", "range:ms:.2f", "1.25"),
+        ("gpu.rows", "mean:ms*2:.2f", "3.67"),
+        ("gpu.models.another*", "ms:.2f", "1.25"),
+        ("gpu.models.*", "max:ms:.1f", "1.5"),
+        ("a_notebook", r"/slow: (\d+) s/", "12"),
+        ("a_notebook", r"/fast: ([\d,]+) MiB/*1e-3:.1f", "2.0"),
+    ],
+)
+@pytest.mark.usefixtures("made_up")
+def test_a_quantity_of_a_report(source: str, quantity: str, text: str) -> None:
+    assert prose.value(source, quantity) == text
+
+
+@pytest.mark.usefixtures("made_up")
+def test_one_quantity_fills_a_cell_for_each_word_before_it() -> None:
+    row = "| a <!--= gpu.rows[size=*→4]: - 2,3@ms:.2f 4@ms:.1f --> | 256 | ? | **?** | ? |"
+    assert prose.filled(row) == row.replace("| ? | **?** | ? |", "| 1.50 | **1.25** | 2.8 |")
+    with pytest.raises(ValueError, match="found 4 quantities, allowed are at most 3 cells"):
+        prose.filled("| a <!--= gpu.rows[size=*→4]: - 2,3@ms:.2f 4@ms:.1f --> | 256 | ? | ? |")
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [(".1%", "0.0 %"), ("+.1%", "0.0 %"), (".2f", "0.00"), (".0f", "0")],
@@ -92,6 +139,9 @@ def test_zero_has_no_sign(form: str, text: str) -> None:
     [
         ("bset", "kl", "source: found 'bset', allowed are "),
         ("best", "klx", "best: found quantity 'klx', allowed are "),
+        ("best", "klx:.1f", "best: found quantity 'klx', allowed are "),
+        ("peers.rows", "range:klx:.1f", "peers.rows: found quantity 'klx', allowed are "),
+        ("witness.none*", "kl", "witness.none*: found no 'none*'"),
         ("peers.rows", "kl", "peers.rows: found 43 records, allowed is one"),
         ("witness.rows[method=none]", "kl", "witness.rows[method=none]: found no such record"),
         (
