@@ -72,7 +72,7 @@ def test_a_source_has_no_outputs_and_one_parameters_cell(path: Path) -> None:
     assert max(len(cell.source.splitlines()) for cell in code(notebook)) <= LONGEST_CELL
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_a_notebook_begins_with_its_question_and_no_answer_is_typed(path: Path) -> None:
     notebook = read(path)
     assert notebook.cells[0].cell_type == "markdown"
