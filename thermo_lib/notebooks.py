@@ -4,9 +4,9 @@ A notebook is run by a stage of the pipeline, or by a person (in Lab, by papermi
 writes what is committed or read by other stages. A person's run writes to ``artifacts/scratch``, and makes for itself
 what an earlier stage would have left and hasn't.
 
-An executed notebook keeps neither run times nor progress bars, so that two runs on one machine write the same
-file and nbval compares only results. It names the processor, since on another one the last bits of a sum differ,
-GPTQ's codes with them, and all that is measured of these a little.
+An executed notebook keeps no run times, no progress bars and no version of Python, so that two runs on one machine
+write the same file and nbval compares only results. It names the processor, since what is measured of quantized
+activations differs a little from one to another.
 """
 
 import os
@@ -163,6 +163,7 @@ def tidy(path: str | Path) -> None:
         notebook.metadata["processor"] = processor()
     for key in set(notebook.metadata) - {"kernelspec", "language_info", "processor"}:
         del notebook.metadata[key]
+    notebook.metadata.get("language_info", {}).pop("version", None)  # of Python, to its last digit
     for number, cell in enumerate(notebook.cells):
         cell.metadata = nbformat.from_dict(_lasting(cell.metadata))
         if "id" in cell:

@@ -43,7 +43,7 @@ def notebook(run: int, *more: Any) -> nbformat.NotebookNode:
     made.metadata.update(
         {
             "kernelspec": {"name": "python3", "display_name": "Python 3"},
-            "language_info": {"name": "python"},
+            "language_info": {"name": "python", "version": "3.11.99"},
             "papermill": {**TIMES, "duration": run},
         }
     )
@@ -79,6 +79,7 @@ class TestTidy:
         assert code.outputs[1].data == {"text/plain": "42"}
         metadata = json.loads(path.read_text(encoding="utf-8"))["metadata"]
         assert metadata.keys() == {"kernelspec", "language_info", "processor"}
+        assert metadata["language_info"] == {"name": "python"}
 
     @pytest.mark.parametrize(
         ("jupyter", "kept"),

@@ -206,6 +206,8 @@ def test_published_sequences_are_masked_and_filled(
     monkeypatch.setattr(second_model, "FIRST", few)
     rows = second_model.public_rows(shallow, SMALL, progress=False)
     assert [row["method"] for row in rows] == ["full precision", "round-to-nearest", "GPTQ"]
+    monkeypatch.setattr(second_model, "public_accuracy", None)
+    assert second_model.public_rows(shallow, SMALL, rows, progress=False) == rows
     assert all(row["accuracy_ci"][0] <= row["accuracy"] <= row["accuracy_ci"][1] for row in rows)
 
 

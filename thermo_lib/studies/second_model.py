@@ -81,6 +81,7 @@ NORM_COLUMNS = {
     "change": ("change", "{:+z.3f}"),
     "95 %": ("change_ci", "{0[0]:+z.3f}..{0[1]:+z.3f}"),
 }
+FULL = "full precision"
 SMOOTHED: tuple[SmoothingMethod, ...] = ("linear", "sigmoid", "spline")  # norms with a target
 # Methods that were measured on the reference model: what they are called in ``reports/peers.json``.
 _ON_REFERENCE = {
@@ -121,22 +122,30 @@ def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
     return [grid[p] for p in points if p.key in grid.rows]
 
 
-def public_rows(lm: DiffusionLM, inputs: WitnessInputs, *, progress: bool = True) -> list[dict[str, Any]]:
+def public_rows(
+    lm: DiffusionLM, inputs: WitnessInputs, kept: Iterable[Mapping[str, Any]] = (), *, progress: bool = True
+) -> list[dict[str, Any]]:
     """Accuracy on the two published sequences: of full precision, and of the methods that train nothing, seed 0.
+
+    Args:
+        lm: the model.
+        inputs: what methods are calibrated on.
+        kept: rows that were measured before.
+        progress: show a bar.
 
     Returns:
         Rows with ``method``, ``accuracy`` (0-1) and ``accuracy_ci``, a 95 % interval over the masks that are drawn.
     """
-    rows = []
-    untrained = [name for name, fields in FIRST.items() if "training" not in fields]
-    calibration = inputs.calibration(lm, TIMESTEPS, SEEDS[0])
-    for name in tqdm([None, *untrained], desc="public sequences", unit="model", disable=not progress):
-        config = name and method_points(name)[0].config
-        model = quantize(lm, config, calibration) if config else lm
+    rows = {row["method"]: dict(row) for row in kept}
+    names = [FULL, *(name for name, fields in FIRST.items() if "training" not in fields)]
+    missing = [name for name in names if name not in rows]
+    calibration = inputs.calibration(lm, TIMESTEPS, SEEDS[0]) if missing else None
+    for name in tqdm(missing, desc="public sequences", unit="model", disable=not progress):
+        model = lm if name == FULL else quantize(lm, method_points(name)[0].config, calibration)
         found = public_accuracy(model).numpy()
         row = {"accuracy": float(found.mean()), "accuracy_ci": list(mean_interval(found))}
-        rows.append({"method": name or "full precision"} | row)
-    return rows
+        rows[name] = {"method": name} | row
+    return [rows[name] for name in names]
 
 
 def report(
@@ -285,7 +294,7 @@ def main() -> None:
             "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
             WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
         }
-        public = earlier.get("public") or public_rows(grid.reference, WitnessInputs())
+        public = public_rows(grid.reference, WitnessInputs(), earlier.get("public", ()))
         work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
         for measured, points in work:
             measured.run(points)

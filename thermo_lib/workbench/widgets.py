@@ -116,7 +116,7 @@ class Workbench:
         self.bits = widgets.Dropdown(
             options=_activation_bits(False), value=first.activation_bits, description="activation bits"
         )
-        self.dynamic = widgets.Checkbox(first.is_dynamic, description="dynamic: a range for each token", indent=True)
+        self.dynamic = widgets.Checkbox(first.is_dynamic, description="dynamic ranges")
         most = session.timesteps
         self.groups = widgets.IntSlider(first.time_groups, 1, most, description="time groups", continuous_update=False)
         methods = [("none" if method is None else method, method) for method in SMOOTHING]
