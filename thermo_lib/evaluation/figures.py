@@ -249,7 +249,8 @@ def parameter_over_time(
     """One panel of ``parameters_over_time``, on axes that are there."""
     lines(after, ylabel=ylabel, title=layer, ours=ours, ax=ax)
     ax.step(range(len(before)), before, where="mid", color=COLORS[6], linewidth=1.5, zorder=1)
-    ax.annotate("not smoothed", (0, before[0]), (0, 5), textcoords="offset points", fontsize=9)
+    offset = -12 if before[0] == max(before) else 5  # below a line at the top, where the title is
+    ax.annotate("not smoothed", (0, before[0]), (0, offset), textcoords="offset points", fontsize=9)
 
 
 def parameters_over_time(

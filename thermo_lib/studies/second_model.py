@@ -163,7 +163,7 @@ def report(
     for name in FIRST:
         if found := _available(grid, method_points(name)):
             rows.append(_row(found, name, 16))
-    for bits in PRECISIONS:
+    for bits in sorted(PRECISIONS, key=lambda bits: -(bits or 16)):
         if seeds := _complete(grid, bits):
             question = {name: [grid[p] for p in points] for name, points in question_points(bits, seeds).items()}
             for name, found in question.items():
