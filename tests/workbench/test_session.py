@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,13 @@ def test_slow_weights_are_made_in_a_process_that_can_be_stopped(session: Session
     found = session.build(SLOW).model.state_dict()
     for name, tensor in expected.model.state_dict().items():
         assert torch.equal(tensor, found[name]), name
+
+
+def test_weights_of_another_model_or_seed_are_not_taken_for_this_one_s(session: Session) -> None:
+    other = Session(folder=session.folder, trajectories=2, code_sequences=1, puzzles=1, timesteps=STEPS, seed=1)
+    places = [session._place(SLOW), other._place(SLOW), session._place(replace(SLOW, weight_bits=4))]
+    assert len(set(places)) == 3
+    assert session._place(replace(SLOW, time_groups=1)) == places[0]
 
 
 def test_what_a_job_says_is_read_from_its_last_bar(tmp_path: Path) -> None:

@@ -148,8 +148,8 @@ class Job:
             at = f" in {done.what} at {done.share:.0%}" if done.what else ""
             return f"stopped{at}; the next start goes on from what it had finished"
         if status:
-            said = self._said().split()
-            raise ValueError(f"weights: could not be made ({' '.join(said)[-300:] or f'status {status}'})")
+            said = self._said().replace("\r", "\n").strip().rpartition("\n")[2].strip()
+            raise ValueError(f"weights: could not be made ({said or f'status {status}':.300})")
         return f"made in {time.monotonic() - self.began:.0f} s"
 
 

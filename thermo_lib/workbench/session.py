@@ -21,6 +21,7 @@ from thermo_lib.evaluation.demo import MASKED, denoising
 from thermo_lib.evaluation.scores import Suite, build_suite
 from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.evaluation.summary import markov
+from thermo_lib.files.snapshots import digest
 from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.activations import Samples, requantize_activations, resmooth, shared_input_samples
 from thermo_lib.pipeline.config import ThermoConfig
@@ -106,6 +107,7 @@ class Session:
         self.sizes = code_sequences, puzzles
         self.lm: DiffusionLM = load_model(model)
         self.calibration, self.range_states = (self._states(*sizes) for sizes in (self.sizes, RANGE_SIZES))
+        self._made_of = digest(self.lm.identity(), self.calibration.tensors())
         size: dict[str, Any] = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
         self.suite: Suite = build_suite(self.lm, timesteps=timesteps, seed=seed, **size)
         self.prompt, self.start = "", torch.empty(0)
@@ -171,7 +173,9 @@ class Session:
         return Job.begin(self.model, choice.weights_config(self.timesteps), self.calibration, self._place(choice))
 
     def _place(self, choice: Choice) -> Path:
-        return self.folder / choice.name
+        """Where made weights are kept: another folder for another model, calibration or setting of the same name."""
+        made_of = digest(choice.weights_config(self.timesteps).digest(), self._made_of)
+        return self.folder / f"{choice.name}-{made_of[:8]}"
 
     def weights(self, choice: Choice) -> QuantizedLM:
         """The model whose weights are a choice's; its activations aren't quantized unless a preset has it so.
