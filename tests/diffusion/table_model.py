@@ -8,6 +8,7 @@ from torch import Tensor
 
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.tokens import SAMPLERS
+from thermo_lib.models.checks import LateChecks
 from thermo_lib.models.lm import DiffusionLM
 
 CONFIDENCE_SAMPLERS = SAMPLERS[1:]
@@ -44,7 +45,9 @@ class TableLM:
         rows[:, self.mask_token_id] = -1e30
         return rows
 
-    def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
+    def logit_parts(
+        self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None, *, late: LateChecks | None = None
+    ) -> Iterator[Tensor]:
         """As ``DiffusionLM.logit_parts``: some rows at a time."""
         yield from self.logits(ids, at, attention_mask).split(5)
 

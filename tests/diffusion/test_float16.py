@@ -17,7 +17,8 @@ from thermo_lib.diffusion.states import Calibration, trajectory_states
 from thermo_lib.diffusion.tokens import Sampling, sample_tokens
 from thermo_lib.evaluation.scores import masked_token_scores
 from thermo_lib.integrations.lm_eval import HarnessLM
-from thermo_lib.models.lm import DiffusionLM, check_logits
+from thermo_lib.models.checks import check_logits
+from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.models.vocabulary import NO_PROBABILITY
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 

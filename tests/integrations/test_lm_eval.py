@@ -145,7 +145,7 @@ class TestLikelihood:
         wrong = [[(token + 1) % 100 for token in answer] for answer in answers]
         passes = []
         parts = harness.lm.logit_parts
-        monkeypatch.setattr(harness.lm, "logit_parts", lambda *a: passes.append(len(a[0])) or parts(*a))
+        monkeypatch.setattr(harness.lm, "logit_parts", lambda *a, **k: passes.append(len(a[0])) or parts(*a, **k))
         assert harness._are_greedy(list(zip(prompts, answers, strict=True))) == [True] * 3
         assert passes == [3] * 4
         mixed = [(prompts[0], answers[0]), (prompts[1], wrong[1]), (prompts[2], answers[2][:2])]
@@ -200,7 +200,7 @@ def test_a_text_is_written_as_alone(folders: dict[str, Path], sampling: dict[str
     alone = [lm.generate_until([one], disable_tqdm=True)[0] for one in requests]
     passes = []
     parts = lm.lm.logit_parts
-    lm.lm.logit_parts = lambda *a: passes.append(len(a[0])) or parts(*a)
+    lm.lm.logit_parts = lambda *a, **k: passes.append(len(a[0])) or parts(*a, **k)
     assert lm.generate_until(requests, disable_tqdm=True) == alone
     assert len(passes) == (5 + 6 if not sampling else 3 * 5 + 2 * 6)
 

@@ -87,7 +87,7 @@ class CachedBatch:
     @torch.no_grad()
     def step(self, x: Tensor, timestep: int, uniform: Tensor) -> Tensor:
         """See ``Batch.step``; only the blocks that are being filled are computed, and those before that are new."""
-        batch, model = self._batch, self._batch.lm.model
+        batch = self._batch
         is_left = batch.left(x)
         is_open, rate = batch.opened(is_left, timestep)
         if not is_open.any():
@@ -95,11 +95,9 @@ class CachedBatch:
         place = self._go_on(x, is_left, timestep)
         told = self._timesteps(is_left, timestep)[self._rows].tolist()
         with computing_for(batch.lm, told, timestep, batch.schedule.timesteps):
-            states = model.hidden_of_block(place.of(x), self._cache, place.counts)
-            inside = torch.arange(states.shape[1])[None] < torch.tensor(place.counts)[:, None]
-            is_asked = place.of(is_open) & inside.to(x.device)
-            parts = self._logits(states[is_asked.to(states.device)], x.device)
-            return batch.filled(x, parts, is_open, rate, uniform)
+            inside = torch.arange(place.columns.shape[1])[None] < torch.tensor(place.counts)[:, None]
+            asked = (place.of(is_open) & inside.to(x.device)).flatten().nonzero().flatten()
+            return batch.filled(x, self._logits(x, place, asked), is_open, rate, uniform)
 
     def _go_on(self, x: Tensor, is_left: Tensor, timestep: int) -> _Place:
         """Drop finished rows, compute what is new before the others' first block with masks, and give these blocks."""
@@ -138,7 +136,9 @@ class CachedBatch:
         left = (is_left & (schedule.block == block[:, None])).sum(1)
         return (start - left) * schedule.timesteps // start.clamp(min=1)
 
-    def _logits(self, states: Tensor, device: torch.device) -> Iterator[Tensor]:
+    def _logits(self, x: Tensor, place: _Place, asked: Tensor) -> Iterator[Tensor]:
+        """Of the asked tokens of a place, int64 ``(n,)``, row by row; see ``DiffusionLM.logit_parts``."""
         lm = self._batch.lm
-        for some in states.split(lm.rows_at_a_time):
-            yield lm.token_logits(lm.model.predict(some)).to(device)
+        states = lm.model.hidden_of_block(place.of(x), self._cache, place.counts).flatten(0, 1)
+        for some in states[asked.to(states.device)].split(lm.rows_at_a_time):
+            yield lm.token_logits(lm.model.predict(some), self._batch.late).to(x.device)

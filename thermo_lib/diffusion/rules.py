@@ -8,6 +8,7 @@ then leaves no room for the text (arXiv 2502.09992, appendix B.4). LLaDA's publi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -99,16 +100,16 @@ class TokenRules:
             is_first: bool ``(n,)``, at a row's first masked position.
         """
         if self.suppress_tokens:
-            logits.index_fill_(1, _tensor(self._tokens("suppress_tokens"), logits), -torch.inf)
+            logits.index_fill_(1, _on(self._tokens("suppress_tokens"), logits.device), -torch.inf)
         if self.begin_suppress_tokens:
             begin = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-            begin[_tensor(self._tokens("begin_suppress_tokens"), logits)] = True
+            begin.index_fill_(0, _on(self._tokens("begin_suppress_tokens"), logits.device), True)
             logits.masked_fill_(is_first[:, None] & begin, -torch.inf)
         return logits
 
     def is_end(self, ids: Tensor) -> Tensor:
         """Which of some ids end a text, bool of the same shape."""
-        return torch.isin(ids, _tensor(self._tokens("end_tokens"), ids))
+        return torch.isin(ids, _on(self._tokens("end_tokens"), ids.device))
 
     def ended(self, ids: Tensor, is_written: Tensor, is_left: Tensor) -> Tensor:
         """Rows with an end that has nothing masked on its left are finished: the end is written on, to their end.
@@ -136,5 +137,6 @@ def _ids(name: str, found: Any) -> tuple[int, ...]:
     return tuple(int(i) for i in ids)
 
 
-def _tensor(ids: Sequence[int], like: Tensor) -> Tensor:
-    return torch.tensor(ids, dtype=torch.int64).to(like.device)
+@lru_cache(maxsize=16)  # to move them at every step would wait for a GPU
+def _on(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(ids, dtype=torch.int64).to(device)

@@ -20,6 +20,7 @@ from thermo_lib.diffusion.step import Batch, LogitsHook, TokensHook, same_shape
 from thermo_lib.diffusion.tokens import Sampling
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.vocabulary import check_known
 
 _SEEDS = 1_000_003  # seeds of timesteps, and of rows, are so far apart
 
@@ -211,6 +212,7 @@ def generate(
     if on_tokens is not None:
         for rows in batches:
             result[rows] = same_shape("on_tokens", on_tokens(None, result[rows].clone(), None), result[rows])
+    check_known(result, lm.vocab_size)
     start = (result == lm.mask_token_id) & is_text
     schedule = Schedule.of(start, block_length, timesteps, is_text.cumsum(1) - 1 if by_block else None)
     end = 0.0 if sampler == "low_confidence" else eps
@@ -223,13 +225,19 @@ def generate(
             parts = [CachedBatch(every[rows]) if by_block else every[rows] for rows in together]
             for timestep in range(timesteps):
                 lm.set_timestep(timestep, timesteps)
-                uniform = _random_numbers(seed, timestep, ids.shape, lengths).to(device)
+                uniform = _moved(_random_numbers(seed, timestep, ids.shape, lengths), device)
                 for rows, part in zip(together, parts, strict=True):
                     if on_state is not None:
                         on_state(timestep, rows, result[rows])
                     result[rows] = part.step(result[rows], timestep, uniform[:, rows])
                     bar.update()
+    every.late.finish()
     return result.to(ids.device)
+
+
+def _moved(numbers: Tensor, device: torch.device) -> Tensor:
+    """Numbers of the CPU on a device; a GPU that still computes isn't waited for."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
 
 
 def _check_ids(ids: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.schedule import Schedule
 from thermo_lib.diffusion.tokens import Sampling, confidence, sample_tokens
+from thermo_lib.models.checks import LateChecks
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.quant.calls import CALL, denoising
 
@@ -30,6 +31,7 @@ class Batch:
         start: bool ``(batch, length)``, the positions to fill.
         is_text: bool ``(batch, length)``, where there is no padding; None where there is none, which is faster.
         on_logits, on_tokens: the hooks.
+        late: checks of the last step's logits, which the next one asks for, so that a GPU isn't waited for meanwhile.
     """
 
     lm: DiffusionLM
@@ -41,6 +43,7 @@ class Batch:
     is_text: Tensor | None
     on_logits: LogitsHook | None = None
     on_tokens: TokensHook | None = None
+    late: LateChecks = field(default_factory=LateChecks)
 
     def __getitem__(self, rows: slice | Tensor) -> "Batch":
         is_text = None if self.is_text is None else self.is_text[rows]
@@ -57,15 +60,16 @@ class Batch:
             if self.on_logits is not None:
                 everywhere = same_shape("on_logits", self.on_logits(timestep, x, everywhere), everywhere)
             x = self.filled(x, [everywhere[is_open]], is_open, rate, uniform)
+            self.late.finish()
             return x if self.on_tokens is None else same_shape("on_tokens", self.on_tokens(timestep, x, everywhere), x)
-        runs = is_open.any(1)
-        if not runs.any():
-            return x
-        if (self.sampling.threshold is not None or self.rules.stop_at_end) and not runs.all():
-            rows = runs.nonzero().flatten()  # the others are finished
-            return x.index_copy(0, rows, self[rows].step(x[rows], timestep, uniform[:, rows]))
+        if self.sampling.threshold is not None or self.rules.stop_at_end:
+            rows = is_open.any(1).nonzero().flatten()  # the others are finished
+            if not len(rows):
+                return x
+            if len(rows) < len(x):
+                return x.index_copy(0, rows, self[rows].step(x[rows], timestep, uniform[:, rows]))
         with self._told(is_left, timestep):
-            return self.filled(x, self.lm.logit_parts(x, is_open, *visible), is_open, rate, uniform)
+            return self.filled(x, self.lm.logit_parts(x, is_open, *visible, late=self.late), is_open, rate, uniform)
 
     def left(self, x: Tensor) -> Tensor:
         """Where a position is still masked, bool ``(batch, length)``."""
@@ -96,37 +100,50 @@ class Batch:
             yield
 
     def filled(self, x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-        """Fill a share of the open positions by parts of their logits, each ``(n, vocabulary)``."""
-        if not is_open.any():
+        """Fill a share of the open positions.
+
+        A GPU is waited for once, before the first part, which computes the pass.
+
+        Args:
+            x: ids ``(batch, length)``.
+            parts: of the open positions' logits, each ``(n, vocabulary)``.
+            is_open: bool ``(batch, length)``.
+            rate: the share, float64 ``(batch,)``.
+            uniform: see ``step``.
+        """
+        is_first = self.start & (self.start.cumsum(1) == 1)
+        places = is_open.flatten().nonzero().flatten()
+        self.late.finish()
+        if not len(places):
             return x
         sampling, rules = self.sampling, self.rules
-        for_position, for_token = uniform[0], uniform[1][is_open]
-        is_first = (self.start & (self.start.cumsum(1) == 1))[is_open]
+        for_position, for_token, is_first = uniform[0], uniform[1].flatten()[places], is_first.flatten()[places]
         tokens, scores = [], []
         for logits in (some for part in parts for some in _in_cache(part)):
             drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
             first, is_first = is_first[: len(logits)], is_first[len(logits) :]
             logits = rules.rule_out(logits, first)
-            found, probabilities = sample_tokens(logits, sampling.temperature, drawn, sampling.top_p, sampling.top_k)
+            how = sampling.temperature, drawn, sampling.top_p, sampling.top_k
+            found, probabilities = sample_tokens(logits, *how, late=self.late)
             tokens.append(found)
             if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
                 probabilities = logits.float().softmax(-1)
             if sampling.sampler != "origin":
                 score = confidence(sampling.sampler, found, probabilities)
                 scores.append(score.masked_fill(rules.is_end(found), -torch.inf) if rules.end_last else score)
-        filled = x.masked_scatter(is_open, torch.cat(tokens))
+        filled = x.flatten().index_copy(0, places, torch.cat(tokens)).view_as(x)
         if sampling.sampler == "origin":
             chosen = is_open & (for_position < rate.float()[:, None])
         else:
-            chosen = self._surest(torch.cat(scores), is_open, rate, for_position)
+            score = torch.full((is_open.numel(),), -torch.inf, dtype=torch.float32, device=is_open.device)
+            score = score.index_copy(0, places, torch.cat(scores)).view(is_open.shape)
+            chosen = self._surest(score, is_open, rate, for_position)
         x = torch.where(chosen, filled, x)
         return rules.ended(x, self.start, self.left(x)) if rules.stop_at_end else x
 
-    def _surest(self, scores: Tensor, is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
-        """The positions to fill of those that are open, by their confidence ``(n,)``; bool ``(batch, length)``."""
+    def _surest(self, score: Tensor, is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+        """The positions to fill of those that are open, by their confidence; all are ``(batch, length)``."""
         sampling = self.sampling
-        score = torch.full(is_open.shape, -torch.inf, dtype=torch.float32, device=is_open.device)
-        score[is_open] = scores
         if sampling.alg_temp:  # Gumbel top-k draws positions without replacement, by softmax(score / alg_temp)
             score = score / sampling.alg_temp - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
         # However unsure, an open position comes before one that isn't, so that the number that is filled stays.

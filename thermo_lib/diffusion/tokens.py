@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from thermo_lib.diffusion.schedule import check_count
+from thermo_lib.models.checks import LateChecks
 
 SAMPLERS = ("origin", "maskgit_plus", "topk_margin", "entropy", "low_confidence")
 BY_PROBABILITY = ("maskgit_plus", "low_confidence")  # a position's confidence is the probability of its token
@@ -33,6 +34,7 @@ def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Ten
 
 
 _LIKELY = 1024  # tokens among which a nucleus is looked for first
+_BLOCK = 1024  # tokens whose probabilities are summed before one of them is looked for
 
 
 def _outside_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
@@ -52,7 +54,13 @@ def _outside_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
 
 
 def sample_tokens(
-    logits: Tensor, temperature: float, uniform: Tensor, top_p: float | None = None, top_k: int | None = None
+    logits: Tensor,
+    temperature: float,
+    uniform: Tensor,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    *,
+    late: LateChecks | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row, by inverting the cumulative distribution.
 
@@ -61,6 +69,7 @@ def sample_tokens(
         temperature: 0 takes the likeliest token.
         uniform: ``(n,)`` random numbers in [0, 1).
         top_p, top_k: nucleus and top-k filters; None for no filter.
+        late: takes the check of the logits; None makes it at once.
 
     Returns:
         ``(tokens (n,) int64, probabilities (n, vocabulary))``, the probabilities after temperature and filters.
@@ -71,24 +80,48 @@ def sample_tokens(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if temperature > 0:
         logits = logits / temperature
-    _check_choice(logits, temperature)
+    _check_choice(logits, temperature, late)
     probabilities = filter_logits(logits, top_p, top_k).float().softmax(-1)
     if temperature == 0:
         return probabilities.argmax(-1), probabilities
-    cumulative = probabilities.double().cumsum(-1)
-    drawn = torch.searchsorted(cumulative, uniform.double()[:, None] * cumulative[:, -1:], right=True).squeeze(-1)
-    return drawn.clamp(max=logits.shape[-1] - 1), probabilities
+    return _drawn(probabilities, uniform), probabilities
 
 
-def _check_choice(logits: Tensor, temperature: float) -> None:
+def _drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Where the cumulative distribution of each row passes a number in [0, 1), int64 ``(n,)``, in float64.
+
+    It is looked for among blocks of tokens first, then in one of them, so that a row's cumulative distribution isn't
+    written: that takes a GPU as long as all else of a step beside the model.
+    """
+    size = probabilities.shape[1]
+    end = size - size % _BLOCK
+    blocks = [probabilities[:, :end].unflatten(1, (-1, _BLOCK)), probabilities[:, None, end:]]
+    cumulative = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks], 1).cumsum(1)
+    number = uniform.double()[:, None] * cumulative[:, -1:]
+    block = torch.searchsorted(cumulative, number, right=True).clamp(max=cumulative.shape[1] - 1)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
+    places = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
+    inside = probabilities.gather(1, places.clamp(max=size - 1)).double().masked_fill(places >= size, 0).cumsum(1)
+    # Sums that are rounded otherwise might leave the number behind the last token, or at one without probability.
+    number = torch.minimum(number - before, inside[:, -1:].nextafter(torch.zeros_like(number)))
+    return (block * _BLOCK + torch.searchsorted(inside, number, right=True)).squeeze(1).clamp(max=size - 1)
+
+
+def _check_choice(logits: Tensor, temperature: float, late: LateChecks | None) -> None:
     """Refuse rows without a distribution: softmax makes NaN of them, and a search in NaN finds the last token."""
     largest = logits.amax(-1)  # NaN if there is any
-    if not largest.isfinite().all():
+
+    def problem() -> str:
         found = largest[~largest.isfinite()][0].item()
         allowed = "allowed is a finite one, -inf only for tokens that are ruled out"
-        raise ValueError(
+        return (
             f"logits: found a row whose largest is {found} at temperature {temperature:g}, after on_logits; {allowed}"
         )
+
+    checks = late or LateChecks()
+    checks.add(largest.isfinite().all(), problem)
+    if late is None:
+        checks.finish()
 
 
 def confidence(sampler: str, tokens: Tensor, probabilities: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from thermo_lib.files.tensors import (
     weight_files,
 )
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
+from thermo_lib.models.checks import LateChecks, check_logits
 from thermo_lib.models.families import (
     ARCHITECTURES,
     DreamConfig,
@@ -172,15 +173,26 @@ class DiffusionLM:
         Raises:
             ValueError: ids outside the vocabulary, or logits that are NaN or infinite.
         """
+        check_known(ids, self.vocab_size)
         return self.token_logits(self.model.predict(self._states(ids, at, attention_mask))).to(ids.device)
 
     @torch.no_grad()
-    def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None) -> Iterator[Tensor]:
-        """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large."""
-        for states in self._states(ids, at, attention_mask).split(self.rows_at_a_time):
-            yield self.token_logits(self.model.predict(states)).to(ids.device)
+    def logit_parts(
+        self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None, *, late: LateChecks | None = None
+    ) -> Iterator[Tensor]:
+        """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large.
 
-    def token_logits(self, logits: Tensor) -> Tensor:
+        Args:
+            ids, at, attention_mask: see ``logits``.
+            late: takes the checks of the logits, and the ids must be known to be in the vocabulary; None makes all
+                checks at once.
+        """
+        if late is None:
+            check_known(ids, self.vocab_size)
+        for states in self._states(ids, at, attention_mask).split(self.rows_at_a_time):
+            yield self.token_logits(self.model.predict(states), late).to(ids.device)
+
+    def token_logits(self, logits: Tensor, late: LateChecks | None = None) -> Tensor:
         """A head's output as logits of the tokens that may be written: other ids get no probability.
 
         A filled position is never a mask token (the zero masking probabilities of MDLM, arXiv 2406.07524), and never
@@ -189,6 +201,7 @@ class DiffusionLM:
 
         Args:
             logits: ``(n, vocabulary)``; overwritten if they are float32 or float64.
+            late: takes the check of the logits; None makes it at once.
 
         Returns:
             ``(n, vocabulary)``, float32, or float64 if that is given: ``NO_PROBABILITY`` and small differences of log
@@ -197,7 +210,7 @@ class DiffusionLM:
         Raises:
             ValueError: logits that are NaN or infinite, as after an overflow of float16.
         """
-        check_logits(logits)
+        check_logits(logits, late)
         precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
         precise[:, self.mask_token_id] = NO_PROBABILITY
         return self._vocabulary().rule_out(precise)
@@ -210,9 +223,9 @@ class DiffusionLM:
     def _states(self, ids: Tensor, at: Tensor, attention_mask: Tensor | None) -> Tensor:
         """The states from which the head predicts at chosen positions, ``(n, hidden)``."""
         device = self.model.device
-        check_known(ids, self.vocab_size)
         visible = None if attention_mask is None else attention_mask.to(device)
-        return self.model.hidden(ids.to(device), visible)[at.to(device)]
+        places = at.to(device).flatten().nonzero().flatten()  # a GPU is waited for here, and not after the pass
+        return self.model.hidden(ids.to(device), visible).flatten(0, 1)[places]
 
 
 def as_lm(model: DiffusionLM | MaskPredictor) -> DiffusionLM:
@@ -248,19 +261,6 @@ def as_lm(model: DiffusionLM | MaskPredictor) -> DiffusionLM:
 def _beside(folder: Path, vocab_size: int, written: tuple[int, ...]) -> tuple[Tokenizer, ChatTemplate | None, Any]:
     """Tokenizer, chat template and carried settings of a folder whose files were written at these times."""
     return read_tokenizer(folder, vocab_size), read_chat_template(folder), read_carried(folder)
-
-
-def check_logits(logits: Tensor) -> None:
-    """Raise ValueError if logits, any shape, are NaN or infinite: no token could be told from another."""
-    if not logits.numel():
-        return
-    low, high = logits.detach().aminmax()  # NaN if there is any; two numbers, where ``isfinite`` takes memory
-    if not (low.isfinite() & high.isfinite()):
-        found = "NaN" if low.isnan() else "infinity"
-        raise ValueError(
-            f"logits: found {found} in {logits.dtype}, expected finite numbers; float16 overflows beyond 65504, "
-            "load the model with dtype bfloat16 or float32 then"
-        )
 
 
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:

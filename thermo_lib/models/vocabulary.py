@@ -43,7 +43,7 @@ class Vocabulary:
             logits[:, self._end :] = NO_PROBABILITY
         if len(self._between):
             self._between = self._between.to(logits.device)
-            logits[:, self._between] = NO_PROBABILITY
+            logits.index_fill_(1, self._between, NO_PROBABILITY)
         return logits
 
 
