@@ -49,7 +49,8 @@ class TableLM:
         self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None, *, late: LateChecks | None = None
     ) -> Iterator[Tensor]:
         """As ``DiffusionLM.logit_parts``: some rows at a time."""
-        yield from self.logits(ids, at, attention_mask).split(5)
+        is_asked = at if at.dtype == torch.bool else torch.zeros(ids.numel()).index_fill(0, at, 1).bool().view_as(ids)
+        yield from self.logits(ids, is_asked, attention_mask).split(5)
 
 
 def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:

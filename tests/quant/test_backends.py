@@ -181,7 +181,7 @@ class TestChoice:
         layer.scale /= 100
         sizes = []
 
-        def overflows(layer: QuantizedLinear, x: Tensor) -> Tensor:
+        def overflows(layer: QuantizedLinear, x: Tensor, bias: None = None) -> Tensor:
             sizes.append(x.abs().amax(-1))
             partly = F.linear(x.float(), layer.weight() * 64).half()  # scaled back when it is too late
             return (partly.float() / 64).to(x.dtype)
@@ -201,7 +201,7 @@ class TestChoice:
         """Among many, whose errors are small, and beside one that is large."""
         layer = planes_layer(6, 64, 2, 32)
 
-        def wrong(layer: QuantizedLinear, x: Tensor) -> Tensor:
+        def wrong(layer: QuantizedLinear, x: Tensor, bias: None) -> Tensor:
             product = F.linear(x, layer.weight().to(x.dtype))
             product[-1] *= 1.5
             return product
@@ -215,7 +215,7 @@ class TestChoice:
         """A kernel for more tokens is another kernel."""
         layer, counts = planes_layer(6, 64, 2, 32), []
 
-        def product(layer: QuantizedLinear, x: Tensor) -> Tensor:
+        def product(layer: QuantizedLinear, x: Tensor, bias: None) -> Tensor:
             counts.append(len(x))
             return F.linear(x, layer.weight().to(x.dtype))
 

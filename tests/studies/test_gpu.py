@@ -40,7 +40,7 @@ SMALL = gpu.Extent(
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     path = tmp_path_factory.mktemp("gpu") / "gpu.json"
     with pytest.MonkeyPatch.context() as patch:
-        for name, small in (("_SEQUENCES", 1), ("_STEPS", 2), ("_TEXT", 20)):
+        for name, small in (("_SEQUENCES", 1), ("_STEPS", 2), ("_TEXT", 20), ("_NETWORK_STEPS", 1)):
             patch.setattr(gpu, name, small)
         found = gpu.gpu_check(torch.device("cpu"), SMALL, path)
     assert json.loads(path.read_text(encoding="utf-8")) == found
@@ -56,7 +56,10 @@ def test_every_part_has_its_rows(found: dict[str, Any]) -> None:
     assert [row["model"] for row in found["generation"]] == list(MODELS)
     assert all(row["seconds"] > 0 and row["beside"] < 1 for row in found["generation"])
     assert len(found["quantizers"]) == 4
-    assert [(row["preset"], row["blocks"]) for row in found["layerwise"]] == [("gptq", 1), ("best, untrained", 1)]
+    one = "best, one partial row"
+    presets = ["gptq", f"{one}, untrained", f"{one}, sequential", f"{one}, network", "best, untrained"]
+    assert [row["preset"] for row in found["layerwise"]] == presets
+    assert [row["steps"] for row in found["layerwise"]] == [None, None, None, 1, None]
     assert all(row["seconds"] > 0 and row["peak_mib"] is None for row in found["layerwise"])
     assert found["decoders"] == [], "they are for a GPU"
     assert {row["backend"] for row in found["rows"]} == {"plain"}, "no other kernel is for a CPU"

@@ -97,7 +97,7 @@ class CachedBatch:
         with computing_for(batch.lm, told, timestep, batch.schedule.timesteps):
             inside = torch.arange(place.columns.shape[1])[None] < torch.tensor(place.counts)[:, None]
             asked = (place.of(is_open) & inside.to(x.device)).flatten().nonzero().flatten()
-            return batch.filled(x, self._logits(x, place, asked), is_open, rate, uniform)
+            return batch.filled(x, lambda places: self._logits(x, place, asked), is_open, rate, uniform)
 
     def _go_on(self, x: Tensor, is_left: Tensor, timestep: int) -> _Place:
         """Drop finished rows, compute what is new before the others' first block with masks, and give these blocks."""

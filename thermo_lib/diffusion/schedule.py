@@ -81,6 +81,8 @@ class Schedule:
 
     def counts(self) -> set[int]:
         """The numbers of steps that blocks have."""
+        if not self.is_divided:
+            return {self.timesteps}
         divided = [divmod(self.timesteps, blocks) for blocks in self.blocks.unique().tolist()]
         return {width for width, _ in divided} | {width + 1 for width, longer in divided if longer}
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from thermo_lib.quant.calls import CALL, denoising
 
 LogitsHook = Callable[[int, Tensor, Tensor], Tensor]
 TokensHook = Callable[[int | None, Tensor, Tensor | None], Tensor]
+Parts = Callable[[Tensor], Iterable[Tensor]]
 _CACHED = 2**20  # logits
 
 
@@ -53,13 +55,12 @@ class Batch:
         """The ids ``(batch, length)`` after a step; ``uniform`` is ``(2, batch, length)``, for positions and tokens."""
         is_left = self.left(x)
         is_open, rate = self.opened(is_left, timestep)
-        visible = () if self.is_text is None else (self.is_text,)
         if self.on_logits is not None or self.on_tokens is not None:
             with self._told(is_left, timestep):
-                everywhere = self.lm.logits(x, torch.ones_like(is_open), *visible).unflatten(0, x.shape)
+                everywhere = self.lm.logits(x, torch.ones_like(is_open), self.is_text).unflatten(0, x.shape)
             if self.on_logits is not None:
                 everywhere = same_shape("on_logits", self.on_logits(timestep, x, everywhere), everywhere)
-            x = self.filled(x, [everywhere[is_open]], is_open, rate, uniform)
+            x = self.filled(x, lambda places: [everywhere.flatten(0, 1)[places]], is_open, rate, uniform)
             self.late.finish()
             return x if self.on_tokens is None else same_shape("on_tokens", self.on_tokens(timestep, x, everywhere), x)
         if self.sampling.threshold is not None or self.rules.stop_at_end:
@@ -69,7 +70,8 @@ class Batch:
             if len(rows) < len(x):
                 return x.index_copy(0, rows, self[rows].step(x[rows], timestep, uniform[:, rows]))
         with self._told(is_left, timestep):
-            return self.filled(x, self.lm.logit_parts(x, is_open, *visible, late=self.late), is_open, rate, uniform)
+            logits = partial(self.lm.logit_parts, x, attention_mask=self.is_text, late=self.late)
+            return self.filled(x, logits, is_open, rate, uniform)
 
     def left(self, x: Tensor) -> Tensor:
         """Where a position is still masked, bool ``(batch, length)``."""
@@ -79,6 +81,8 @@ class Batch:
     def opened(self, is_left: Tensor, timestep: int) -> tuple[Tensor, Tensor]:
         """The positions of each row's block, bool ``(batch, length)``, and the share to fill, float64 ``(batch,)``."""
         schedule = self.schedule
+        if self.sampling.threshold is None and not schedule.is_divided:
+            return is_left, self.rates[schedule.timesteps][timestep].expand(len(is_left))
         if self.sampling.threshold is None:
             block, step, steps = schedule.at(timestep)
             rate = torch.zeros_like(block, dtype=torch.float64)
@@ -99,31 +103,31 @@ class Batch:
         with computing_for(self.lm, told, timestep, self.schedule.timesteps):
             yield
 
-    def filled(self, x: Tensor, parts: Iterable[Tensor], is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
+    def filled(self, x: Tensor, parts: Parts, is_open: Tensor, rate: Tensor, uniform: Tensor) -> Tensor:
         """Fill a share of the open positions.
 
-        A GPU is waited for once, before the first part, which computes the pass.
+        A GPU is waited for once, before the pass; then it is asked for all the rest of the step.
 
         Args:
             x: ids ``(batch, length)``.
-            parts: of the open positions' logits, each ``(n, vocabulary)``.
+            parts: given the open positions' places, computes their logits, each part ``(n, vocabulary)``.
             is_open: bool ``(batch, length)``.
             rate: the share, float64 ``(batch,)``.
             uniform: see ``step``.
         """
-        is_first = self.start & (self.start.cumsum(1) == 1)
-        places = is_open.flatten().nonzero().flatten()
-        self.late.finish()
+        sampling, rules = self.sampling, self.rules
+        (for_position, for_token), is_first = uniform, self.start & (self.start.cumsum(1) == 1)
+        places = self.late.places(is_open)
         if not len(places):
             return x
-        sampling, rules = self.sampling, self.rules
-        for_position, for_token, is_first = uniform[0], uniform[1].flatten()[places], is_first.flatten()[places]
-        tokens, scores = [], []
-        for logits in (some for part in parts for some in _in_cache(part)):
-            drawn, for_token = for_token[: len(logits)], for_token[len(logits) :]
-            first, is_first = is_first[: len(logits)], is_first[len(logits) :]
-            logits = rules.rule_out(logits, first)
-            how = sampling.temperature, drawn, sampling.top_p, sampling.top_k
+        tokens: list[Tensor] = []
+        scores: list[Tensor] = []
+        done = 0
+        for logits in (some for part in parts(places) for some in _in_cache(part)):
+            at = places[done : done + len(logits)]
+            done += len(logits)
+            logits = rules.rule_out(logits, is_first.flatten()[at])
+            how = sampling.temperature, for_token.flatten()[at], sampling.top_p, sampling.top_k
             found, probabilities = sample_tokens(logits, *how, late=self.late)
             tokens.append(found)
             if sampling.sampler == "low_confidence":  # what the model says of the token, however it was drawn
@@ -148,7 +152,10 @@ class Batch:
             score = score / sampling.alg_temp - (-uniform.clamp(1e-20, 1 - 1e-7).log()).log()
         # However unsure, an open position comes before one that isn't, so that the number that is filled stays.
         score = score.clamp(min=torch.finfo(score.dtype).min).masked_fill(~is_open, -torch.inf)
-        rank = score.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+        order = score.argsort(dim=1, descending=True, stable=True)
+        rank = torch.empty_like(order).scatter_(
+            1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+        )
         still_open = is_open.sum(1)
         count = _scheduled(still_open, rate, early=sampling.sampler == "low_confidence")
         if sampling.threshold is not None:

@@ -96,14 +96,15 @@ def _drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
     size = probabilities.shape[1]
     end = size - size % _BLOCK
     blocks = [probabilities[:, :end].unflatten(1, (-1, _BLOCK)), probabilities[:, None, end:]]
-    cumulative = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks], 1).cumsum(1)
+    sums = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks if some.numel()], 1)
+    cumulative = sums.cumsum(1)
     number = uniform.double()[:, None] * cumulative[:, -1:]
-    block = torch.searchsorted(cumulative, number, right=True).clamp(max=cumulative.shape[1] - 1)
-    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
+    block = torch.searchsorted(cumulative, number, right=True).clamp(max=sums.shape[1] - 1)
     places = block * _BLOCK + torch.arange(_BLOCK, device=block.device)
-    inside = probabilities.gather(1, places.clamp(max=size - 1)).double().masked_fill(places >= size, 0).cumsum(1)
-    # Sums that are rounded otherwise might leave the number behind the last token, or at one without probability.
-    number = torch.minimum(number - before, inside[:, -1:].nextafter(torch.zeros_like(number)))
+    inside = probabilities.gather(1, places.clamp(max=size - 1)).double().cumsum(1)  # the last token's may be repeated
+    # Sums are rounded, and mustn't leave the number behind the last token, or at one without probability.
+    number = (number - (cumulative - sums).gather(1, block)).clamp(min=0)
+    number = torch.minimum(number, inside[:, -1:] * (1 - 2**-53))
     return (block * _BLOCK + torch.searchsorted(inside, number, right=True)).squeeze(1).clamp(max=size - 1)
 
 
@@ -119,7 +120,7 @@ def _check_choice(logits: Tensor, temperature: float, late: LateChecks | None) -
         )
 
     checks = late or LateChecks()
-    checks.add(largest.isfinite().all(), problem)
+    checks.add((largest.abs() < torch.inf).all(), problem)
     if late is None:
         checks.finish()
 

@@ -21,6 +21,27 @@ class LateChecks:
         """
         self._checks.append((is_right, problem))
 
+    def places(self, flags: Tensor) -> Tensor:
+        """Where flags are True, which waits for a device, and ask for the outcomes with it.
+
+        Args:
+            flags: bool, any shape.
+
+        Returns:
+            int64 ``(n,)``, the places in ``flags.flatten()``.
+
+        Raises:
+            ValueError: the problem of the first check since the last time that found one.
+        """
+        if self._checks:  # after a problem no place is left: only then, or where there is none, are checks looked at
+            flags = flags & torch.stack([is_right for is_right, _ in self._checks]).all()
+        found = flags.flatten().nonzero().flatten()
+        if len(found):
+            self._checks.clear()
+        else:
+            self.finish()
+        return found
+
     def finish(self) -> None:
         """Ask for the outcomes of the checks since the last time.
 
@@ -45,14 +66,15 @@ def check_logits(logits: Tensor, late: LateChecks | None = None) -> None:
     if not logits.numel():
         return
     low, high = logits.detach().aminmax()  # NaN if there is any; two numbers, where ``isfinite`` takes memory
+    dtype = logits.dtype  # the check mustn't hold the logits until it is asked for
 
     def problem() -> str:
         return (
-            f"logits: found {'NaN' if low.isnan() else 'infinity'} in {logits.dtype}, expected finite numbers; float16 "
+            f"logits: found {'NaN' if low.isnan() else 'infinity'} in {dtype}, expected finite numbers; float16 "
             "overflows beyond 65504, load the model with dtype bfloat16 or float32 then"
         )
 
     checks = late or LateChecks()
-    checks.add(low.isfinite() & high.isfinite(), problem)
+    checks.add((low.abs() < torch.inf) & (high.abs() < torch.inf), problem)
     if late is None:
         checks.finish()

@@ -183,7 +183,8 @@ class DiffusionLM:
         """What ``logits`` returns, in parts of its rows that a large vocabulary doesn't make too large.
 
         Args:
-            ids, at, attention_mask: see ``logits``.
+            ids, attention_mask: see ``logits``.
+            at: as for ``logits``, or the places of these positions in ``ids.flatten()``, int64 ``(n,)``.
             late: takes the checks of the logits, and the ids must be known to be in the vocabulary; None makes all
                 checks at once.
         """
@@ -224,7 +225,10 @@ class DiffusionLM:
         """The states from which the head predicts at chosen positions, ``(n, hidden)``."""
         device = self.model.device
         visible = None if attention_mask is None else attention_mask.to(device)
-        places = at.to(device).flatten().nonzero().flatten()  # a GPU is waited for here, and not after the pass
+        at = at.to(device)
+        places = (
+            at.flatten().nonzero().flatten() if at.dtype == torch.bool else at
+        )  # a GPU is waited for before the pass
         return self.model.hidden(ids.to(device), visible).flatten(0, 1)[places]
 
 

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
+_LONG = 64  # unknown ids that follow each other, as they do at a vocabulary's end; no other is looked up by itself
 NO_PROBABILITY = -1e30  # finite, so that 0 * log 0 is 0 in a KL divergence; float16 doesn't hold it
 
 
@@ -34,16 +35,17 @@ class Vocabulary:
         is_known[never[0]] = True  # which ``token_logits`` rules out
         known, unknown = is_known.nonzero().flatten(), (~is_known).nonzero().flatten()
         self.writable = known[known != never[0]]
-        self._end = int(known[-1]) + 1  # unknown ids are at the end as a rule, where none has to be looked up
-        self._between = unknown[unknown < self._end]
+        runs = torch.tensor_split(unknown, ((unknown.diff() > 1).nonzero().flatten() + 1).tolist())
+        self._runs = [slice(int(run[0]), int(run[-1]) + 1) for run in runs if len(run) >= _LONG]
+        self._scattered = torch.cat([unknown[:0], *(run for run in runs if len(run) < _LONG)])
 
     def rule_out(self, logits: Tensor) -> Tensor:
         """Give other ids no probability in logits ``(n, vocabulary)``, which are overwritten."""
-        if self._end < logits.shape[1]:
-            logits[:, self._end :] = NO_PROBABILITY
-        if len(self._between):
-            self._between = self._between.to(logits.device)
-            logits.index_fill_(1, self._between, NO_PROBABILITY)
+        for run in self._runs:
+            logits[:, run] = NO_PROBABILITY
+        if len(self._scattered):
+            self._scattered = self._scattered.to(logits.device)
+            logits.index_fill_(1, self._scattered, NO_PROBABILITY)
         return logits
 
 

@@ -49,6 +49,16 @@ def alone_in_resume(function: Callable[Arguments, Result]) -> Callable[Arguments
     return run
 
 
+def check_trainable(lm: DiffusionLM) -> None:
+    """Raise ValueError for a model in float16 or bfloat16, where the steps of training are lost in rounding."""
+    dtype = lm.model.dtype
+    if dtype.itemsize < torch.float32.itemsize:
+        allowed = (
+            "allowed with training is float32: load_model without dtype, or quantize_checkpoint, a block at a time"
+        )
+        raise ValueError(f"lm: found a model in {dtype}, {allowed}")
+
+
 @dataclass(frozen=True)
 class PhaseRun(Generic[AnyPhase]):
     """A phase of training of one model.
@@ -94,8 +104,11 @@ class PhaseRun(Generic[AnyPhase]):
             start: the quantized model that is trained; None where the phase makes it.
 
         Raises:
-            ValueError: neither calibration nor prompts, where the phase needs them.
+            ValueError: neither calibration nor prompts, where the phase needs them, or a model that can't be trained.
         """
+        for lm in (reference, start):
+            if lm is not None:
+                check_trainable(lm)
         is_fresh = phase.states == "fresh"
         if is_fresh and prompts is not None:
             source: Calibration | Sequence[Prompts] = prompts

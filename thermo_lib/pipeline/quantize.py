@@ -16,7 +16,7 @@ from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, coded_tables, norm_names
 from thermo_lib.pipeline.parts import Sequential
-from thermo_lib.pipeline.phases import PhaseRun, alone_in_resume, weights_snapshot
+from thermo_lib.pipeline.phases import PhaseRun, alone_in_resume, check_trainable, weights_snapshot
 from thermo_lib.pipeline.presets import DEFAULT
 from thermo_lib.pipeline.training import (
     optimize_transitions,
@@ -105,6 +105,8 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
     if len(devices - {"meta"}) > 1:  # blocks that are read when they run are on meta
         raise ValueError(f"lm: found a model split over {', '.join(sorted(devices))}, allowed is one device")
     coded_tables(lm.model, config)  # which refuses those that can't be coded
+    if config.training or getattr(config.activations, "fit_to", None) == "path_kl":
+        check_trainable(lm)
     if config.time_norms is not None:
         norm_names(lm.model)  # refuses kinds that aren't known
     if config.needs_calibration and calibration is None:

@@ -46,11 +46,11 @@ class _Code(NamedTuple):
 
     Attributes:
         suits: whether it is for a layer and an input.
-        product: the input times the layer's weight, without the bias.
+        product: the input times the layer's weight, plus a bias of the input's type, or None.
     """
 
     suits: Callable[[Any, Tensor], bool]
-    product: Callable[[Any, Tensor], Tensor]
+    product: Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -62,12 +62,17 @@ def _needs_gradient(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The product of a written weight; with two dimensions the bias is added before the result is rounded."""
+    return F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
 def _for_triton(layer: Any, x: Tensor) -> bool:
     return layer.suits_triton() and _on_gpu(x)
 
 
-def _by_triton(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(layer.quantized_input(x), layer.triton_weight(x.dtype))
+def _by_triton(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return _dense(layer.quantized_input(x), layer.triton_weight(x.dtype), bias)
 
 
 def _for_cuda(layer: Any, x: Tensor) -> bool:
@@ -75,8 +80,8 @@ def _for_cuda(layer: Any, x: Tensor) -> bool:
     return fits and torch.cuda.get_device_capability(x.device) >= (8, 0) and _is_there(_MODULES["cuda"])
 
 
-def _by_cuda(layer: Any, x: Tensor) -> Tensor:
-    return F.linear(layer.quantized_input(x), layer.cuda_weight(x.dtype))
+def _by_cuda(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    return _dense(layer.quantized_input(x), layer.cuda_weight(x.dtype), bias)
 
 
 def _for_integer_triton(layer: Any, x: Tensor) -> bool:
@@ -89,8 +94,9 @@ def _for_integer_triton(layer: Any, x: Tensor) -> bool:
     return layer.packed.shape[1] // layer.scale.shape[-1] >= NARROWEST
 
 
-def _by_integer_triton(layer: Any, x: Tensor) -> Tensor:
-    return layer.integer_triton(x).view(*x.shape[:-1], layer.out_features)
+def _by_integer_triton(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    found = layer.integer_triton(x).view(*x.shape[:-1], layer.out_features)
+    return found if bias is None else found + bias
 
 
 def _for_humming(layer: Any, x: Tensor) -> bool:
@@ -99,9 +105,10 @@ def _for_humming(layer: Any, x: Tensor) -> bool:
     return fits and not _needs_gradient(x) and _is_there("humming")
 
 
-def _by_humming(layer: Any, x: Tensor) -> Tensor:
+def _by_humming(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     tokens = layer.quantized_input(x).reshape(-1, x.shape[-1]).contiguous()
-    return layer.humming(x.dtype)(tokens).view(*x.shape[:-1], layer.out_features)
+    found = layer.humming(x.dtype)(tokens).view(*x.shape[:-1], layer.out_features)
+    return found if bias is None else found + bias
 
 
 _CODE = {
@@ -149,18 +156,19 @@ def choose(layer: Any, x: Tensor) -> str:
     return next((name for name in tried if _CODE[name].suits(layer, x) and _is_right(name, layer, x)), "plain")
 
 
-def product(name: str, layer: Any, x: Tensor) -> Tensor:
-    """An input, quantized as the layer does, times the layer's weight by what ``choose`` named, without the bias.
+def product(name: str, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """An input, quantized as the layer does, times the layer's weight by what ``choose`` named.
 
     Args:
         name: any but "plain" and "compiled".
         layer: a quantized linear.
         x: ``(..., in_features)``, before it is quantized.
+        bias: what is added, ``(out_features,)`` of the type of ``x``.
 
     Returns:
         ``(..., out_features)``.
     """
-    return _CODE[name].product(layer, x)
+    return _CODE[name].product(layer, x, bias)
 
 
 _found: dict[tuple[Any, ...], bool] = {}
@@ -184,7 +192,7 @@ def _is_right(name: str, layer: Any, x: Tensor) -> bool:
             # Half of them are masked, where the ranges depend on it.
             with denoising(CALL.step, torch.arange(count, device=x.device) % 2 == 1, rows=()):
                 quantized = layer.quantized_input(some.float())
-                found = _CODE[name].product(layer, some).float()
+                found = _CODE[name].product(layer, some, None).float()
             expected = F.linear(quantized, weight)
             # Terms may cancel out, in a few outputs all of them: then it is as large as terms of random signs come to.
             size = torch.maximum(expected.norm(dim=-1), F.linear(quantized**2, weight**2).sum(-1).sqrt())

@@ -1,6 +1,7 @@
 """CUDA graphs: a function of tensors, recorded once and replayed without Python's launches between its kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -33,10 +34,14 @@ def captured(function: Callable[..., Found], *given: Tensor) -> Callable[..., Fo
     with torch.cuda.graph(graph):
         found = function(*held)
 
-    def replay(*others: Tensor) -> Found:
-        for mine, other in zip(held, others, strict=True):
-            mine.copy_(other)
-        graph.replay()
-        return found
+    return partial(_replay, graph, held, found, function)
 
-    return replay
+
+def _replay(
+    graph: torch.cuda.CUDAGraph, held: Sequence[Tensor], found: Found, function: Callable[..., Found], *given: Tensor
+) -> Found:
+    """Repeat ``function``, which is held as long as its graph: what the graph reads belongs to it."""
+    for mine, other in zip(held, given, strict=True):
+        mine.copy_(other)
+    graph.replay()
+    return found

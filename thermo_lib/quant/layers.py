@@ -125,7 +125,7 @@ class QuantizedLinear(TimestepTable):
             return self._code_linear(x)
         self.chosen = backends.choose(self, x)
         if self.chosen not in ("plain", "compiled"):
-            return self._plus_bias(backends.product(self.chosen, self, x))
+            return backends.product(self.chosen, self, x, self._bias(x.dtype))
         x = self.quantized_input(x)
         if x.dtype.itemsize < torch.float32.itemsize and self.has_planes:
             row = self.row()

@@ -31,6 +31,7 @@ from thermo_lib.quant.backends import set_backend
 from thermo_lib.quant.gptq import gptq
 from thermo_lib.quant.graphs import captured
 from thermo_lib.quant.layers import TrellisLinear
+from thermo_lib.quant.precision import TF32, products_in
 from thermo_lib.quant.rounding import least_squares, round_to_nearest
 from thermo_lib.quant.trellis import trellis
 from thermo_lib.studies.full_size import PUBLISHED, random_model
@@ -41,6 +42,7 @@ _WRONG = 0.02  # error of a product, as a share of its size
 _STEPS, _TEXT = 16, 256  # of a generation: denoising steps and tokens
 _BEAM = 16
 _SEQUENCES = 8  # of calibration
+_NETWORK_STEPS = 20  # of training
 _COLD = 2**27  # bytes of weights that are read in turns: more than a GPU's cache holds
 _MODELS = (None, "int2 w2a16", "int2 w2a8 static", "trellis")
 
@@ -107,7 +109,7 @@ def linear_rows(device: torch.device, extent: Extent) -> Rows:
         weights = torch.randn(_copies(2 * in_features * out_features, device), out_features, in_features).bfloat16()
         dense = [functools.partial(F.linear, weight=weight) for weight in weights.to(device)]
         inputs = {count: torch.randn(count, in_features).to(device, torch.bfloat16) for count in extent.tokens}
-        expected = {count: _together(dense, x, device) for count, x in inputs.items()}
+        expected = {count: together(dense, x, device) for count, x in inputs.items()}
         for kernel, make in KERNELS.items():
             layer = make(in_features, out_features).to(device)
             layers = [copy.deepcopy(layer) for _ in range(_copies(layer.packed.numel(), device))]
@@ -126,7 +128,7 @@ def _copies(size: int, device: torch.device) -> int:
 
 
 @torch.no_grad()
-def _together(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, device: torch.device) -> Callable[[], None]:
+def together(products: Sequence[Callable[[Tensor], Tensor]], x: Tensor, device: torch.device) -> Callable[[], None]:
     """A function that makes all products and waits for them, on a GPU as one graph."""
 
     def run(x: Tensor) -> Tensor:
@@ -146,7 +148,7 @@ def _timed(
     layers: Sequence[nn.Module], x: Tensor, dense: Callable[[], None], rounds: int, count: int
 ) -> dict[str, Any]:
     """What ``layers`` take, as a multiple of what ``count`` dense ones do; each by itself."""
-    found = paired_ratio(_together(layers, x, x.device), dense, rounds)
+    found = paired_ratio(together(layers, x, x.device), dense, rounds)
     share = count / len(layers)
     return {
         "times_dense": share * found["ratio"],
@@ -236,7 +238,7 @@ def decoder_rows(device: torch.device, extent: Extent) -> Rows:
         layer = KERNELS["trellis"](in_features, out_features).to(device)
         assert isinstance(layer, TrellisLinear)
         for name, read in (("triton", layer.triton_weight), ("cuda", layer.cuda_weight)):
-            often = _together([functools.partial(_in_type_of, read)] * 8, layer.scale.bfloat16(), device)
+            often = together([functools.partial(_in_type_of, read)] * 8, layer.scale.bfloat16(), device)
             seconds = _median(often, device, extent.rounds) / 8
             yield {"decoder": name, "linear": f"{in_features} -> {out_features}", "ms": 1e3 * seconds}
 
@@ -244,25 +246,35 @@ def decoder_rows(device: torch.device, extent: Extent) -> Rows:
 def layerwise_rows(device: torch.device, extent: Extent) -> Rows:
     """Seconds and memory of quantizing a model of one block, which takes what a block of a larger one does.
 
-    The model is there twice, as it was and quantized. ``best`` is measured without its training.
+    The model is there twice in float32, as it was and quantized, and products are in TF32, as the command ``quantize``
+    has it. Of ``best`` the search is measured without training, and training
+    with the fastest search; ``steps`` is how many were made of the phase that trains the network.
     """
     tokenizer, length = read_tokenizer(REFERENCE_DIR), min(_TEXT, max(extent.tokens))
+    best = ThermoConfig.preset("best")
+    fast = best.replace(weights=best.weights.model_copy(update={"beam": 1}))
+    network = best.training[-1].model_copy(update={"steps": _NETWORK_STEPS})
     configs = {
         "gptq": ThermoConfig.preset("gptq"),
-        "best, untrained": ThermoConfig.preset("best").replace(training=()),
+        "best, one partial row, untrained": fast.replace(training=()),
+        "best, one partial row, sequential": fast.replace(training=best.training[:1]),
+        "best, one partial row, network": fast.replace(training=(network,)),
+        "best, untrained": best.replace(training=()),
     }
     for name, config in configs.items():
         model = lm = states = None  # of the last one, whose memory doesn't count
         _free(device)
-        model = random_model(extent.config, 1, device)
+        model = random_model(extent.config, 1, device).float()
         lm = DiffusionLM(model, tokenizer, model.config.mask_token_id, "random")
         ids = torch.randint(0, 1000, (_SEQUENCES, length), device=device)
         states = calibrate(lm, [(ids, None)], timesteps=config.timesteps, source="forward", progress=False)
         _wait(device)
         start = time.perf_counter()
-        quantize(lm, config, states)
+        with products_in(TF32):
+            quantize(lm, config, states)
         _wait(device)
-        yield {"preset": name, "blocks": 1, "seconds": time.perf_counter() - start, "peak_mib": _peak(device)}
+        about = {"preset": name, "blocks": 1, "steps": _NETWORK_STEPS if config.training == (network,) else None}
+        yield about | {"seconds": time.perf_counter() - start, "peak_mib": _peak(device)}
 
 
 PARTS: dict[str, Callable[[torch.device, Extent], Rows]] = {
