@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 DEVICE = torch.device("lazy")
 torch._register_device_module("lazy", ModuleType("torch.lazy"))  # torch.utils.checkpoint asks for one
 _MOVES = {torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default}
+_SIZED = {torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default}  # waited for, to know their size
 
 
 class Memory:
@@ -116,6 +117,8 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str]) -
         raise RuntimeError(f"{func}: asked for {target} of tensors on the device")
     if func is torch.ops.aten._local_scalar_dense.default:
         count["read"] += 1
+    if func in _SIZED and here:
+        count["size"] += 1
     held = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, kwargs))
     options = held[1] | ({"device": torch.device("cpu")} if onto else {})
     result = func(*held[0], **options)

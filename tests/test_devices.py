@@ -234,6 +234,17 @@ def test_the_same_seed_gives_the_same_texts(tiny: DiffusionLM, there: DiffusionL
     assert moves <= 1 + 5 + 5  # the ids, and of each step the random numbers
 
 
+@pytest.mark.parametrize("how", [{}, {"sampler": "origin"}, {"suppress_tokens": [7], "begin_suppress_tokens": [8]}])
+def test_a_step_waits_for_a_gpu_once_before_its_pass(there: DiffusionLM, how: dict[str, Any]) -> None:
+    ids, waits = torch.full((2, 12), there.mask_token_id), []
+    for timesteps in (3, 6):
+        with PretendedDevice() as device:
+            generate(there, ids.to(DEVICE), timesteps=timesteps, temperature=0.8, **how)
+        assert device.count["to cpu"] == 0
+        waits.append(device.count["read"] + device.count["size"])
+    assert waits[1] - waits[0] == 3  # a number that is read, or a size that depends on numbers; of each step one
+
+
 @pytest.mark.parametrize("hook", ["on_state", "on_logits", "on_tokens"])
 def test_hooks_see_tensors_of_the_device(there: DiffusionLM, hook: str) -> None:
     seen: list[bool] = []

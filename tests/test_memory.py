@@ -1,5 +1,6 @@
 """What a large model would not leave room for is held in parts, elsewhere or not at all, and nothing changes by it."""
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from thermo_lib import Calibration, ThermoConfig, generate, load_model, optimize_transitions, quantize
 from thermo_lib.diffusion.states import calibrate
-from thermo_lib.diffusion.tokens import SAMPLERS
+from thermo_lib.diffusion.tokens import SAMPLERS, sample_tokens
+from thermo_lib.models.checks import LateChecks, check_logits
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
 from thermo_lib.models.streamed import HostEmbedding, load_streamed
 from thermo_lib.pipeline.parts import GPTQ, Blocks, LeastSquares, PathKL, RoundToNearest, Trellis
 from thermo_lib.pipeline.streaming import quantize_checkpoint
+from thermo_lib.quant import trellis as search
 from thermo_lib.transition import blocks
 from thermo_lib.transition.loss import TransitionLoss, token_importance
 from thermo_lib.transition.parameters import TrainableWeight
@@ -168,6 +171,32 @@ def test_a_gpu_with_room_holds_many_hidden_states(monkeypatch: pytest.MonkeyPatc
     assert homes == ["cuda", "cuda", "cuda", "cpu"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 24 * 2**30))
     assert [blocks._home(card, size * 2**30).type for size in (2, 3)] == ["cuda", "cpu"]
+
+
+def test_the_search_for_a_trellis_holds_half_of_what_it_reckons_with() -> None:
+    """A GPU's allocator can't use every gap, and an operation may need some memory inside."""
+    rows, columns, beam = 128, 256, 16
+    weight, hessian = torch.randn(rows, columns), torch.eye(columns, dtype=torch.float64)
+    with PretendedDevice():
+        there = weight.to(DEVICE), hessian.to(DEVICE)
+        MEMORY.start()
+        before = MEMORY.now
+        search.trellis(*there, torch.full((columns,), 2), columns, 0.01, beam)
+    assert MEMORY.peak - before < search._HELD / 2 * rows * beam * columns
+
+
+def test_checks_that_wait_hold_no_logits() -> None:
+    """Those of a step are as large as a model, where it fills many positions."""
+    late, logits = LateChecks(), torch.randn(3, 50, dtype=torch.bfloat16)
+    alive = [weakref.ref(logits)]
+    check_logits(logits, late)
+    precise = logits.float()
+    alive.append(weakref.ref(precise))
+    probabilities = sample_tokens(precise, 1.0, torch.rand(3), late=late)[1]
+    alive.append(weakref.ref(probabilities))
+    del logits, precise, probabilities
+    assert [tensor() for tensor in alive] == [None, None, None]
+    late.finish()
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from table_model import CONFIDENCE_SAMPLERS
 from torch import Tensor
 
-from thermo_lib.diffusion.tokens import confidence, filter_logits, sample_tokens
+from thermo_lib.diffusion.tokens import _drawn, confidence, filter_logits, sample_tokens
 
 
 def distinct_logits(size: int) -> st.SearchStrategy[Tensor]:
@@ -41,6 +41,20 @@ class TestSampleTokens:
         uniform = (torch.arange(count) + 0.5) / count
         tokens, probabilities = sample_tokens(logits.expand(count, -1), temperature, uniform)
         assert (tokens.bincount(minlength=6) - count * probabilities[0]).abs().max() < 1.01
+
+    @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
+    @pytest.mark.parametrize("share", [1.0, 0.01])
+    def test_blocks_of_tokens_give_the_token_of_the_whole_distribution(self, size: int, share: float) -> None:
+        generator = torch.Generator().manual_seed(size)
+        probabilities = torch.randn((40, size), generator=generator).mul(3).softmax(-1)
+        probabilities *= torch.rand((40, size), generator=generator) < share
+        probabilities[:, size // 2] += 0.01  # some token has some
+        cumulative = probabilities.double().cumsum(-1)
+        for uniform in (torch.rand(40, generator=generator), torch.zeros(40), torch.full((40,), 1 - 2**-24)):
+            found = _drawn(probabilities, uniform)
+            number = uniform.double()[:, None] * cumulative[:, -1:]
+            assert torch.equal(found, torch.searchsorted(cumulative, number, right=True).squeeze(1))
+            assert (probabilities.gather(1, found[:, None]) > 0).all()
 
     @given(logits=distinct_logits(8), k=st.integers(1, 10))
     def test_top_k_keeps_the_k_likeliest(self, logits: Tensor, k: int) -> None:

@@ -201,7 +201,7 @@ class TestSearch:
             monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
         assert _searched(torch.device("cuda", 0)) == 2**32
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-        assert _searched(torch.device("cuda", 0)) == 2**28
+        assert _searched(torch.device("cuda", 0)) == 2**27
         assert _searched(torch.device("cpu")) == _SEARCHED
 
     def test_rows_that_are_searched_apart_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:

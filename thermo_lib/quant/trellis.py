@@ -27,7 +27,7 @@ MOST_BITS = 6  # of a column
 BLOCK_COLUMNS = 8  # neighbours whose states lie in 64 bits, whatever their bits are
 _BLOCK = 16  # columns between two updates of all later columns
 _SEARCHED = 2**26  # numbers that the search keeps at a time
-_HELD = 16  # bytes of a GPU for each of these; launches take the time there, so many rows are searched at once
+_HELD = 20  # bytes of a GPU for each of these, twice what is held: launches take the time there, so rows are many
 _REFITTED = 2**27  # numbers of a matrix (rows, groups, in_features) that the fit of the scales holds at a time
 
 
@@ -305,7 +305,9 @@ def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[i
             block[..., offset] = err
             block[..., offset + 1 :] -= err[..., None] * Hinv[column, column + 1 : start + width]
         stop = start + width
-        W = _of_parents(rest, ancestor) - block @ Hinv[start:stop, stop:]
+        W = _of_parents(rest, ancestor)
+        del rest  # this is most of what is held, so that there is no third of it
+        W -= block @ Hinv[start:stop, stop:]
     at = cost.argmin(1, keepdim=True)
     symbols = torch.empty((rows, in_features), dtype=torch.uint8, device=device)
     for column in range(in_features - 1, -1, -1):

@@ -72,8 +72,8 @@ def _gemlite(inputs: str) -> Callable[[nn.Linear], tuple[nn.Module, int]]:
         from gemlite import helper
 
         kinds = {"A16W2": helper.A16W2_HQQ_INT, "A8W2": helper.A8W2_HQQ_INT_dynamic}
-        given = _hqq_layer(linear)
-        layer = kinds[inputs](device=str(linear.weight.device), dtype=torch.bfloat16).from_hqqlinear(given)
+        kind = kinds[inputs](device=str(linear.weight.device), dtype=torch.bfloat16)
+        layer = kind.from_hqqlinear(_hqq_layer(linear))  # which takes the linear's weight away
         return layer, stored_bits(layer.W_q, layer.scales, layer.zeros)
 
     return make
