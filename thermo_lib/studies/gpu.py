@@ -256,10 +256,10 @@ def layerwise_rows(device: torch.device, extent: Extent) -> Rows:
     network = best.training[-1].model_copy(update={"steps": _NETWORK_STEPS})
     configs = {
         "gptq": ThermoConfig.preset("gptq"),
+        "best, untrained": best.replace(training=()),
         "best, one partial row, untrained": fast.replace(training=()),
         "best, one partial row, sequential": fast.replace(training=best.training[:1]),
         "best, one partial row, network": fast.replace(training=(network,)),
-        "best, untrained": best.replace(training=()),
     }
     for name, config in configs.items():
         model = lm = states = None  # of the last one, whose memory doesn't count
