@@ -1,5 +1,6 @@
 """Help fits a screen, its examples run, and words that nobody knows are one line that says what is allowed."""
 
+import importlib.metadata
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,13 @@ def test_an_unknown_word_is_one_line(words: list[str], message: str, capsys: pyt
 def test_settings_may_stand_before_and_after_options() -> None:
     read = command_line._parser().parse_args(["quantize", "preset=fast", "--output", "q", "seed=1", "--json", "a=2"])
     assert read.fields == ["preset=fast", "seed=1", "a=2"]
+
+
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_checkout_that_is_not_installed_has_commands_too(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not is_installed:
+        monkeypatch.setattr(importlib.metadata.Distribution, "discover", lambda **_: iter(()))
+    expected = importlib.metadata.version("thermo_lib") if is_installed else "of a checkout, not installed"
+    assert exits(["--version"], capsys) == (0, f"thermo_lib {expected}\n", "")

@@ -77,9 +77,17 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=whole, default=16, help="T (%(default)s)")
 
 
+def _version() -> str:
+    """Of the installed package; a checkout that another Python runs has none."""
+    try:
+        return importlib.metadata.version("thermo_lib")
+    except importlib.metadata.PackageNotFoundError:
+        return "of a checkout, not installed"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog=program(), usage="%(prog)s COMMAND [WORDS AND OPTIONS]", description=ABOUT, epilog=FIRST_STEPS)
-    parser.add_argument("--version", action="version", version=f"thermo_lib {importlib.metadata.version('thermo_lib')}")
+    parser.add_argument("--version", action="version", version=f"thermo_lib {_version()}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
 
     def command(name: str, text: str, words: str = "[options]") -> argparse.ArgumentParser:
