@@ -83,10 +83,10 @@ def test_without_points_smoothing_is_said_not_to_be_measured() -> None:
     assert "too few" in answers.correlation("All", [])
 
 
-@pytest.mark.parametrize("missing", ["speed", "peers_speed", "gpu"])
+@pytest.mark.parametrize("missing", ["speed", "peers_speed", "peers_gpu"])
 @pytest.mark.parametrize("tokens", [1, 256, 7])
 def test_speeds_are_said_of_the_reports_that_are_there(missing: str, tokens: int) -> None:
-    names = ("speed", "peers_speed", "gpu")
+    names = ("speed", "peers_speed", "peers_gpu")
     reports = [None if name == missing else read_json(REPORTS / f"{name}.json") for name in names]
     assert sentences(timing.answer(*reports, tokens)) == MOST_SENTENCES
     assert ("nothing has been measured" in timing.answer(*reports, 256)) == (missing != "peers_speed")

@@ -18,7 +18,7 @@ def answer(cpu: Report, beside: Report, card: Report, tokens: int) -> str:
     Args:
         cpu: the content of ``reports/speed.json``.
         beside: that of ``reports/peers_speed.json``.
-        card: that of ``reports/gpu.json``.
+        card: that of ``reports/peers_gpu.json``.
         tokens: number of tokens of a product.
     """
     parts = [
@@ -82,10 +82,10 @@ def _others(rows: Rows, tokens: int) -> str:
 
 
 def _pass(card: Mapping[str, Any], tokens: int) -> str:
-    rows = [row for row in card["forward"] if row["graph"] and row["tokens"] == tokens]
-    times = {row["model"]: row["times_dense"] for row in rows}
-    parts = [f"{times[kernel]:.2f} from {_NAMES[kernel]}" for kernel in (_INT2, _TRELLIS) if kernel in times]
+    times = {row["method"]: row["times_dense"] for row in _timed(card["rows"], tokens)}
+    ours = {"thermo_lib INT2": _NAMES[_INT2], "thermo_lib trellis": _NAMES[_TRELLIS]}
+    parts = [f"{times[method]:.2f} from {name}" for method, name in ours.items() if method in times]
     if not parts:
         return f"On a GPU no pass has been measured at {tokens} tokens"
-    model = f"a pass over {tokens} tokens through {rows[0]['layers']} blocks of Dream 7B's sizes"
+    model = f"a pass over {tokens} tokens through two blocks of Dream 7B's sizes"
     return f"On {card['card']} {model} takes {' and '.join(parts)}"

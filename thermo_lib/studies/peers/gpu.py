@@ -126,24 +126,30 @@ def measure(
         note: called with all rows after each one.
 
     Returns:
-        Rows as those of ``reports/peers_speed.json``; a method that fails has one that says ``why``.
+        Rows as those of ``reports/peers_speed.json``, by method and number of tokens; a method that fails has one that
+        says ``why``.
     """
     torch.manual_seed(0)
     ids = {count: torch.arange(count, device=device)[None] % config.vocab_size for count in tokens}
     dense = {count: together([_pass(_dense(config, device)[0])], x, device) for count, x in ids.items()}
     rows: list[dict[str, Any]] = []
+    place = {name: number for number, name in enumerate(methods)}
+
+    def add(row: dict[str, Any]) -> None:
+        rows.append(row)
+        rows.sort(key=lambda row: (place[row["method"]], row.get("tokens", 0)))
+        note(rows)
+
     for name, load in tqdm(methods.items(), desc="methods", unit="method", leave=False):
         try:
             model, bits = load(config, device)
             for count, x in ids.items():
                 found = paired_ratio(together([_pass(model)], x, device), dense[count], rounds)
                 times = {"ms": 1e3 * found["candidate_seconds"], "times_dense": found["ratio"], "ci": found["ci"]}
-                rows.append({"method": name, "bits_per_weight": bits, "tokens": count} | times)
-                note(rows)
+                add({"method": name, "bits_per_weight": bits, "tokens": count} | times)
         except Exception as error:  # another project's: the other methods go on
             why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.300}"
-            rows.append({"method": name, "why": why})
-            note(rows)
+            add({"method": name, "why": why})
     return rows
 
 
