@@ -88,7 +88,7 @@ def load(name: str, arguments: argparse.Namespace) -> DiffusionLM:
     device = device_of(arguments.device)
     kind = {} if is_quantized(name) else kind_of(arguments)
     dtype = stored_dtype(name, **kind) if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
-    lm = load_any(name, dtype=dtype, **kind)
+    lm = load_any(name, dtype=dtype, progress=True, **kind)
     lm.model.to(device)
     return lm
 
@@ -180,7 +180,7 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
         write(calibration=calibration)
     elif config.needs_calibration:
         reproducible()
-        lm = load_model(arguments.model, **kind_of(arguments))
+        lm = load_model(arguments.model, progress=True, **kind_of(arguments))
         lm.model.to(device)
         save_quantized(quantize(lm, config, calibration_states(lm, config, arguments), progress=True), arguments.output)
     elif arguments.scheduler is not None:
@@ -343,7 +343,7 @@ def _benchmark(
     """The report and the timings."""
     reproducible()
     with tqdm(total=5, desc="benchmark", unit="stage") as bar:
-        lm = load_model(arguments.model, **kind_of(arguments))
+        lm = load_model(arguments.model, progress=True, **kind_of(arguments))
         calibration = calibrate(lm, timesteps=config.timesteps)
         bar.update()
         suite = build_suite(lm, timesteps=config.timesteps, progress=True)

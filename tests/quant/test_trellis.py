@@ -199,9 +199,9 @@ class TestSearch:
         memory = {"mem_get_info": (100 * 2**30, 141 * 2**30), "memory_reserved": 2**33, "memory_allocated": 2**32}
         for name, size in memory.items():
             monkeypatch.setattr(torch.cuda, name, lambda device, size=size: size)
-        assert _searched(torch.device("cuda", 0)) == 2**32
+        assert _searched(torch.device("cuda", 0)) == 5 * 2**30
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
-        assert _searched(torch.device("cuda", 0)) == 2**27
+        assert _searched(torch.device("cuda", 0)) == 6 * 2**25
         assert _searched(torch.device("cpu")) == _SEARCHED
 
     def test_rows_that_are_searched_apart_are_the_same(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 from thermo_lib.files.reading import brief, read_object
 
@@ -150,9 +151,20 @@ def type_of(part: Any, name: str, path: Path) -> torch.dtype:
     return _TYPES[found]
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder; raises what ``weight_files`` and ``read_safetensors`` raise."""
-    return {name: tensor for path in weight_files(folder) for name, tensor in read_safetensors(path).items()}
+def read_tensors(folder: Path, *, progress: bool = False) -> dict[str, Tensor]:
+    """All tensors of a folder, perhaps with a bar; raises what ``weight_files`` and ``read_safetensors`` raise."""
+    paths, found = weight_files(folder), {}
+    with tqdm(total=sum(path.stat().st_size for path in paths), disable=not progress, **_bar("read")) as bar:
+        for path in paths:
+            with open_safetensors(path) as file:
+                for name in file.keys():
+                    found[name] = file.get_tensor(name)
+                    bar.update(found[name].nbytes)
+    return found
+
+
+def _bar(text: str) -> dict[str, Any]:
+    return {"desc": text, "unit": "B", "unit_scale": True, "leave": False}
 
 
 @contextmanager
@@ -211,7 +223,9 @@ def check_finite(tensor: Tensor, name: str, where: Path) -> None:
         raise ValueError(f"{where}: tensor {name}: found NaN or infinity, expected finite numbers")
 
 
-def cast(tensors: dict[str, Tensor], dtype: torch.dtype, key: Callable[[str], str], where: Path) -> None:
+def cast(
+    tensors: dict[str, Tensor], dtype: torch.dtype, key: Callable[[str], str], where: Path, *, progress: bool = False
+) -> None:
     """Give tensors of a checkpoint the type of a model, in their dictionary.
 
     Args:
@@ -219,6 +233,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, key: Callable[[str], st
         dtype: of the model.
         key: what the checkpoint calls a name.
         where: the checkpoint.
+        progress: show a bar.
 
     Raises:
         ValueError: a number that the type doesn't hold, or more numbers than the machine has memory for.
@@ -227,9 +242,12 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype, key: Callable[[str], st
     if need > (most := _memory()):
         found = f"found weights of {need / 2**30:.1f} GiB in {dtype}, allowed are {most / 2**30:.1f} GiB, all there is"
         raise ValueError(f"{where}: memory: {found}; a smaller type, or quantize --layerwise, takes less")
-    for name in tensors:
-        tensors[name] = tensors[name].to(dtype)
-        check_finite(tensors[name], f"{key(name)} as {dtype}", where)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with tqdm(total=size, disable=not progress, **_bar("convert and check")) as bar:
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.to(dtype)
+            check_finite(tensors[name], f"{key(name)} as {dtype}", where)
+            bar.update(tensor.nbytes)
 
 
 def _memory() -> int:

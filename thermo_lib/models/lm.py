@@ -185,8 +185,7 @@ class DiffusionLM:
         Args:
             ids, attention_mask: see ``logits``.
             at: as for ``logits``, or the places of these positions in ``ids.flatten()``, int64 ``(n,)``.
-            late: takes the checks of the logits, and the ids must be known to be in the vocabulary; None makes all
-                checks at once.
+            late: takes the checks of the logits, of ids that are known to be right; None makes all checks at once.
         """
         if late is None:
             check_known(ids, self.vocab_size)
@@ -353,6 +352,7 @@ def load_model(
     family: str | None = None,
     block_length: int | None = None,
     dtype: torch.dtype = torch.float32,
+    progress: bool = False,
 ) -> DiffusionLM:
     """Load a full-precision diffusion language model, in evaluation mode.
 
@@ -362,6 +362,7 @@ def load_model(
             diffusion, e.g. ``"open-dcoder"``; what is saved or quantized from it says it.
         block_length: see ``read_config``; what is saved or quantized from it says it.
         dtype: of the weights in memory.
+        progress: show bars.
 
     Raises:
         ValueError: unknown model, a quantized one, unsupported type, a family or a block length that is missing or
@@ -371,14 +372,13 @@ def load_model(
     config = read_config(folder, family, block_length)
     check_unquantized(folder)
     tokenizer, chat_template = read_tokenizer(folder, config.vocab_size), read_chat_template(folder)
-    carried = read_carried(folder)
-    model = skeleton(config)
-    found = used(read_tensors(folder), config)
+    model, carried = skeleton(config), read_carried(folder)
+    found = used(read_tensors(folder, progress=progress), config)
     for key, tensor in found.items():
         check_full_precision(tensor.dtype, key, folder)
     tensors = take_expected(found, config, model.state_dict(), folder)
     check_tied(found, config, found.__getitem__, folder)
-    cast(tensors, dtype, partial(tensor_name, config), folder)
+    cast(tensors, dtype, partial(tensor_name, config), folder, progress=progress)
     fill(model, tensors, dtype)
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 

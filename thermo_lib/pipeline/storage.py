@@ -156,12 +156,13 @@ def save_quantized(lm: QuantizedLM, folder: str | Path) -> None:
     write_folder(Path(folder), write)
 
 
-def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> QuantizedLM:
+def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32, progress: bool = False) -> QuantizedLM:
     """Load what ``save_quantized`` or ``quantize_checkpoint`` wrote, computing bit for bit what was saved.
 
     Args:
         path: the folder.
         dtype: of what isn't quantized, and of the computation.
+        progress: show bars.
 
     Raises:
         ValueError: not a folder of a quantized model, or damaged; the message says where and why.
@@ -169,7 +170,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     folder = model_folder(str(path))
     config = read_config(folder)
     thermo = read_quantization(folder)
-    found = read_tensors(folder)
+    found = read_tensors(folder, progress=progress)
     model = skeleton(config)
     lm = QuantizedLM(
         model,
@@ -183,7 +184,7 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32) -> Q
     tensors = take_expected(found, config, expected_tensors(model, thermo, found, folder), folder)
     check_types({name: tensor.dtype for name, tensor in found.items()}, folder)
     uncoded = {name: tensor for name, tensor in tensors.items() if stored_type(name) is None}
-    cast(uncoded, dtype, partial(tensor_name, config), folder)
+    cast(uncoded, dtype, partial(tensor_name, config), folder, progress=progress)
     tensors |= uncoded
     install_time_norms(model, thermo)
     install(lm, tensors, folder, dtype)
@@ -206,12 +207,17 @@ def is_quantized(name: str) -> bool:
 
 
 def load_any(
-    name: str, *, family: str | None = None, block_length: int | None = None, dtype: torch.dtype = torch.float32
+    name: str,
+    *,
+    family: str | None = None,
+    block_length: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
 ) -> DiffusionLM:
     """A model, full precision or quantized, which says what it is; raises what the two functions for them raise."""
     if is_quantized(name):
-        return load_quantized(name, dtype=dtype)
-    return load_model(name, family=family, block_length=block_length, dtype=dtype)
+        return load_quantized(name, dtype=dtype, progress=progress)
+    return load_model(name, family=family, block_length=block_length, dtype=dtype, progress=progress)
 
 
 def expected_tensors(

@@ -262,11 +262,12 @@ def trellis(
 
 
 def _searched(device: torch.device) -> int:
-    """How many numbers the search keeps at a time: on a GPU a power of two, so that it seldom differs on one card."""
+    """How many numbers the search keeps at a time: on a GPU in coarse steps, so that it seldom differs on one card."""
     if device.type != "cuda":
         return _SEARCHED
     free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return max(_SEARCHED, 1 << (free // _HELD).bit_length() - 1)
+    step = 1 << max(0, (free // _HELD).bit_length() - 3)  # a quarter of the power of two below
+    return max(_SEARCHED, free // _HELD // step * step)
 
 
 def _search(weight: Tensor, reach: Tensor, Hinv: Tensor, column_bits: Sequence[int], beam: int) -> Tensor:
