@@ -2,6 +2,7 @@
 
 import io
 import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,8 @@ plt = needs("matplotlib.pyplot")
 MaxNLocator = needs("matplotlib.ticker").MaxNLocator
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # of markers, in text
+MARKERS = tuple(_SIGNS)
 
 
 def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Figure, list[Axes]]":
@@ -35,11 +37,12 @@ def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Fig
     return figure, list(axes.flat[:count])
 
 
-def _colors(names: Sequence[str], ours: Collection[str]) -> dict[str, str]:
-    """A colour for each series: one for ours and grey for the others; without any of ours a colour each."""
+def _colors(names: Sequence[str], ours: Collection[str], aside: Collection[str] = ()) -> dict[str, str]:
+    """One colour for ours and grey for the others; without any of ours a colour each, and grey for ``aside``."""
     if any(name in ours for name in names):
         return {name: OURS if name in ours else OTHERS for name in names}
-    return {name: COLORS[number % len(COLORS)] for number, name in enumerate(names)}
+    colored = [name for name in names if name not in aside]
+    return {name: OTHERS if name in aside else COLORS[colored.index(name) % len(COLORS)] for name in names}
 
 
 def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
@@ -75,8 +78,8 @@ def lines(
     xlabel: str = "timestep",
     ylabel: str,
     title: str = "",
-    log: bool = False,
     ours: Collection[str] = (),
+    aside: Collection[str] = (),
     ax: "Axes | None" = None,
 ) -> "Axes":
     """One line a series against timesteps (or ``x``), each with its name at its end.
@@ -86,15 +89,14 @@ def lines(
         x: what the values belong to; without it their positions.
         xlabel, ylabel: with units.
         title: what to see.
-        log: for a logarithmic y axis.
-        ours: names that get the project's colour, and all else grey; without any a colour each.
+        ours, aside: names that get the project's colour, and all else grey; without any a colour each but ``aside``.
         ax: where to draw; without it a new figure.
     """
     if ax is None:
         figure, (ax,) = _axes()
         _head(figure, title)
         title = ""
-    colors = _colors(list(series), ours)
+    colors = _colors(list(series), ours, aside)
     ends = {}
     for number, (name, values) in enumerate(series.items()):
         places = range(len(values)) if x is None else x
@@ -103,7 +105,7 @@ def lines(
         last = max((n for n, value in enumerate(values) if value == value), default=None)
         if last is not None:
             ends[name] = places[last], values[last]
-    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.set_title(title, loc="left", fontsize=11)
     if x is None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -127,16 +129,16 @@ def panels(
     figures: Mapping[str, Mapping[str, Sequence[float]]],
     *,
     ylabel: str,
-    log: bool = False,
     xlabel: str = "timestep",
     title: str = "",
     ours: Collection[str] = (),
+    aside: Collection[str] = (),
 ) -> "list[Axes]":
     """Line plots side by side, one panel a title; ``title`` says above all of them what to see. See ``lines``."""
     figure, axes = _axes(len(figures), width=5.2)
     _head(figure, title)
     for ax, (name, series) in zip(axes, figures.items(), strict=True):
-        lines(series, ylabel=ylabel, title=name, log=log, xlabel=xlabel, ours=ours, ax=ax)
+        lines(series, ylabel=ylabel, title=name, xlabel=xlabel, ours=ours, aside=aside, ax=ax)
     return axes
 
 
@@ -313,20 +315,21 @@ def scatters(
     *,
     xlabel: str,
     ylabel: str,
-    log: bool = False,
     title: str = "",
+    ours: Collection[str] = (),
 ) -> None:
-    """Points, one panel a name and one colour and marker a series."""
-    figure, axes = _axes(len(panels), width=5.2)
+    """Points, one panel a name and one marker a series, whose name is at the height of its points' middle."""
+    figure, axes = _axes(len(panels), width=6.2)
     _head(figure, title)
     for ax, (panel, series) in zip(axes, panels.items(), strict=True):
+        colors, middles = _colors(list(series), ours), {}
         for number, (name, (x, y)) in enumerate(series.items()):
-            turn, color = divmod(number, len(COLORS))
-            style: dict[str, Any] = {"color": COLORS[color], "marker": MARKERS[(number + turn) % len(MARKERS)]}
-            ax.scatter(x, y, s=18, alpha=0.7, label=name, **style)
-        ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+            marker = MARKERS[number % len(MARKERS)]
+            ax.scatter(x, y, s=22, alpha=0.8, zorder=3 if name in ours else 2, color=colors[name], marker=marker)
+            middles[f"{_SIGNS[marker]} {name}"] = max(x), statistics.median(y)
+        ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.set_title(panel, loc="left", fontsize=11)
-    axes[-1].legend(frameon=False, fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+        _label_ends(ax, middles, dict(zip(middles, colors.values(), strict=True)))
 
 
 def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *, title: str = "") -> None:
@@ -373,7 +376,7 @@ def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
     _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(workers))
     for worker, start, stop in tasks:
         row = workers.index(worker)
-        ax.barh(row, stop - start, left=start - first, height=0.6, color=COLORS[row % len(COLORS)], edgecolor="white")
+        ax.barh(row, stop - start, left=start - first, height=0.6, color=OURS, edgecolor="white")
     ax.set(xlabel="time (s)", yticks=range(len(workers)), yticklabels=[f"worker {n + 1}" for n in range(len(workers))])
     ax.invert_yaxis()
 
