@@ -59,9 +59,15 @@ class ToyLM:
         logits[:, MASK] = -1e30
         return logits
 
-    def logit_parts(self, ids: Tensor, at: Tensor) -> Iterator[Tensor]:
+    @property
+    def vocab_size(self) -> int:
+        """As ``DiffusionLM.vocab_size``."""
+        return VOCABULARY
+
+    def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: None = None, **_: object) -> Iterator[Tensor]:
         """As ``DiffusionLM.logit_parts``."""
-        yield from self.logits(ids, at).split(self.rows_at_a_time)
+        is_asked = at if at.dtype == torch.bool else torch.zeros(ids.numel()).index_fill(0, at, 1).bool().view_as(ids)
+        yield from self.logits(ids, is_asked).split(self.rows_at_a_time)
 
     def probability(self, state: State, position: int, token: int) -> float:
         """Of a token at a masked position, computed without torch's softmax."""

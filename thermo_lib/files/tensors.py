@@ -38,6 +38,7 @@ _TYPES = {
 _MOST_HEADER = 2**22  # bytes, of about 30,000 tensors; a million take a minute before one is found missing
 _NO_ROOM = ("unable to mmap", "os error 12")
 _LONGEST_NAME = 255  # bytes of a file's name on any usual file system
+_PATIENCE = 1.0  # seconds without a bar
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 CONVERT = (
     "pickled weights are never read; on a machine where you trust them: "
@@ -164,7 +165,7 @@ def read_tensors(folder: Path, *, progress: bool = False) -> dict[str, Tensor]:
 
 
 def _bar(text: str) -> dict[str, Any]:
-    return {"desc": text, "unit": "B", "unit_scale": True, "leave": False}
+    return {"desc": text, "unit": "B", "unit_scale": True, "leave": False, "delay": _PATIENCE}
 
 
 @contextmanager
