@@ -55,6 +55,7 @@ class TestSampleTokens:
             number = uniform.double()[:, None] * cumulative[:, -1:]
             assert torch.equal(found, torch.searchsorted(cumulative, number, right=True).squeeze(1))
             assert (probabilities.gather(1, found[:, None]) > 0).all()
+        assert _drawn(probabilities[:0], torch.rand(0)).shape == (0,)
 
     @given(logits=distinct_logits(8), k=st.integers(1, 10))
     def test_top_k_keeps_the_k_likeliest(self, logits: Tensor, k: int) -> None:

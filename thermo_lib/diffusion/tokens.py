@@ -95,8 +95,8 @@ def _drawn(probabilities: Tensor, uniform: Tensor) -> Tensor:
     """
     size = probabilities.shape[1]
     end = size - size % _BLOCK
-    blocks = [probabilities[:, :end].unflatten(1, (-1, _BLOCK)), probabilities[:, None, end:]]
-    sums = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks if some.numel()], 1)
+    blocks = [probabilities[:, :end].unflatten(1, (end // _BLOCK, _BLOCK)), probabilities[:, None, end:]]
+    sums = torch.cat([some.sum(-1, dtype=torch.float64) for some in blocks if some.shape[1] * some.shape[2]], 1)
     cumulative = sums.cumsum(1)
     number = uniform.double()[:, None] * cumulative[:, -1:]
     block = torch.searchsorted(cumulative, number, right=True).clamp(max=sums.shape[1] - 1)
