@@ -247,8 +247,8 @@ def layerwise_rows(device: torch.device, extent: Extent) -> Rows:
     """Seconds and memory of quantizing a model of one block, which takes what a block of a larger one does.
 
     The model is there twice in float32, as it was and quantized, and products are in TF32, as the command ``quantize``
-    has it. Of ``best`` the search is measured without training, and training
-    with the fastest search; ``steps`` is how many were made of the phase that trains the network.
+    has it. Of ``best`` the search is measured without training, and training with the fastest search; ``steps`` is how
+    many were made of the phase that trains the network.
     """
     tokenizer, length = read_tokenizer(REFERENCE_DIR), min(_TEXT, max(extent.tokens))
     best = ThermoConfig.preset("best")
