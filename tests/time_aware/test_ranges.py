@@ -240,3 +240,12 @@ class TestTrainableRanges:
         fit_to_output(ranges, sample, weight, steps=100, batch=300, lr=0.02, seed=0)
         assert error() < 0.95 * before
         assert ranges.table()[1].equal(ranges.table()[1].round())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("size", [1, 50, 3000])
+def test_ranges_tried_together_or_alone_are_the_same(monkeypatch: pytest.MonkeyPatch, size: int, bits: int) -> None:
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)) ** 3
+    together = fit_range(values, bits)
+    monkeypatch.setattr("thermo_lib.time_aware.ranges._ALONE", 1)
+    assert [tensor.tolist() for tensor in fit_range(values, bits)] == [tensor.tolist() for tensor in together]

@@ -4,7 +4,7 @@ Each time group, token state and group of channels has a range of its own. ``tra
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.quant.codes import fake_quantize
 from thermo_lib.quant.limits import SMALLEST_SCALE
 from thermo_lib.time_aware.groups import TimeGroups
+
+_SHARES = torch.logspace(0, -2, 41, dtype=torch.float32, device="cpu")  # of the min-max range, that are kept
+_ALONE = 2**15  # values, from which on they are quantized in one range at a time
 
 
 @dataclass(frozen=True)
@@ -96,23 +99,37 @@ def fit_range(values: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = values.min().clamp(max=0), values.max().clamp(min=0)
     if low == high:
         return torch.ones_like(low), torch.zeros_like(low)
-    shares = list(torch.logspace(0, -2, 41, dtype=torch.float32))
-
-    def parameters(low_share: Tensor, high_share: Tensor) -> tuple[Tensor, Tensor]:
-        return _spanning(low * low_share, high * high_share, bits)
 
     @cache  # the second round asks again for what the first one found
-    def error(low_share: Tensor, high_share: Tensor) -> float:
-        quantized = fake_quantize(values, *parameters(low_share, high_share), bits)
-        return float(quantized.sub_(values).square_().mean())
+    def errors(low_places: tuple[int, ...], high_places: tuple[int, ...]) -> list[float]:
+        low_shares, high_shares = (_SHARES[list(places)].to(values.device) for places in (low_places, high_places))
+        scale, zero_point = _spanning(low * low_shares, high * high_shares, bits)
+        if len(values) >= _ALONE:
+            return [float(_error(values, *pair, bits)) for pair in zip(scale, zero_point, strict=True)]
+        return _error(values.expand(len(scale), -1), scale[:, None], zero_point[:, None], bits).tolist()
 
-    both = min(shares, key=lambda share: error(share, share))
-    low_share = high_share = both
+    def best(places: tuple[int, ...], found: list[float]) -> int:
+        return places[found.index(min(found))]
+
+    every = tuple(range(len(_SHARES)))
+    low_place = high_place = best(every, errors(every, every))
+    near = _near(low_place)
     for _ in range(2):
-        near = [s for s in shares if 0.2 * both <= s <= min(5 * both, 1)]
-        low_share = min(near, key=lambda share: error(share, high_share))
-        high_share = min(near, key=partial(error, low_share))
-    return parameters(low_share, high_share)
+        low_place = best(near, errors(near, (high_place,) * len(near)))
+        high_place = best(near, errors((low_place,) * len(near), near))
+    return _spanning(low * _SHARES[low_place], high * _SHARES[high_place], bits)
+
+
+def _error(values: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """Mean squared error of quantized values, over the last dimension; ``scale`` and ``zero_point`` broadcast."""
+    return fake_quantize(values, scale, zero_point, bits).sub_(values).square_().mean(-1)
+
+
+@cache
+def _near(place: int) -> tuple[int, ...]:
+    """The places of the shares up to five times as large or as small as one."""
+    least, most = 0.2 * _SHARES[place], (5 * _SHARES[place]).clamp(max=1)
+    return tuple(((least <= _SHARES) & (most >= _SHARES)).nonzero().flatten().tolist())
 
 
 def clipped_ranges(

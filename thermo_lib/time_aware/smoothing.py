@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -101,14 +102,20 @@ class BoundarySmoother:
 
             at = np.arange(ranges[-1][1]).clip(middles[0], middles[-1])
             return torch.from_numpy(CubicSpline(middles, np.eye(len(ranges)), bc_type="natural")(at))
-        columns = []
-        for number in range(len(ranges)):
-            unit = [
-                TimeGroupParams(time_range, *torch.tensor([1.0, k == number], dtype=torch.float64))
-                for k, time_range in enumerate(ranges)
-            ]
-            columns.append(torch.stack([step.zero_point for step in self.smooth(unit)]))
-        return torch.stack(columns, -1)
+        return _matrix(self, tuple((start, stop) for start, stop in ranges)).clone()
+
+
+@lru_cache(maxsize=64)  # every layer of a model asks for the same
+def _matrix(smoother: BoundarySmoother, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    """See ``BoundarySmoother.weights``, for all methods but splines."""
+    columns = []
+    for number in range(len(ranges)):
+        unit = [
+            TimeGroupParams(time_range, *torch.tensor([1.0, k == number], dtype=torch.float64))
+            for k, time_range in enumerate(ranges)
+        ]
+        columns.append(torch.stack([step.zero_point for step in smoother.smooth(unit)]))
+    return torch.stack(columns, -1)
 
 
 def _combine(params: Sequence[TimeGroupParams], weights: Tensor) -> list[TimeGroupParams]:
