@@ -6,8 +6,8 @@ vocabulary small. Every pass is a CUDA graph, in turns with that of torch's dens
 kernels before, for each size of linear and number of tokens.
 """
 
-import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,19 +21,17 @@ from thermo_lib.files.locks import locked
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.notebooks import ROOT
-from thermo_lib.pipeline.model import linear_names, part_as
-from thermo_lib.quant.layers import QuantizedLinear
 from thermo_lib.studies.full_size import random_model
 from thermo_lib.studies.gpu import together
 from thermo_lib.studies.peers.methods import stored_bits
-from thermo_lib.studies.peers.speed import two_blocks
+from thermo_lib.studies.peers.speed import Make, hqq, hqq_layer, installed, packed_bits, replace_linears, two_blocks
 from thermo_lib.studies.speed import PEERS_SPEED_COLUMNS
 
 GPU_REPORT = ROOT / "reports" / "peers_gpu.json"
 TOKENS = (256, 1, 32)  # the one that counts most first
 ROUNDS = 15
 _PACKAGES = ("gemlite", "hqq", "humming-kernels")
-_GROUP = 128
+_BACKEND = "PYTORCH"  # of HQQ
 
 Load = Callable[[PreTrainedConfig, torch.device], tuple[MaskPredictor, float]]  # a model and its bits per weight
 
@@ -41,10 +39,7 @@ Load = Callable[[PreTrainedConfig, torch.device], tuple[MaskPredictor, float]]  
 def _ours(kernel: str) -> Load:
     def load(config: PreTrainedConfig, device: torch.device) -> tuple[MaskPredictor, float]:
         model = random_model(config, config.num_hidden_layers, device, kernel)
-        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-        stored = [getattr(layer, key) for layer in layers for key in (*layer.STORED, "scale")]
-        stored += [layer.zero_point for layer in layers if layer.has_zero_point]
-        return model, stored_bits(*stored) / sum(layer.in_features * layer.out_features for layer in layers)
+        return model, packed_bits(model)
 
     return load
 
@@ -53,44 +48,25 @@ def _dense(config: PreTrainedConfig, device: torch.device) -> tuple[MaskPredicto
     return random_model(config, config.num_hidden_layers, device), 16.0
 
 
-def _hqq_layer(linear: nn.Linear) -> Any:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
-
-    HQQLinear.set_backend(HQQBackend.PYTORCH)
-    settings = BaseQuantizeConfig(nbits=2, group_size=_GROUP, axis=1)
-    settings["weight_quant_params"]["optimize"] = False  # takes minutes, and the times stay as they are
-    return HQQLinear(linear, settings, compute_dtype=torch.bfloat16, device=str(linear.weight.device))
-
-
-def _hqq(linear: nn.Linear) -> tuple[nn.Module, int]:
-    layer = _hqq_layer(linear)
-    return layer, stored_bits(layer.W_q, layer.meta["scale"], layer.meta["zero"])
-
-
-def _gemlite(inputs: str) -> Callable[[nn.Linear], tuple[nn.Module, int]]:
+def _gemlite(inputs: str) -> Make:
     def make(linear: nn.Linear) -> tuple[nn.Module, int]:
         from gemlite import helper
 
         kinds = {"A16W2": helper.A16W2_HQQ_INT, "A8W2": helper.A8W2_HQQ_INT_dynamic}
         kind = kinds[inputs](device=str(linear.weight.device), dtype=torch.bfloat16)
-        layer = kind.from_hqqlinear(_hqq_layer(linear))  # which takes the linear's weight away
+        layer = kind.from_hqqlinear(hqq_layer(linear, _BACKEND))
         return layer, stored_bits(layer.W_q, layer.scales, layer.zeros)
 
     return make
 
 
-def _replaced(make: Callable[[nn.Linear], tuple[nn.Module, int]]) -> Load:
-    """The dense model with other linears in its blocks; ``make`` gives one and the bits of its weight."""
+def _replaced(make: Make) -> Load:
+    """The dense model with other linears in its blocks."""
 
     def load(config: PreTrainedConfig, device: torch.device) -> tuple[MaskPredictor, float]:
-        model, bits, weights = _dense(config, device)[0], 0, 0
-        for name in linear_names(model):
-            linear = part_as(nn.Linear, model, name)
-            weights += linear.weight.numel()
-            replacement, stored = make(linear)
-            bits += stored
-            model.set_submodule(name, replacement)
-        return model, bits / weights
+        model, _ = _dense(config, device)
+        bits = replace_linears(model, make)
+        return model, bits
 
     return load
 
@@ -102,7 +78,7 @@ METHODS: dict[str, Load] = {
     "thermo_lib trellis": _ours("trellis"),
     "gemlite A16W2": _replaced(_gemlite("A16W2")),
     "gemlite A8W2": _replaced(_gemlite("A8W2")),
-    "HQQ": _replaced(_hqq),
+    "HQQ": _replaced(partial(hqq, backend=_BACKEND)),
 }
 
 
@@ -162,11 +138,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("found no GPU that torch can use")
     device = torch.device("cuda")
-    found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    about = {
-        "card": torch.cuda.get_device_name(device),
-        "versions": versions() | {name: found[name] for name in _PACKAGES if name in found},
-    }
+    about = {"card": torch.cuda.get_device_name(device), "versions": versions() | installed(_PACKAGES)}
     with locked(GPU_REPORT, wait=True):
         rows = measure(device, two_blocks(), note=lambda rows: write_json(GPU_REPORT, about | {"rows": rows}))
     print(table(rows, PEERS_SPEED_COLUMNS))

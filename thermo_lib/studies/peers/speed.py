@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -53,6 +54,7 @@ _GROUP = 128
 
 Run = Callable[[int], object]  # computes the logits of so many tokens
 Load = Callable[[PreTrainedConfig, Path], tuple[Run, float]]  # sizes and a folder to keep files in; bits per weight
+Make = Callable[[nn.Linear], tuple[nn.Module, int]]  # another project's layer, and the bits of its weight
 
 
 def two_blocks(published: PreTrainedConfig = PUBLISHED["Dream 7B"]) -> PreTrainedConfig:
@@ -75,9 +77,8 @@ def _run(model: nn.Module) -> Run:
     return run
 
 
-def _replaced(config: PreTrainedConfig, make: Callable[[nn.Linear], tuple[nn.Module, int]]) -> tuple[Run, float]:
-    """The dense model with other linears in its blocks; ``make`` gives one and the bits of its weight."""
-    model = _model(config)
+def replace_linears(model: MaskPredictor, make: Make) -> float:
+    """Put other linears into a dense model's blocks; their bits per weight."""
     bits = weights = 0
     for name in linear_names(model):
         linear = part_as(nn.Linear, model, name)
@@ -85,7 +86,22 @@ def _replaced(config: PreTrainedConfig, make: Callable[[nn.Linear], tuple[nn.Mod
         replacement, stored = make(linear)
         bits += stored
         model.set_submodule(name, replacement)
-    return _run(model), bits / weights
+    return bits / weights
+
+
+def packed_bits(model: MaskPredictor) -> float:
+    """Bits per weight of this project's linears in a model."""
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    stored = [getattr(layer, key) for layer in layers for key in (*layer.STORED, "scale")]
+    stored += [layer.zero_point for layer in layers if layer.has_zero_point]
+    return stored_bits(*stored) / sum(layer.in_features * layer.out_features for layer in layers)
+
+
+def _replaced(config: PreTrainedConfig, make: Make) -> tuple[Run, float]:
+    """The dense model with other linears in its blocks."""
+    model = _model(config)
+    bits = replace_linears(model, make)
+    return _run(model), bits
 
 
 def _dense(config: PreTrainedConfig, folder: Path) -> tuple[Run, float]:
@@ -96,10 +112,7 @@ def _ours(kernel: str) -> Load:
     def load(config: PreTrainedConfig, folder: Path) -> tuple[Run, float]:
         model = _model(config, kernel)
         compile_linears(model)
-        layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
-        stored = [getattr(layer, key) for layer in layers for key in (*layer.STORED, "scale")]
-        stored += [layer.zero_point for layer in layers if layer.has_zero_point]
-        return _run(model), stored_bits(*stored) / sum(layer.in_features * layer.out_features for layer in layers)
+        return _run(model), packed_bits(model)
 
     return load
 
@@ -130,20 +143,26 @@ def _ark(config: PreTrainedConfig, folder: Path) -> tuple[Run, float]:
     return _replaced(config, make)
 
 
+def hqq_layer(linear: nn.Linear, backend: str) -> Any:
+    """HQQ's 2-bit layer for a linear, where that is; it takes the linear's weight away."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
+
+    HQQLinear.set_backend(HQQBackend[backend])
+    settings = BaseQuantizeConfig(nbits=2, group_size=_GROUP, axis=1)
+    settings["weight_quant_params"]["optimize"] = False  # takes minutes, and the times stay as they are
+    return HQQLinear(linear, settings, compute_dtype=torch.bfloat16, device=str(linear.weight.device))
+
+
+def hqq(linear: nn.Linear, backend: str) -> tuple[nn.Module, int]:
+    """``hqq_layer``, and the bits of its weight."""
+    layer = hqq_layer(linear, backend)
+    return layer, stored_bits(layer.W_q, layer.meta["scale"], layer.meta["zero"])
+
+
 def _hqq(backend: str) -> Load:
     def load(config: PreTrainedConfig, folder: Path) -> tuple[Run, float]:
-        from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
-
         torch._dynamo.config.recompile_limit = 64  # each size of linear and number of tokens has its own code
-        HQQLinear.set_backend(HQQBackend[backend])
-
-        def make(linear: nn.Linear) -> tuple[nn.Module, int]:
-            settings = BaseQuantizeConfig(nbits=2, group_size=_GROUP, axis=1)
-            settings["weight_quant_params"]["optimize"] = False  # takes minutes, and the times stay as they are
-            layer = HQQLinear(linear, settings, compute_dtype=torch.bfloat16, device="cpu")
-            return layer, stored_bits(layer.W_q, layer.meta["scale"], layer.meta["zero"])
-
-        return _replaced(config, make)
+        return _replaced(config, partial(hqq, backend=backend))
 
     return load
 
@@ -346,9 +365,14 @@ def measure(
 
 def write_report(output: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows with the processor and the versions of the packages that are here."""
+    about = {"processor": hardware()["processor"], "versions": installed(_PACKAGES)}
+    write_json(output, about | {"rows": list(rows)})
+
+
+def installed(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of those of some packages that are here."""
     found = {d.metadata["Name"].lower().replace("_", "-"): d.version for d in importlib.metadata.distributions()}
-    versions = {name: found[name] for name in _PACKAGES if name in found}
-    write_json(output, {"processor": hardware()["processor"], "versions": versions, "rows": list(rows)})
+    return {name: found[name] for name in packages if name in found}
 
 
 def main() -> None:
