@@ -8,9 +8,15 @@ import torch
 from configurations import FEW, SMOOTH, TIMESTEPS, Outputs, Quantize, RandomIds
 
 from thermo_lib import BoundarySmoother, Calibration
+from thermo_lib.diffusion.inputs import watch_inputs
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.pipeline.activations import requantize_activations, resmooth, smooth_each_layer
+from thermo_lib.pipeline.activations import (
+    requantize_activations,
+    resmooth,
+    shared_input_samples,
+    smooth_each_layer,
+)
 from thermo_lib.quant import calls
 from thermo_lib.quant.layers import QuantizedLinear
 
@@ -154,6 +160,24 @@ class TestRequantizeActivations:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("decisive", "dtype"), [(True, torch.float64), (False, torch.float32)])
+def test_samples_are_the_same_tokens_in_either_type(
+    quantized: Quantize, calibration: Calibration, decisive: bool, dtype: torch.dtype
+) -> None:
+    lm, seen = quantized(activation_bits=16), set()
+    with watch_inputs(lm.quantized_layers(), lambda _, x: seen.add((len(x) > 1, x.dtype))):
+        samples = shared_input_samples(lm, calibration, 4, decisive=decisive)
+    assert (True, dtype) in seen
+    pairs = list(zip(samples, shared_input_samples(lm, calibration, 4), strict=True))
+    for (names, sample), (others, other) in pairs:
+        assert names == others
+        assert torch.equal(sample.timestep, other.timestep)
+        assert torch.equal(sample.is_masked, other.is_masked)
+        assert sample.x.dtype == torch.float32
+        torch.testing.assert_close(sample.x, other.x, rtol=1e-3, atol=1e-4)
+    assert all(torch.equal(sample.x, other.x) for (_, sample), (_, other) in pairs) == decisive
+
+
 class TestRangeObjectives:
     """Static ranges fitted to more than the activations' own error."""
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from thermo_lib.quant.calls import denoising
 from thermo_lib.quant.codes import QuantizedWeight, fake_quantize, fake_quantize_per_token, pack
 from thermo_lib.quant.input_ranges import DynamicRanges, StaticRanges
-from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear
+from thermo_lib.quant.layers import QuantizedEmbedding, QuantizedLinear, TrellisLinear, keeping_weights
 from thermo_lib.quant.rounding import round_to_nearest
 
 FIRST_ROW = torch.zeros(1, dtype=torch.int32)
@@ -191,6 +191,73 @@ class TestQuantizedLinear:
     def test_printing_a_layer_names_its_size_and_precision(self) -> None:
         layer = QuantizedLinear(6, 3, bits=2, group_size=4, bias=False, input_quantizer=DynamicRanges(8))
         assert "in_features=6, out_features=3, bits=2, group_size=4, activation_bits=8" in repr(layer)
+
+
+class TestKeepingWeights:
+    """Dequantized weights that are kept have the same bits, are made once, and go when they aren't asked for."""
+
+    class Counting(QuantizedLinear):
+        """Counts how often it dequantizes its weight."""
+
+        made = 0
+
+        def weight(self, rows: slice = slice(None)) -> Tensor:
+            """See ``QuantizedLinear``."""
+            self.made += 1
+            return super().weight(rows)
+
+    @pytest.fixture
+    def layer(self) -> Counting:
+        """A layer with a weight for each of two timesteps."""
+        layer = self.Counting(8, 3, bits=2, group_size=4, bias=False, timesteps=2)
+        layer.packed = pack(round_to_nearest(weights(3, 8, 0), 2, 4).codes, 2, 4)
+        layer.scale = torch.rand(2, 3, 2, generator=torch.Generator().manual_seed(0)).half()
+        layer.zero_point = torch.ones(2, 3, 2).half()
+        layer.row_of_step = torch.tensor([0, 1], dtype=torch.int32)
+        return layer
+
+    @staticmethod
+    def products(layer: QuantizedLinear) -> list[Tensor]:
+        """At both timesteps, twice, of float32 and float64."""
+        found = []
+        for timestep in (0, 1, 0, 1):
+            with denoising((timestep, 2)):
+                found += [layer(weights(5, 8, 2).to(dtype)) for dtype in (torch.float32, torch.float64)]
+        return found
+
+    @torch.no_grad()
+    def test_each_is_made_once(self, layer: Counting) -> None:
+        plain = self.products(layer)
+        assert layer.made == 8
+        with keeping_weights([layer]):
+            assert all(map(torch.equal, self.products(layer), plain))
+            assert layer.made == 8 + 4
+            layer.scale[1] *= 3  # is noticed
+            assert not torch.equal(self.products(layer)[2], plain[2])
+            assert layer.made == 8 + 4 + 4
+
+    @torch.no_grad()
+    def test_nothing_is_kept_afterwards(self, layer: Counting) -> None:
+        layer._once("places", lambda: "kept")
+
+        def stop() -> None:
+            with keeping_weights([layer]):
+                with keeping_weights([layer]):  # the outer one ends it
+                    self.products(layer)
+                assert len(layer._converted) == 1 + 4
+                raise RuntimeError("stopped")
+
+        with pytest.raises(RuntimeError, match="stopped"):
+            stop()
+        assert not layer.keeps_weight
+        assert list(layer._converted) == ["places"]
+        self.products(layer)
+        assert layer.made == 4 + 8
+
+    def test_gradients_see_the_weight_of_their_call(self, layer: Counting) -> None:
+        with keeping_weights([layer]):
+            self.products(layer)
+        assert layer.made == 8
 
 
 class TestNew:

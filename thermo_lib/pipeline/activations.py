@@ -1,6 +1,7 @@
 """Quantize the inputs of a model's quantized linears, and change that or its smoothing later."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -25,18 +26,22 @@ from thermo_lib.transition.parameters import TrainableRanges
 Samples = list[tuple[list[str], InputSample]]
 
 
-def shared_input_samples(lm: QuantizedLM, calibration: Calibration, tokens: int | None = None) -> Samples:
+def shared_input_samples(
+    lm: QuantizedLM, calibration: Calibration, tokens: int | None = None, *, decisive: bool = True
+) -> Samples:
     """The quantized layers, those that share an input together, with a random sample of that input.
 
     Args:
         lm: a quantized model.
         calibration: the states.
         tokens: see ``Static``; None for those of the model's own static ranges, or the default.
+        decisive: let the passes run in ``decisive_dtype``, so that ranges are the same on every processor; False for
+            the model's type, which takes two thirds of the time.
     """
     shared = shared_inputs(lm, list(lm.quantized_layers()))
     config, how = lm.config, lm.config.activations
     tokens = tokens or (how if isinstance(how, Static) else Static()).tokens
-    with deciding(lm):
+    with deciding(lm) if decisive else nullcontext():
         samples = input_samples(lm, calibration, [names[0] for names in shared], config.timesteps, tokens, config.seed)
     return [(names, samples[names[0]]) for names in shared]
 

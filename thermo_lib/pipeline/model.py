@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -49,10 +49,11 @@ class QuantizedLM(DiffusionLM):
             return {}
         return self.weight_params if self.config.activations is None else self.activation_params
 
-    def smoothed_params(self) -> dict[str, list[TimeGroupParams]]:
-        """The time-dependent parameters after smoothing: per layer one entry a timestep."""
-        whole = self.config.activations is not None
-        return {name: _smooth(params, self.config, whole) for name, params in self.time_params.items()}
+    def smoothed_params(self, layers: Iterable[str] | None = None) -> dict[str, list[TimeGroupParams]]:
+        """The time-dependent parameters after smoothing: per layer, of all or of some, one entry a timestep."""
+        whole, params = self.config.activations is not None, self.time_params
+        names = params if layers is None else [name for name in layers if name in params]
+        return {name: _smooth(params[name], self.config, whole) for name in names}
 
     def stored_bits(self, name: str) -> int:
         """Bits stored for the weights of a quantized layer: codes and parameters, of every time group."""

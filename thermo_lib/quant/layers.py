@@ -1,6 +1,7 @@
 """Layers that compute from packed codes: linears with time-aware parameters, trellis-coded linears, embeddings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class QuantizedLinear(TimestepTable):
     ``STORED`` names the uint8 buffers that hold the codes. ``has_planes`` says whether they lie plane by plane; then
     inputs of less than float32 are multiplied block by block as in ``quant.planes``. ``backend`` is what is asked to
     multiply them, ``chosen`` what the last call took, see ``quant.backends``: "triton int8" multiplies the input's
-    codes with the weight's, instead of what they stand for.
+    codes with the weight's, instead of what they stand for. ``keeps_weight`` is set by ``keeping_weights``.
     """
 
     STORED: tuple[str, ...] = ("packed",)
@@ -50,6 +51,7 @@ class QuantizedLinear(TimestepTable):
     bias: Tensor | None
     backend: str
     chosen: str | None
+    keeps_weight: bool = False
 
     def __init__(
         self,
@@ -133,11 +135,21 @@ class QuantizedLinear(TimestepTable):
             return planes.packed_linear(x, *parameters, self.bits, self._bias(x.dtype), compiled=self.compiled)
         rows = max(1, _DENSE // self.in_features)
         if rows >= self.out_features:
-            return F.linear(x, self.weight().to(x.dtype), self._bias(x.dtype))
+            return F.linear(x, self._dense_weight(x.dtype), self._bias(x.dtype))
         parts = [slice(start, start + rows) for start in range(0, self.out_features, rows)]
         whole = self._bias(x.dtype)
         bias = [None if whole is None else whole[part] for part in parts]
         return torch.cat([F.linear(x, self.weight(p).to(x.dtype), b) for p, b in zip(parts, bias, strict=True)], -1)
+
+    def _dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The whole dequantized weight at the current timestep, in the type of a product."""
+        if not self.keeps_weight or torch.is_grad_enabled():
+            return self.weight().to(dtype)
+        return self._once(("dense", self.row(), dtype), lambda: self.weight().to(dtype))
+
+    def forget_weights(self) -> None:
+        """Let go of what ``keeping_weights`` has kept."""
+        self._converted = {key: kept for key, kept in self._converted.items() if key[0] != "dense"}
 
     def _bias(self, dtype: torch.dtype) -> Tensor | None:
         """The bias in the type of a product, which under autocast isn't the layer's."""
@@ -225,6 +237,24 @@ class QuantizedLinear(TimestepTable):
         size = f"in_features={self.in_features}, out_features={self.out_features}"
         bits = f"bits={self.bits}, group_size={self.group_size}, activation_bits={self.activation_bits}"
         return f"{size}, {bits}, backend={self.chosen or self.backend}"
+
+
+@contextmanager
+def keeping_weights(layers: Iterable[QuantizedLinear]) -> Iterator[None]:
+    """While it is entered (``with``), layers keep the weights that they dequantize, for many passes of a small model.
+
+    It acts on products of plain torch without gradients, of up to 2^24 weights; their bits are the same. A layer holds
+    its plain weight for each type of input and each row of its table of timesteps that was used.
+    """
+    keeping = [layer for layer in layers if not layer.keeps_weight]
+    for layer in keeping:
+        layer.keeps_weight = True
+    try:
+        yield
+    finally:
+        for layer in keeping:
+            layer.keeps_weight = False
+            layer.forget_weights()
 
 
 class QuantizedEmbedding(PreciseBuffers):

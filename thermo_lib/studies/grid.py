@@ -31,6 +31,7 @@ from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.pipeline.parts import PathKL, SmoothingMethod, Static, TimeGrouping, TimeNorms
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.training import optimize_transitions, train_time_norms
+from thermo_lib.quant.layers import keeping_weights
 from thermo_lib.time_aware.ranges import best_starts
 
 Recipe = Literal["best starts", "best per layer", "best per layer by path KL"]
@@ -241,9 +242,11 @@ def score(lm: DiffusionLM, point: Point, suite: Suite) -> PointRow:
 
 def scores(lm: DiffusionLM, suite: Suite) -> dict[str, Any]:
     """What a ``PointRow`` has beside its point."""
-    correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
-    path = path_kl(suite.reference, lm, suite.trajectories, suite.timesteps, reference_outputs=suite.reference_outputs)
     quantized = lm if isinstance(lm, QuantizedLM) else None
+    trajectories, outputs = suite.trajectories, suite.reference_outputs
+    with keeping_weights(quantized.quantized_layers().values() if quantized else ()):
+        correct, masked, _ = masked_token_scores(lm, suite.held_out, suite.timesteps)
+        path = path_kl(suite.reference, lm, trajectories, suite.timesteps, reference_outputs=outputs)
     smoothness = markov(quantized) if quantized else None
 
     def numbers(values: Tensor) -> list[float]:

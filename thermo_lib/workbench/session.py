@@ -28,6 +28,7 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import load_quantized, save_quantized
+from thermo_lib.quant.layers import keeping_weights
 from thermo_lib.time_aware.markov import MarkovReport
 from thermo_lib.workbench.choices import NAMED, Choice
 from thermo_lib.workbench.job import Job, estimated_seconds
@@ -200,7 +201,9 @@ class Session:
         if not choice.is_static:
             return requantize_activations(weights, **changes)
         if choice.name not in self._samples:
-            self._samples[choice.name] = shared_input_samples(weights, self.range_states, self.tokens)
+            with keeping_weights(weights.quantized_layers().values()):
+                samples = shared_input_samples(weights, self.range_states, self.tokens, decisive=False)
+            self._samples[choice.name] = samples
         groups = changes["time_groups"] or {"count": 1, "smoothing": None}
         key = choice.name, str(choice.activation_bits), groups["count"]
         if key not in self._ranges:
@@ -225,14 +228,16 @@ class Session:
             raise ValueError(f"layer: found {layer!r:.80}, allowed are the quantized linears, {allowed}")
         lm = self.build(choice)
         states, outputs = self.suite.trajectories, self.suite.reference_outputs
-        found = path_kl(self.lm, lm, states, self.timesteps, reference_outputs=outputs)
+        with keeping_weights(lm.quantized_layers().values()):
+            found = path_kl(self.lm, lm, states, self.timesteps, reference_outputs=outputs)
+            texts = self._texts(lm)
         each = found.per_sequence.sum(1).numpy()
         change = change_ci = None
         if self._last is not None:
             difference = each - self._last
             change, change_ci = float(difference.mean()), _interval(difference)
         self._last = each
-        raw, smoothed = lm.time_params.get(layer, []), lm.smoothed_params().get(layer, [])
+        raw, smoothed = lm.time_params.get(layer, []), lm.smoothed_params([layer]).get(layer, [])
         grouped = [float(p.scale.mean()) for p in raw]
         return View(
             choice=choice,
@@ -249,7 +254,7 @@ class Session:
             sequences=len(each),
             bits_per_weight=lm.bits_per_weight,
             megabytes=sum(tensor.nbytes for tensor in lm.model.state_dict().values()) / 1e6,
-            texts=self._texts(lm),
+            texts=texts,
             notes=choice.notes(self.timesteps),
             seconds=time.perf_counter() - start,
         )
@@ -289,20 +294,25 @@ class Session:
             config = f"thermo.ThermoConfig.preset({NAMED[choice.weights]!r}, timesteps={self.timesteps})"
         else:
             config = f"thermo.ThermoConfig(\n    weights={weights!r},\n    timesteps={self.timesteps},\n)"
+        changes = choice.activation_fields(self.timesteps, self.tokens)
+        needed = ["requantize_activations"] * bool(changes) + ["shared_input_samples"] * choice.is_static
         lines = [
             "import thermo_lib as thermo",
             "from thermo_lib.diffusion.states import calibration_batches",
-            "from thermo_lib.pipeline.activations import requantize_activations\n",
+            *([f"from thermo_lib.pipeline.activations import {', '.join(needed)}"] * bool(needed)),
+            "",
             f"lm = thermo.load_model({self.model!r})",
             self._states_code("calibration", *self.sizes),
             f"config = {config}",
             "quantized = thermo.quantize(lm, config, calibration)",
         ]
-        if changes := choice.activation_fields(self.timesteps, self.tokens):
+        if changes:
             fields = "".join(f"    {name}={value!r},\n" for name, value in changes.items())
             if choice.is_static:
-                lines.append(self._states_code("calibration", *RANGE_SIZES))
-            lines.append(f"quantized = requantize_activations(\n    quantized,\n    calibration,\n{fields})")
+                lines.append(self._states_code("few", *RANGE_SIZES))
+                lines.append(f"samples = shared_input_samples(quantized, few, {self.tokens}, decisive=False)")
+                fields = f"    samples=samples,\n{fields}"
+            lines.append(f"quantized = requantize_activations(\n    quantized,\n{fields})")
         return "\n".join([*lines, ""])
 
     def _states_code(self, name: str, code_sequences: int, puzzles: int) -> str:
