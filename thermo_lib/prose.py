@@ -51,7 +51,9 @@ PAGES = (
     "docs/format.md",
     "docs/index.md",
     "docs/presets.md",
+    "docs/quantize.md",
     "docs/results.md",
+    "docs/workbench.md",
 )
 PEERS = {  # a short name to method and setting
     "rtn": ("round-to-nearest", "group 128"),

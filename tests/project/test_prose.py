@@ -45,6 +45,12 @@ def test_no_line_begins_with_a_mark(page: str) -> None:
     assert not re.findall(r"^ {0,3}<!--.*", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
 
 
+def test_pages_with_marks_are_filled_in() -> None:
+    paths = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    marked = {str(path.relative_to(ROOT)) for path in paths if "<!--=" in path.read_text(encoding="utf-8")}
+    assert marked <= set(prose.PAGES)
+
+
 def test_readme_has_no_result_without_a_mark() -> None:
     assert unmarked((ROOT / "README.md").read_text(encoding="utf-8")) == []
 
