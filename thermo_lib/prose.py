@@ -50,6 +50,7 @@ PAGES = (
     "docs/field.md",
     "docs/format.md",
     "docs/index.md",
+    "docs/pipeline.md",
     "docs/presets.md",
     "docs/quantize.md",
     "docs/results.md",
@@ -327,7 +328,9 @@ def value(source: str, quantity: str) -> str:
         return QUANTITIES[quantity](rows[0])
     field, _, form = quantity.partition(":")
     one = _field(source, rows[0] if form else {}, field)  # without a format it is the name of a quantity
-    return one if form == "s" else number(one, form)
+    if form == "s":
+        return one
+    return spread(one, form) if isinstance(one, list) else number(one, form)
 
 
 def _filled_mark(match: re.Match[str]) -> str:
