@@ -74,6 +74,13 @@ def test_numbers_and_verdicts_are_there_as_text(report: dict[str, Any], page: st
     assert verdicts == [row["verdict"] for row in report["targets"]]
 
 
+def test_without_scripts_a_line_says_what_does_not_work(page: str) -> None:
+    head, said, rest = re.split("</?noscript>", page)
+    assert re.fullmatch(r"<p class=\"soft\">JavaScript is off, .* sort its table; .*</p>", said)
+    assert "<table>" not in head  # it is read before the first one
+    assert "<button" not in head + rest  # scripts make them
+
+
 def test_names_are_text_and_nothing_else(report: dict[str, Any]) -> None:
     name = "<script>alert(1)</script>"
     page = report_page(report | {"model": name, "configurations": [report["configurations"][0] | {"name": name}]})
