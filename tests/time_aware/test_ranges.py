@@ -215,6 +215,18 @@ class TestTrainableRanges:
             )
             torch.testing.assert_close(found[row], fake_quantize(sample.x[row], scale, zero, 4))
 
+    def test_what_has_not_moved_is_the_start_to_the_last_bit(self) -> None:
+        generator, groups = torch.Generator().manual_seed(0), TimeGroups(TIMESTEPS, 3)
+        scale, zero_point = torch.rand(2, 3, 2, 500, generator=generator)
+        assert not torch.equal(scale.log().exp(), scale)
+        ranges = TrainableRanges(scale, zero_point, smoothing(groups, None), 4, None)
+        assert torch.equal(torch.stack([p.scale for p in ranges.params(groups)]), scale)
+        with torch.no_grad():
+            ranges.log_scale[1] += math.log(2)
+        moved = torch.stack([p.scale for p in ranges.params(groups)])
+        torch.testing.assert_close(moved[1], 2 * scale[1])
+        assert torch.equal(moved[::2], scale[::2])
+
     def test_the_gradient_of_a_scale_is_that_of_lsq(self) -> None:
         # In the range d/ds = round(x/s) - x/s, clipped it is the last code minus the zero point (LSQ, eq. 3).
         ranges = TrainableRanges(torch.full((1, 1, 1), 0.5), torch.full((1, 1, 1), 2.0), torch.ones(1, 1), 2, None)

@@ -34,20 +34,30 @@ class TrainableRanges(nn.Module):
         weights: smoothing matrix ``(timesteps, time groups)``, see ``BoundarySmoother.weights``.
         bits: bits of an activation code.
         group_size: neighbouring channels that share a range; None for all.
+
+    Scales are trained by their logarithms. One that hasn't moved is where it started to the last bit: processors differ
+    in ``exp`` and ``log``.
     """
 
     weights: Tensor
+    start: Tensor
 
     def __init__(self, scale: Tensor, zero_point: Tensor, weights: Tensor, bits: int, group_size: int | None):
         super().__init__()
         self.log_scale = nn.Parameter(scale.log())
         self.zero_point = nn.Parameter(zero_point.clone())
         self.register_buffer("weights", weights.float().to(scale.device))
+        self.register_buffer("start", torch.stack([scale, scale.log()]), persistent=False)
         self.bits, self.group_size = bits, group_size
+
+    def scale(self) -> Tensor:
+        """The scales before smoothing, ``(time groups, token states, channel groups)``."""
+        scale, log_scale = self.start
+        return scale * (self.log_scale - log_scale).exp()
 
     def table(self) -> tuple[Tensor, Tensor]:
         """Scale and whole zero point after smoothing, ``(timesteps, token states, channel groups)``."""
-        scale = torch.tensordot(self.weights, self.log_scale.exp(), 1).clamp(min=SMALLEST_SCALE)
+        scale = torch.tensordot(self.weights, self.scale(), 1).clamp(min=SMALLEST_SCALE)
         return scale, _round(torch.tensordot(self.weights, self.zero_point, 1))
 
     def forward(self, x: Tensor, is_masked: Tensor, timestep: Tensor) -> Tensor:
@@ -80,9 +90,7 @@ class TrainableRanges(nn.Module):
         """The time groups' parameters before smoothing."""
         return [
             TimeGroupParams(time_range, scale.clone(), zero_point.clone())
-            for time_range, scale, zero_point in zip(
-                groups.intervals, self.log_scale.exp(), self.zero_point, strict=True
-            )
+            for time_range, scale, zero_point in zip(groups.intervals, self.scale(), self.zero_point, strict=True)
         ]
 
 
