@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matrices import random_trellis
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ def test_planes_are_the_plain_weight(
     most=st.sampled_from([1, 2, MOST_BITS]),
     seed=st.integers(0, 2**31),
 )
+@example(rows=3, columns=13, group_size=7, most=2, seed=0)  # two groups meet inside a block
 @settings(max_examples=10, deadline=None)
 def test_streams_are_the_plain_weight(
     interpreted: Interpreted, dtype: torch.dtype, rows: int, columns: int, group_size: int, most: int, seed: int
