@@ -145,6 +145,7 @@ class TestReport:
         assert "change" not in one
         assert smoothed["change"] == pytest.approx(smoothed["path_kl"] - one["path_kl"], abs=1e-9)
         assert smoothed["path_kl_ci"][0] <= smoothed["path_kl"] <= smoothed["path_kl_ci"][1]
+        assert smoothed["path_kl_of_seeds"] == [smoothed["path_kl"]] * 2  # one seed
 
     def test_targets_have_verdicts(self, found: dict[str, Any]) -> None:
         targets = found["targets"]

@@ -57,6 +57,7 @@ COLUMNS = {
     "95 %": ("accuracy_ci", "{0[0]:.3f}..{0[1]:.3f}"),
     "path KL": ("path_kl", "{:.1f}"),
     "path KL, 95 %": ("path_kl_ci", "{0[0]:.1f}..{0[1]:.1f}"),
+    "of seeds": ("path_kl_of_seeds", "{0[0]:.1f}..{0[1]:.1f}"),
     "gain": ("gain", "{:+z.1%}"),
     "change": ("change", "{:+z.2f}"),
     "change, 95 %": ("change_ci", "{0[0]:+z.2f}..{0[1]:+z.2f}"),
@@ -101,7 +102,8 @@ def _complete(grid: Grid, bits: int | None) -> tuple[int, ...]:
 
 
 def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[str, Any]:
-    """A row of ``witness.json``: means over seeds, intervals over sequences."""
+    """A row of ``witness.json``: means over seeds, intervals over sequences, the least and the most of the seeds."""
+    each = [row.path_kl for row in rows]
     accuracies, paths = (
         np.mean([getattr(row, name) for row in rows], axis=0)
         for name in ("accuracy_per_sequence", "path_kl_per_sequence")
@@ -115,6 +117,7 @@ def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[st
         "accuracy_ci": list(mean_interval(accuracies)),
         "path_kl": float(paths.mean()),
         "path_kl_ci": list(mean_interval(paths)),
+        "path_kl_of_seeds": [min(each), max(each)],
     }
 
 
