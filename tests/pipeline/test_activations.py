@@ -159,7 +159,6 @@ class TestRequantizeActivations:
             requantize_activations(quantized(), activation_bits=8)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("decisive", "dtype"), [(True, torch.float64), (False, torch.float32)])
 def test_samples_are_the_same_tokens_in_either_type(
     quantized: Quantize, calibration: Calibration, decisive: bool, dtype: torch.dtype
@@ -178,6 +177,7 @@ def test_samples_are_the_same_tokens_in_either_type(
     assert all(torch.equal(sample.x, other.x) for (_, sample), (_, other) in pairs) == decisive
 
 
+@pytest.mark.slow
 class TestRangeObjectives:
     """Static ranges fitted to more than the activations' own error."""
 
