@@ -419,8 +419,8 @@ class _Models:
             return quantize(self.reference, config, calibration)
 
         if p.config.activations is None:
-            grouped = self._once("grouped", (seed, unsmoothed), lambda: make(unsmoothed))
-            return resmooth(grouped, p.config.smoothing_method, p.config.smoothing_window)
+            plain = self._once("grouped" if groups else "weights", (seed, unsmoothed), lambda: make(unsmoothed))
+            return resmooth(plain, p.config.smoothing_method, p.config.smoothing_window)
         base = p.config.replace(activations=None, time_groups=None)
         weights = self._once("weights", (seed, base), lambda: make(base))
 

@@ -5,7 +5,7 @@ time-aware norms of the reference model, in ``reports/norms_points.json``, one p
 report. A run that is stopped goes on where it was.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,7 @@ def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
 
 def public_rows(
     lm: DiffusionLM, inputs: WitnessInputs, kept: Iterable[Mapping[str, Any]] = (), *, progress: bool = True
-) -> list[dict[str, Any]]:
+) -> Iterator[list[dict[str, Any]]]:
     """Accuracy on the two published sequences: of full precision, and of the methods that train nothing, seed 0.
 
     Args:
@@ -136,8 +136,9 @@ def public_rows(
         kept: rows that were measured before.
         progress: show a bar.
 
-    Returns:
-        Rows with ``method``, ``accuracy`` (0-1) and ``accuracy_ci``, a 95 % interval over the masks that are drawn.
+    Yields:
+        After each measurement, all rows that there are: ``method``, ``accuracy`` (0-1) and ``accuracy_ci``, a 95 %
+        interval over the masks that are drawn.
     """
     rows = {row["method"]: dict(row) for row in kept}
     names = [FULL, *(name for name, fields in FIRST.items() if "training" not in fields)]
@@ -148,7 +149,7 @@ def public_rows(
         found = public_accuracy(model).numpy()
         row = {"accuracy": float(found.mean()), "accuracy_ci": list(mean_interval(found))}
         rows[name] = {"method": name} | row
-    return [rows[name] for name in names]
+        yield [rows[name] for name in names if name in rows]
 
 
 def report(
@@ -297,7 +298,10 @@ def main() -> None:
             "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
             WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
         }
-        public = public_rows(grid.reference, WitnessInputs(), earlier.get("public", ()))
+        public = earlier.get("public", ())
+        for rows in public_rows(grid.reference, WitnessInputs(), public):
+            public = rows
+            write_json(REPORT, report(grid, reference, variance, public))
         work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
         for measured, points in work:
             measured.run(points)
