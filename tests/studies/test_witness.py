@@ -133,7 +133,8 @@ def measured(shallow: DiffusionLM, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.slow
 class TestReport:
     @pytest.fixture(scope="class")
-    def found(self, measured: Grid) -> dict[str, Any]:
+    @classmethod
+    def found(cls, measured: Grid) -> dict[str, Any]:
         return second_model.report(measured, Grid("none.json", measured.reference), {}, [])
 
     def test_rows_are_those_that_are_measured(self, found: dict[str, Any]) -> None:
