@@ -110,6 +110,8 @@ lab: .venv/.stamp
 peers: .venv/.stamp .venv-peers/.stamp
 	.venv-peers/bin/python -m thermo_lib.studies.peers.quantize
 	.venv/bin/python -m thermo_lib.studies.peers
+	.venv-peers/bin/python -m thermo_lib.studies.peers.quantize --model antiberty
+	.venv/bin/python -m thermo_lib.studies.peers --model antiberty
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.full_size
 	$(KEEP_MEMORY) .venv-peers/bin/python -m thermo_lib.studies.peers.speed
 

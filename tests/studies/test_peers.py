@@ -1,7 +1,7 @@
 """Other projects' quantized weights are checked, scored like our own models, and compared in pairs."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from thermo_lib.diffusion.states import forward_states, trajectory_states
+from thermo_lib.diffusion.states import Calibration, forward_states, trajectory_states
 from thermo_lib.evaluation.scores import Suite, evaluate
 from thermo_lib.files.reading import read_json
 from thermo_lib.pipeline.config import ThermoConfig
@@ -22,6 +22,7 @@ from thermo_lib.studies import peers
 from thermo_lib.studies.peers import full_size
 from thermo_lib.studies.peers import quantize as peer_jobs
 from thermo_lib.studies.peers.methods import ADAPTERS, stored_bits
+from thermo_lib.studies.peers.subjects import SUBJECTS, Subject
 
 ENTRY = {
     "method": "A",
@@ -386,13 +387,13 @@ class TestJobs:
         assert {name for name in layers if name not in unquantized} == set(linear_names(tiny.model))
 
     def test_only_what_the_report_lacks_runs(self, tiny, calibration, tmp_path: Path, monkeypatch) -> None:
-        monkeypatch.setattr(peer_jobs, "load_model", lambda name: tiny)
-        monkeypatch.setattr(peer_jobs, "study_calibration", lambda lm: calibration)
-        monkeypatch.setattr(peer_jobs, "made_of", lambda job: f"of {job.name}")
-        monkeypatch.setattr(peer_jobs, "FOLDER", tmp_path)
+        small = Subject(tmp_path, lambda: tiny, lambda lm: calibration, lambda lm: None, tmp_path, tmp_path / "r.json")
+        monkeypatch.setitem(SUBJECTS, "antiberty", small)
+        monkeypatch.setattr(peer_jobs, "made_of", lambda job, subject: f"of {job.name}")
         ran: list[str] = []
 
         def run(command: list[str], **_: Any) -> SimpleNamespace:
+            assert command[-4:-1] == ["--model", "antiberty", "--only"]
             ran.append(command[-1])
             return SimpleNamespace(returncode=0)
 
@@ -403,8 +404,25 @@ class TestJobs:
             for j, m in ((known, f"of {known.name}"), (old, "x"))
         ]
         (tmp_path / "r.json").write_text(json.dumps({"rows": rows}))
-        peer_jobs.run_all([known, old, new], tmp_path / "r.json")
+        peer_jobs.run_all([known, old, new], "antiberty")
         assert ran == [old.name, new.name]
+
+    def test_a_result_depends_on_the_model_and_its_calibration(self, tiny, calibration, tmp_path: Path) -> None:
+        def states(seed: int) -> Calibration:
+            parts = [replace(part, ids=part.ids.roll(seed, 0)) for part in calibration.parts]
+            return replace(calibration, parts=parts)
+
+        digests = set()
+        for number, (weights, seed) in enumerate([(b"a", 0), (b"a", 0), (b"b", 0), (b"a", 1)]):
+            folder = tmp_path / str(number)
+            folder.mkdir()
+            (folder / "model.safetensors").write_bytes(weights)
+            subject = Subject(folder, lambda: tiny, lambda lm, s=seed: states(s), lambda lm: None, folder, folder / "r")
+            drawn = subject.calibration(tiny)
+            again = replace(subject, states=lambda lm: pytest.fail("drawn twice")).calibration(tiny)
+            assert [part.ids.tolist() for part in again.parts] == [part.ids.tolist() for part in drawn.parts]
+            digests.add(peer_jobs.made_of(peer_jobs.JOBS[0], subject))
+        assert len(digests) == 3
 
     def test_names_are_file_names_and_differ(self) -> None:
         names = [job.name for job in peer_jobs.JOBS]

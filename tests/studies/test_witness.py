@@ -148,6 +148,20 @@ class TestReport:
         assert smoothed["path_kl_ci"][0] <= smoothed["path_kl"] <= smoothed["path_kl_ci"][1]
         assert smoothed["path_kl_of_seeds"] == [smoothed["path_kl"]] * 2  # one seed
 
+    def test_other_projects_rows_have_both_precisions(self, measured: Grid) -> None:
+        scores = {"accuracy": 0.5, "accuracy_ci": [0.4, 0.6], "path_kl": 9.0, "path_kl_ci": [8.0, 10.0]}
+        low = {"accuracy_a4": 0.3, "accuracy_a4_ci": [0.2, 0.4], "path_kl_a4": 19.0, "path_kl_a4_ci": [18.0, 20.0]}
+        peer = {"method": "HQQ", "setting": "group 64", "bits_per_weight": 2.5, **scores, **low}
+        content = second_model.report(measured, Grid("none.json", measured.reference), {}, [], [peer])
+        found = [row for row in content["rows"] if row["method"] == "HQQ, group 64"]
+        assert [row["activation_bits"] for row in found] == [16, 4]
+        assert [(row["accuracy"], row["path_kl"], row["path_kl_ci"]) for row in found] == [
+            (0.5, 9.0, [8.0, 10.0]),
+            (0.3, 19.0, [18.0, 20.0]),
+        ]
+        keys = next(row for row in content["rows"] if row["method"] == "GPTQ, one").keys()
+        assert all(row.keys() == keys for row in found)
+
     def test_targets_have_verdicts(self, found: dict[str, Any]) -> None:
         targets = found["targets"]
         assert {row["smoothing_method"] for row in targets} == {"linear", "cubic", "sigmoid"}
@@ -220,12 +234,17 @@ def test_both_models_are_compared_by_share() -> None:
     peers = [
         {"method": "round-to-nearest", "setting": "group 128", "path_kl": 80.0},
         {"method": "thermo_lib GPTQ", "setting": "group 128", "path_kl": 20.0},
+        {"method": "HQQ", "setting": "group 64", "path_kl": 40.0},
+        {"method": "HQQ", "setting": "group 16", "path_kl": 40.0},
     ]
-    rows = [{"method": "round-to-nearest", "path_kl": 150.0}, {"method": "GPTQ", "path_kl": 30.0}]
+    nats = {"round-to-nearest": 150.0, "GPTQ": 30.0, "HQQ, group 64": 75.0, "alone": 1.0}
+    rows = [{"method": name, "activation_bits": 16, "path_kl": value} for name, value in nats.items()]
+    rows.append({"method": "HQQ, group 64", "activation_bits": 4, "path_kl": 90.0})
     found = second_model.both_models(peers, rows, "round-to-nearest")
     assert [(row["method"], row["reference_share"], row["witness_share"]) for row in found] == [
         ("round-to-nearest", 1.0, 1.0),
         ("GPTQ", 0.25, 0.2),
+        ("HQQ, group 64", 0.5, 0.5),
     ]
-    with pytest.raises(ValueError, match=r"^baseline: found 'AWQ', allowed are round-to-nearest, GPTQ$"):
+    with pytest.raises(ValueError, match=r"^baseline: found 'AWQ', allowed are round-to-nearest, GPTQ, HQQ, group 64$"):
         second_model.both_models(peers, rows, "AWQ")

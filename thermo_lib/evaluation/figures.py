@@ -80,6 +80,7 @@ def lines(
     title: str = "",
     ours: Collection[str] = (),
     aside: Collection[str] = (),
+    steps: str | None = None,
     ax: "Axes | None" = None,
 ) -> "Axes":
     """One line a series against timesteps (or ``x``), each with its name at its end.
@@ -90,18 +91,23 @@ def lines(
         xlabel, ylabel: with units.
         title: what to see.
         ours, aside: names that get the project's colour, and all else grey; without any a colour each but ``aside``.
+        steps: name of a series that is drawn behind the others, black and in steps.
         ax: where to draw; without it a new figure.
     """
     if ax is None:
         figure, (ax,) = _axes()
         _head(figure, title)
         title = ""
-    colors = _colors(list(series), ours, aside)
+    colors = _colors([name for name in series if name != steps], ours, aside)
     ends = {}
     for number, (name, values) in enumerate(series.items()):
         places = range(len(values)) if x is None else x
-        style: dict[str, Any] = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
-        ax.plot(places, values, label=name, zorder=3 if name in ours else 2, **style)
+        if name == steps:
+            colors[name] = COLORS[6]
+            ax.step(places, values, label=name, where="mid", color=colors[name], zorder=1)
+        else:
+            style: dict[str, Any] = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+            ax.plot(places, values, label=name, zorder=3 if name in ours else 2, **style)
         last = max((n for n, value in enumerate(values) if value == value), default=None)
         if last is not None:
             ends[name] = places[last], values[last]
@@ -249,10 +255,8 @@ def parameter_over_time(
     ax: "Axes",
 ) -> None:
     """One panel of ``parameters_over_time``, on axes that are there."""
-    lines(after, ylabel=ylabel, title=layer, ours=ours, ax=ax)
-    ax.step(range(len(before)), before, where="mid", color=COLORS[6], linewidth=1.5, zorder=1)
-    offset = -12 if before[0] == max(before) else 5  # below a line at the top, where the title is
-    ax.annotate("not smoothed", (0, before[0]), (0, offset), textcoords="offset points", fontsize=9)
+    name = "not smoothed"
+    lines({**after, name: before}, ylabel=ylabel, title=layer, ours=ours, steps=name, ax=ax)
 
 
 def parameters_over_time(

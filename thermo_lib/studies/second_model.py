@@ -22,6 +22,7 @@ from thermo_lib.models.lm import DiffusionLM, load_model
 from thermo_lib.pipeline.parts import SmoothingMethod
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.studies.grid import Grid, Inputs, Point, PointRow
+from thermo_lib.studies.peers import WITNESS_REPORT, PeerRow, read_earlier
 from thermo_lib.studies.smoothing import gain, path_kl_change, verdicts
 from thermo_lib.studies.variance import FACTORS, variance_shares
 from thermo_lib.studies.witness import (
@@ -121,6 +122,20 @@ def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[st
     }
 
 
+def _peer(row: PeerRow, activation_bits: int) -> dict[str, Any]:
+    """Another project's method as a row of ``witness.json``; 4-bit activations are in ranges of each token."""
+    suffix = {16: "", 4: "_a4"}[activation_bits]
+    scores = {f"{name}{ci}": row[f"{name}{suffix}{ci}"] for name in ("accuracy", "path_kl") for ci in ("", "_ci")}
+    return {
+        "method": f"{row['method']}, {row['setting']}",
+        "bits_per_weight": row["bits_per_weight"],
+        "activation_bits": activation_bits,
+        "seeds": 1,
+        **scores,
+        "path_kl_of_seeds": [scores["path_kl"]] * 2,
+    }
+
+
 def _available(grid: Grid, points: Iterable[Point]) -> list[PointRow]:
     return [grid[p] for p in points if p.key in grid.rows]
 
@@ -153,7 +168,11 @@ def public_rows(
 
 
 def report(
-    grid: Grid, reference: Grid, variance: Mapping[str, Any], public: Sequence[Mapping[str, Any]]
+    grid: Grid,
+    reference: Grid,
+    variance: Mapping[str, Any],
+    public: Sequence[Mapping[str, Any]],
+    peers: Sequence[PeerRow] = (),
 ) -> dict[str, Any]:
     """The content of ``reports/witness.json``, of what has been measured.
 
@@ -162,11 +181,13 @@ def report(
         reference: of time-aware norms of the reference model.
         variance: model to what ``variances`` returns.
         public: see ``public_rows``.
+        peers: other projects' methods on the witness, rows of ``peers.score_all``.
     """
     rows, targets, norms = [], [], []
     for name in FIRST:
         if found := _available(grid, method_points(name)):
             rows.append(_row(found, name, 16))
+    rows += [_peer(row, bits) for bits in (16, 4) for row in peers]
     for bits in sorted(PRECISIONS, key=lambda bits: -(bits or 16)):
         if seeds := _complete(grid, bits):
             question = {name: [grid[p] for p in points] for name, points in question_points(bits, seeds).items()}
@@ -272,8 +293,9 @@ def both_models(
         baseline: a method that was measured on both.
     """
     by_name = {(row["method"], row["setting"]): row["path_kl"] for row in peers}
-    ours = {row["method"]: row["path_kl"] for row in rows}
-    both = {m: (by_name[named], ours[m]) for m, named in _ON_REFERENCE.items() if named in by_name and m in ours}
+    ours = {row["method"]: row["path_kl"] for row in rows if row["activation_bits"] == 16}
+    names = _ON_REFERENCE | {", ".join(named): named for named in by_name}
+    both = {m: (by_name[named], ours[m]) for m, named in names.items() if named in by_name and m in ours}
     if baseline not in both:
         raise ValueError(f"baseline: found {baseline!r}, allowed are {', '.join(both)}")
     return [
@@ -298,14 +320,15 @@ def main() -> None:
             "reference": variances(reference.reference, Inputs(code_sequences=8, puzzles=4)),
             WHEEL: variances(grid.reference, WitnessInputs(calibration_sequences=4)),
         }
-        public = earlier.get("public", ())
+        public = earlier.get("public", [])
+        peers = read_earlier(WITNESS_REPORT)["rows"] if WITNESS_REPORT.is_file() else []
         for rows in public_rows(grid.reference, WitnessInputs(), public):
             public = rows
-            write_json(REPORT, report(grid, reference, variance, public))
+            write_json(REPORT, report(grid, reference, variance, public, peers))
         work = [(grid, points) for points in plan()] + [(reference, points) for points in norms_plan()]
         for measured, points in work:
             measured.run(points)
-            write_json(REPORT, report(grid, reference, variance, public))
+            write_json(REPORT, report(grid, reference, variance, public, peers))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ from thermo_lib.studies.smoothing import gain, path_kl_change
 
 FOLDER = Path("artifacts/peers")
 PEERS_REPORT = Path("reports/peers.json")
+WITNESS_REPORT = Path("reports/peers_witness.json")
 NAMES = {"method": str, "setting": str, "made_of": str}  # what each result is told apart by
 CHECK = "gptq-check"
 LOSS_STEPS = 10
@@ -335,7 +336,12 @@ def ahead_of(row: PeerRow, peer: PeerRow, activation_bits: int = 16) -> dict[str
 
 
 def score_all(
-    reference: DiffusionLM, folder: Path = FOLDER, report: Path = PEERS_REPORT, *, progress: bool = True
+    reference: DiffusionLM,
+    folder: Path = FOLDER,
+    report: Path = PEERS_REPORT,
+    make_suite: Callable[[DiffusionLM], Suite] | None = None,
+    *,
+    progress: bool = True,
 ) -> None:
     """Score every result in a folder that isn't in the report yet; the report is rewritten whole after each.
 
@@ -346,6 +352,7 @@ def score_all(
         folder: what ``peers.quantize`` wrote.
         report: JSON file with ``rows`` (of ``score_peer``, and ``weights``, the digest of the file), the same scores of
             ``full_precision``, ``errors``, ``gptq_check``, ``hardware`` and ``versions``.
+        make_suite: makes the inputs, where something is to score; ``build_suite`` by default.
         progress: show a bar.
 
     Raises:
@@ -389,7 +396,7 @@ def score_all(
             rows[setting] = same | asdict(entry)
     full_precision = earlier.get("full_precision")
     if missing or full_precision is None:
-        suite = build_suite(reference)
+        suite = (make_suite or build_suite)(reference)
         if full_precision is None:
             full_precision = _scores(reference, suite)
         for entry in tqdm(missing, desc="scores", unit="setting", disable=not (progress and missing)):

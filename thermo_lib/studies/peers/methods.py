@@ -23,7 +23,7 @@ from thermo_lib.data.puzzles import PuzzlePrompts
 from thermo_lib.diffusion.inputs import run_states, shared_inputs
 from thermo_lib.diffusion.prompts import EmptyTexts, Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.models.architectures import DreamModel
+from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline import parts
 from thermo_lib.pipeline.config import ThermoConfig
@@ -205,7 +205,7 @@ def gptqmodel(lm: DiffusionLM, calibration: Calibration, **options: Any) -> Laye
     return layers
 
 
-class _PaddedModel(DreamModel):
+class _Padded(MaskPredictor):
     """Takes sequences that are padded on the right with an id above the vocabulary, whatever mask comes along.
 
     AutoRound masks the last token of every sample, and all trailing repeats, as if they were padding; a masked
@@ -225,7 +225,7 @@ def autoround(lm: DiffusionLM, calibration: Calibration, *, scheme: str, iters: 
     from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
     model = copy.deepcopy(lm.model)
-    model.__class__ = _PaddedModel
+    model.__class__ = type("PaddedModel", (_Padded, type(model)), {})
     padding = model.config.vocab_size
     longest = max(part.ids.shape[1] for part in calibration.parts)
     ids = torch.cat([F.pad(part.ids, (0, longest - part.ids.shape[1]), value=padding) for part in calibration.parts])

@@ -1,4 +1,4 @@
-"""Quantize the reference model with every peer and setting: ``python -m thermo_lib.studies.peers.quantize``.
+"""Quantize a model with every peer and setting: ``python -m thermo_lib.studies.peers.quantize``.
 
 Runs in the peers' environment. Every setting has a process of its own, so that one that crashes or runs out of memory
 is one entry with its error; complete results, and those that the report has already, are kept. Each leaves
@@ -7,7 +7,6 @@ is one entry with its error; complete results, and those that the report has alr
 """
 
 import argparse
-import hashlib
 import importlib.metadata
 import json
 import re
@@ -24,17 +23,15 @@ import torch
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from thermo_lib.diffusion.states import Calibration, calibrate
 from thermo_lib.files.locks import locked
 from thermo_lib.files.reading import read_object, read_report
-from thermo_lib.files.tensors import WEIGHTS_NAME
 from thermo_lib.files.text import write_json
 from thermo_lib.files.whole import replacing
-from thermo_lib.models.lm import REFERENCE_DIR, DiffusionLM, load_model
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
-from thermo_lib.studies.peers import CHECK, FOLDER, LOSS_STEPS, NAMES, PEERS_REPORT, Entry
+from thermo_lib.studies.peers import CHECK, LOSS_STEPS, NAMES, Entry
 from thermo_lib.studies.peers.methods import ADAPTERS, compare_gptq
+from thermo_lib.studies.peers.subjects import REFERENCE, SUBJECTS, Subject
 
 
 @dataclass(frozen=True)
@@ -163,21 +160,13 @@ JOBS = (
 )
 
 
-def study_calibration(lm: DiffusionLM) -> Calibration:
-    """The project's own calibration states, drawn once for all peers."""
-    path = FOLDER / "calibration.safetensors"
-    if path.is_file():
-        return Calibration.load(path)
-    calibration = calibrate(lm)
-    calibration.save(path)
-    return calibration
+# These only; this project's rows of another model are points of its study, which trains some of them for an hour.
+OTHERS = tuple(job for job in JOBS if job.adapter != "thermo")
 
 
-def made_of(job: Job) -> str:
+def made_of(job: Job, subject: Subject = REFERENCE) -> str:
     """A digest of what a result depends on: model, calibration, settings and versions."""
-    digest = hashlib.sha256()
-    for path in (REFERENCE_DIR / WEIGHTS_NAME, FOLDER / "calibration.safetensors"):
-        digest.update(path.read_bytes())
+    digest = subject.digest()
     versions = [importlib.metadata.version(package) for package in ("torch", *([job.package] if job.package else []))]
     settings = ThermoConfig(**job.options).digest() if job.adapter == "thermo" else {}
     digest.update(json.dumps([asdict(job), versions, settings], sort_keys=True).encode())
@@ -190,11 +179,11 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def quantize(job: Job) -> None:
+def quantize(job: Job, subject: Subject = REFERENCE) -> None:
     """Run one job in this process and write its files, the JSON last."""
     torch.manual_seed(0)
-    lm = load_model("reference")
-    calibration = study_calibration(lm)
+    lm = subject.load()
+    calibration = subject.calibration(lm)
     for module in job.modules:
         importlib.import_module(module)
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
@@ -203,7 +192,7 @@ def quantize(job: Job) -> None:
     seconds, peak = time.perf_counter() - start, _status("VmHWM") - before
     linears = {name: layer for name, layer in layers.items() if layer.bits is not None}
     tensors = {f"{name}.weight" if name in linears else name: layer.weight for name, layer in layers.items()}
-    with replacing(FOLDER / f"{job.name}.safetensors") as new:
+    with replacing(subject.folder / f"{job.name}.safetensors") as new:
         save_file({name: tensor.detach().float().contiguous().clone() for name, tensor in tensors.items()}, new)
     stored = sum(layer.bits for layer in layers.values() if layer.bits is not None)
     entry = Entry(
@@ -213,11 +202,11 @@ def quantize(job: Job) -> None:
         bits_per_weight=stored / sum(x.weight.numel() for x in linears.values()),
         seconds=round(seconds, 2),
         peak_mib=round(peak / 1024, 1),
-        made_of=made_of(job),
+        made_of=made_of(job, subject),
         activation_clip=(job.options.get("activations") or {}).get("clip", 1.0),
         losses={phase: _means(losses) for phase, losses in layers.losses.items()},
     )
-    write_json(FOLDER / f"{job.name}.json", asdict(entry))
+    write_json(subject.folder / f"{job.name}.json", asdict(entry))
 
 
 def _means(losses: Sequence[float], count: int = LOSS_STEPS) -> list[float]:
@@ -225,38 +214,45 @@ def _means(losses: Sequence[float], count: int = LOSS_STEPS) -> list[float]:
     return [round(statistics.fmean(losses[start : start + count]), 4) for start in range(0, len(losses), count)]
 
 
-def _failure(job: Job, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+def _failure(job: Job, subject: Subject, process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     lines = [line for line in process.stderr.replace("\r", "\n").splitlines() if line.strip()]
     ended = f"ended by signal {-process.returncode}" if process.returncode < 0 else ""
     return {
         "method": job.method,
         "setting": job.setting,
         "error": ended or (lines[-1] if lines else f"exit status {process.returncode}"),
-        "made_of": made_of(job),
+        "made_of": made_of(job, subject),
     }
 
 
-def _complete(job: Job) -> bool:
-    path = FOLDER / f"{job.name}.json"
+def _complete(job: Job, subject: Subject) -> bool:
+    path = subject.folder / f"{job.name}.json"
     if not path.is_file() or not path.with_suffix(".safetensors").is_file():
         return False
     entry = read_object(path)
-    return "error" not in entry and entry.get("made_of") == made_of(job)
+    return "error" not in entry and entry.get("made_of") == made_of(job, subject)
 
 
-def run_all(jobs: Sequence[Job], report: Path = PEERS_REPORT) -> None:
-    """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own."""
-    study_calibration(load_model("reference"))
-    rows = read_report(report, rows=NAMES)["rows"] if report.is_file() else []
+def run_all(jobs: Sequence[Job], name: str) -> None:
+    """Run the jobs that neither have a complete result nor a row in the report, each in a process of its own.
+
+    Args:
+        jobs: peers and settings.
+        name: of the model, one of ``SUBJECTS``.
+    """
+    subject = SUBJECTS[name]
+    subject.calibration(subject.load())
+    rows = read_report(subject.report, rows=NAMES)["rows"] if subject.report.is_file() else []
     scored = {(row["method"], row["setting"], row["made_of"]) for row in rows}
-    missing = [job for job in jobs if (job.method, job.setting, made_of(job)) not in scored and not _complete(job)]
+    wanted = {(job.method, job.setting, made_of(job, subject)): job for job in jobs}
+    missing = [job for key, job in wanted.items() if key not in scored and not _complete(job, subject)]
     bar = tqdm(missing, desc="peers", unit="setting", disable=not missing)
     for job in bar:
         bar.set_postfix_str(job.name)
-        command = [sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", job.name]
+        command = [sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--model", name, "--only", job.name]
         process = subprocess.run(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
         if process.returncode:
-            write_json(FOLDER / f"{job.name}.json", _failure(job, process))
+            write_json(subject.folder / f"{job.name}.json", _failure(job, subject, process))
 
 
 def main() -> None:
@@ -264,20 +260,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=[CHECK, *(job.name for job in JOBS)], help="one setting, in this process")
     parser.add_argument("--method", help="only this method's settings, each in its own process")
+    parser.add_argument("--model", choices=list(SUBJECTS), default="reference", help="what is quantized")
     arguments = parser.parse_args()
+    subject, is_reference = SUBJECTS[arguments.model], arguments.model == "reference"
     if arguments.only == CHECK:
-        lm = load_model("reference")
+        lm = REFERENCE.load()
         with torch.no_grad():
-            write_json(FOLDER / f"{CHECK}.json", compare_gptq(lm, study_calibration(lm)))
+            write_json(REFERENCE.folder / f"{CHECK}.json", compare_gptq(lm, REFERENCE.calibration(lm)))
     elif arguments.only:
-        quantize(next(job for job in JOBS if job.name == arguments.only))
+        quantize(next(job for job in JOBS if job.name == arguments.only), subject)
     else:
-        with locked(FOLDER):
-            run_all([job for job in JOBS if arguments.method in (None, job.method)])
-            checked = (FOLDER / f"{CHECK}.json").is_file() or (
-                PEERS_REPORT.is_file() and read_report(PEERS_REPORT, gptq_check={})["gptq_check"]
+        with locked(subject.folder):
+            jobs = JOBS if is_reference else OTHERS
+            run_all([job for job in jobs if arguments.method in (None, job.method)], arguments.model)
+            checked = (REFERENCE.folder / f"{CHECK}.json").is_file() or (
+                REFERENCE.report.is_file() and read_report(REFERENCE.report, gptq_check={})["gptq_check"]
             )
-            if arguments.method is None and not checked:
+            if is_reference and arguments.method is None and not checked:
                 subprocess.run([sys.executable, "-m", "thermo_lib.studies.peers.quantize", "--only", CHECK], check=True)
 
 
