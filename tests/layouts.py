@@ -384,7 +384,11 @@ STABLE_DIFFCODER = replace(
 BOTH = pytest.mark.parametrize("layout", [DREAM, LLADA], ids=["Dream", "LLaDA"])
 BLOCKS = {"Qwen2": DREAM, "Llama": LLADA, "Qwen3": A2D_QWEN3}
 KINDS = pytest.mark.parametrize("layout", BLOCKS.values(), ids=BLOCKS)
-BLOCK_CAUSAL = pytest.mark.parametrize("layout", [SDAR, FAST_DLLM], ids=["SDAR", "Fast-dLLM"])
+# dllm's bd3lm models have the config.json of its mdlm ones; what is saved here says the length.
+A2D_BLOCKS = replace(A2D_QWEN3, config=A2D_QWEN3.config | {"block_length": 5}, block_length=5)
+BLOCK_CAUSAL = pytest.mark.parametrize(
+    "layout", [SDAR, FAST_DLLM, A2D_BLOCKS], ids=["SDAR", "Fast-dLLM", "Tiny-A2D bd3lm"]
+)
 _SAYING = [DREAM, LLADA, A2D_QWEN2, A2D_QWEN3, A2D_LLAMA, SDAR, FAST_DLLM]
 NAMED = pytest.mark.parametrize("layout", _SAYING, ids=[layout.model_type for layout in _SAYING])
 _EVERY = [*_SAYING, OPEN_DCODER, STABLE_DIFFCODER]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from small_runs import Run
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 
 from thermo_lib import chat as talk
@@ -184,6 +185,18 @@ class TestConversation:
         lm.chat_template = None
         converse(Chat(lm, 6, HOW, raw=True), io.StringIO("for i in\nclass A"), io.StringIO())
         assert prompts == ["for i in", "class A"]
+
+    def test_what_closes_a_text_stays_behind_the_answer(self, lm: DiffusionLM, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As ``[SEP]`` of BERT's tokenizers; the command that generates does the same."""
+        text, mask = "<|endoftext|>", lm.mask_token_id
+        end = lm.tokenizer.token_to_id(text)
+        closing = TemplateProcessing(single=f"{text} $A {text}", special_tokens=[(text, end)])
+        monkeypatch.setattr(lm.tokenizer, "post_processor", closing)
+        states: list[list[int]] = []
+        monkeypatch.setattr(talk, "generate", lambda lm, ids, **how: states.append(ids[0].tolist()) or ids)
+        inside = lm.tokenizer.encode("for i in", add_special_tokens=False).ids
+        Chat(lm, 3, HOW, raw=True).answer("for i in")
+        assert states == [[end, *inside, mask, mask, mask, end]]
 
     def test_a_terminal_shows_every_state(
         self,

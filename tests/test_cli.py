@@ -202,7 +202,10 @@ class TestGenerate:
             (["--timesteps", 0], "timesteps"),
             (["--top-p", 2.0], "top_p"),
             (["--chat"], "chat: found no chat template"),
-            (["--threshold", 0.9], "sampler: found 'entropy', allowed with a threshold are maskgit_plus"),
+            (
+                ["--threshold", 0.9, "--sampler", "entropy"],
+                "sampler: found 'entropy', allowed with a threshold are",
+            ),
             (["--suppress-tokens", 3, 9999], "suppress_tokens: found 9999, allowed are 0"),
             (["--stop-at-end"], "end_tokens: found none, allowed is at least one id with stop_at_end"),
             (

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from thermo_lib.diffusion.states import Calibration, calibrate
     from thermo_lib.evaluation.scores import build_suite, evaluate, evaluate_jsonl
     from thermo_lib.evaluation.summary import validate
-    from thermo_lib.models.lm import as_lm, load_model
+    from thermo_lib.models.lm import load_model
+    from thermo_lib.models.loaded import as_lm
     from thermo_lib.notebooks import reproducible
     from thermo_lib.pipeline.compiled import compile
     from thermo_lib.pipeline.config import ThermoConfig
@@ -38,7 +39,7 @@ _MODULES = {
     "TimeGroupParams": "time_aware.groups",
     "TimeGroups": "time_aware.groups",
     "TimeNorms": "pipeline.parts",
-    "as_lm": "models.lm",
+    "as_lm": "models.loaded",
     "backend": "quant.backends",
     "build_suite": "evaluation.scores",
     "calibrate": "diffusion.states",

@@ -26,14 +26,13 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timesteps", type=whole, default=64, help="denoising steps (%(default)s)")
     parser.add_argument(
         "--sampler",
-        default="entropy",
-        help="which tokens first, see generate (%(default)s)",
+        help="which tokens first, see generate (entropy, with --threshold low_confidence)",
     )
     parser.add_argument("--temperature", type=number, default=0.0, help="0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-p", type=number, help="of the probability that tokens are drawn from")
     parser.add_argument("--top-k", type=whole, help="tokens that are drawn from")
     parser.add_argument("--alg-temp", type=number, default=0.0, help="of the choice of positions (%(default)s)")
-    parser.add_argument("--block-length", type=whole, help="fill blocks of so many tokens, left to right")
+    parser.add_argument("--block-length", type=whole, help="fill blocks of so many tokens, left to right (0: none)")
     parser.add_argument(
         "--threshold", type=number, help="fill what the model is surer of than this at once (at most 1)"
     )

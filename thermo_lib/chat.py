@@ -19,7 +19,7 @@ from torch import Tensor
 
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.models.tokenizer_json import encode
+from thermo_lib.models.tokenizer_json import encode, left_open
 
 MASK = "░"
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
@@ -75,8 +75,10 @@ class Chat:
         """
         said = [*self.messages, {"role": "user", "content": line}]
         text = line if self.raw else self.lm.chat(said)
-        prompt = encode(self.lm.tokenizer, [text], add_special_tokens=self.raw)[0].ids
-        length, most = len(prompt) + self.count, self.lm.model.config.max_position_embeddings
+        (encoded,) = encode(self.lm.tokenizer, [text], add_special_tokens=self.raw)
+        prompt, end = left_open(encoded)
+        answered = slice(len(prompt), len(prompt) + self.count)
+        length, most = answered.stop + len(end), self.lm.model.config.max_position_embeddings
         if length > most:
             found = f"found {length} tokens with the answer"
             raise ValueError(f"chat: {found}, allowed are {most}, max_position_embeddings; /clear starts over")
@@ -85,12 +87,12 @@ class Chat:
         if screen is not None:
 
             def draw(_timestep: int, _rows: slice, ids: Tensor) -> None:
-                screen.draw(self.shown(ids[0, len(prompt) :]))
+                screen.draw(self.shown(ids[0, answered]))
 
             on_state = draw
-        ids = torch.tensor([[*prompt, *[self.lm.mask_token_id] * self.count]])
+        ids = torch.tensor([[*prompt, *[self.lm.mask_token_id] * self.count, *end]])
         filled = generate(self.lm, ids, on_state=on_state, **self.how)
-        answer = self.lm.decode(filled[0, len(prompt) :])
+        answer = self.lm.decode(filled[0, answered])
         if not self.raw:
             self.messages = [*said, {"role": "assistant", "content": answer}]
         return answer

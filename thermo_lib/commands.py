@@ -20,7 +20,7 @@ from thermo_lib.data.texts import read_texts
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.sampling import generate
 from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
-from thermo_lib.diffusion.tokens import Sampling
+from thermo_lib.diffusion.tokens import Sampling, chosen_sampler
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.comparison import per_sequence
 from thermo_lib.evaluation.page import CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
@@ -41,7 +41,7 @@ from thermo_lib.files.text import as_json, write_json, write_text
 from thermo_lib.files.whole import replace_together, sweep_together
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
-from thermo_lib.models.tokenizer_json import encode
+from thermo_lib.models.tokenizer_json import encode, left_open
 from thermo_lib.notebooks import reproducible
 from thermo_lib.pipeline.about import about, words
 from thermo_lib.pipeline.activations import resmooth, resmoothed
@@ -204,12 +204,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
     lm = computing_model(load(arguments.model, arguments), arguments)
     text = lm.chat([{"role": "user", "content": arguments.prompt}]) if arguments.chat else arguments.prompt
     (encoded,) = encode(lm.tokenizer, [text], add_special_tokens=not arguments.chat)
-    prompt: list[int] = list(encoded.ids)
-    end: list[int] = []
-    while (
-        len(prompt) > 1 and encoded.special_tokens_mask[len(prompt) - 1]
-    ):  # what closes a text, as [SEP], comes after the rest
-        end.insert(0, prompt.pop())
+    prompt, end = left_open(encoded)
     filled = generate(
         lm,
         torch.tensor([prompt + [lm.mask_token_id] * arguments.max_new_tokens + end]),
@@ -242,6 +237,7 @@ _RULES = ("suppress_tokens", "begin_suppress_tokens", "end_tokens", "suppress_en
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of the library's ``generate`` that commands have too; raises ValueError for a wrong value."""
     how = {name: getattr(arguments, name) for name in (*_SAMPLING, *_RULES)}
+    how["sampler"] = chosen_sampler(how["sampler"], how["threshold"])
     Sampling(**{name: how[name] for name in _SAMPLING[:6]})
     TokenRules(**{name: how[name] for name in _RULES})
     return how

@@ -31,7 +31,7 @@ _LIMITS = {
     "max_new_tokens": (1, _MOST),
     "timesteps": (1, 2**16),
     "top_k": (1, 2**31 - 1),
-    "block_length": (1, _MOST),
+    "block_length": (0, _MOST),
     "attention_block": (1, _MOST),
     "suppress_tokens": (0, 2**31 - 1),
     "begin_suppress_tokens": (0, 2**31 - 1),

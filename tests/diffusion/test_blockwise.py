@@ -345,10 +345,10 @@ class TestEnd:
 
     def test_only_block_by_block_a_row_stops_unasked(self, load: Any, prompts: tuple[Tensor, Tensor]) -> None:
         lm, ids = load(SDAR), prompts[0][[0, 3]]
-        whole = filled(lm, ids, timesteps=10, block_length=None)
+        whole = filled(lm, ids, timesteps=10, block_length=0)
         end = int(whole[0, 9])
-        assert torch.equal(filled(lm, ids, timesteps=10, block_length=None, end_tokens=end), whole)
-        found = filled(lm, ids, timesteps=10, block_length=None, end_tokens=end, stop_at_end=True)
+        assert torch.equal(filled(lm, ids, timesteps=10, block_length=0, end_tokens=end), whole)
+        found = filled(lm, ids, timesteps=10, block_length=0, end_tokens=end, stop_at_end=True)
         assert (found[0, 9:] == end).all()
 
 
@@ -364,8 +364,16 @@ class TestRefused:
                 {"timesteps": 1},
                 "timesteps: found 1, allowed is at least 2, one for each block of 5 ",
             ),
-            (SDAR, {"on_logits": lambda *_: None}, "on_logits: found a hook, allowed is None with a block_length of"),
-            (SDAR, {"on_tokens": lambda *_: None}, "on_tokens: found a hook, allowed is None with a block_length of"),
+            (
+                SDAR,
+                {"on_logits": lambda *_: None},
+                "on_logits: found a hook, allowed is None with a block-causal",
+            ),
+            (
+                SDAR,
+                {"on_tokens": lambda *_: None},
+                "on_tokens: found a hook, allowed is None with a block-causal",
+            ),
         ],
         ids=["another length", "too few timesteps", "on_logits", "on_tokens"],
     )
@@ -379,6 +387,18 @@ class TestRefused:
         with pytest.raises(ValueError, match=re.escape(f"ids: found {VOCABULARY}, allowed are 0..{VOCABULARY - 1}")):
             generate(load(SDAR), torch.full((1, 4), VOCABULARY), timesteps=1, block_length=4)
 
-    def test_without_a_block_length_all_is_filled_together(self, load: Any) -> None:
-        ids = torch.full((1, 6), MASK_TOKEN_ID)
-        assert not (generate(load(SDAR), ids, timesteps=2) == MASK_TOKEN_ID).any()
+    @BLOCK_CAUSAL
+    def test_its_own_blocks_are_filled_unless_all_together_is_asked_for(self, load: Any, layout: Layout) -> None:
+        lm, ids = load(layout), torch.full((1, 2 * layout.block_length), MASK_TOKEN_ID)
+        states: dict[int | None, list[Tensor]] = {None: [], 0: []}
+        for length, seen in states.items():
+            keep = seen.append
+            filled = generate(lm, ids, timesteps=4, block_length=length, on_state=lambda t, r, x, k=keep: k(x.clone()))
+            assert not (filled == MASK_TOKEN_ID).any()
+        half = states[None][2] != MASK_TOKEN_ID  # after two of four steps the first of two blocks is full
+        assert half[0].tolist() == [True] * layout.block_length + [False] * layout.block_length
+        assert torch.equal(
+            generate(lm, ids, timesteps=4), generate(lm, ids, timesteps=4, block_length=layout.block_length)
+        )
+        hook = {"on_tokens": lambda _timestep, x, _logits: x}
+        assert generate(lm, ids, timesteps=1, block_length=0, **hook).shape == ids.shape

@@ -357,7 +357,8 @@ class TestBlocks:
     @pytest.mark.parametrize(
         ("block_length", "timesteps", "message"),
         [
-            (0, 4, "block_length: found 0, allowed is at least 1"),
+            (-1, 4, "block_length: found -1, allowed is at least 1"),
+            (False, 4, "block_length: found False, allowed is at least 1"),
             (2, 2, "timesteps: found 2, allowed is at least 3, one for each block of 2 positions"),
             (2, 0, "timesteps: found 0, allowed is at least 1"),
         ],

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from layouts import BOTH, DREAM, LLADA, NAMED, Layout
+from encoder_layouts import EVERY_ENCODER, EncoderLayout
+from layouts import BOTH, DREAM, FAST_DLLM, LLADA, NAMED, OPEN_DCODER, SDAR, Layout
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
@@ -153,8 +154,43 @@ class TestAsLM:
         expected = thermo.generate(lm, torch.cat([PROMPTS, masks], 1), timesteps=2)
         assert found.generate(PROMPTS, max_new_tokens=2).equal(expected)
 
+    @EVERY_ENCODER
+    def test_a_masked_language_model_of_transformers_itself(
+        self, layout: EncoderLayout, tmp_path: Path, tokenizer: Tokenizer
+    ) -> None:
+        """The weights are shared, and what is generated is what the same folder gives in this library's model."""
+        folder = layout.write(tmp_path / "source", tokenizer)
+        theirs = AutoModelForMaskedLM.from_pretrained(folder, dtype=torch.float32)
+        lm, own = thermo.as_lm(theirs), thermo.load_model(str(folder))
+        assert lm.mask_token_id == own.mask_token_id
+        assert lm.tokenizer.get_vocab() == own.tokenizer.get_vocab()
+        block = lm.model.parts.embeddings
+        assert lm.model.get_submodule(block).weight.data_ptr() == theirs.get_submodule(block).weight.data_ptr()
+        ids = torch.nn.functional.pad(PROMPTS, (0, 4), value=own.mask_token_id)
+        assert thermo.generate(theirs, ids, timesteps=3).equal(thermo.generate(own, ids, timesteps=3))
+        for name in ("generate", "diffusion_generate"):
+            found = getattr(own.model, name)(PROMPTS, max_new_tokens=4, steps=3, alg="entropy")
+            assert found.equal(thermo.generate(own, ids, timesteps=3))
+        kinds = torch.zeros_like(ids)
+        assert own.model(ids, token_type_ids=kinds).logits.equal(own.model(ids).logits)
+        with pytest.raises(ValueError, match="token_type_ids: found "):
+            own.model(ids, token_type_ids=kinds + 1)
+        headless = AutoModel.from_pretrained(folder, dtype=torch.float32)
+        with pytest.raises(ValueError, match=rf"model: found {type(headless).__name__}, allowed is .*MaskedLM,"):
+            thermo.as_lm(headless)
+        with pytest.raises(ValueError, match="that wasn't loaded from a folder or a hub id"):
+            thermo.as_lm(type(theirs)(type(theirs.config)(**theirs.config.to_dict() | {"_name_or_path": ""})))
+
+    def test_a_plain_model_of_transformers_says_that_its_family_is_missing(
+        self, tmp_path: Path, tokenizer: Tokenizer
+    ) -> None:
+        folder = OPEN_DCODER.write(tmp_path / "source", tokenizer)
+        plain = AutoModelForCausalLM.from_pretrained(folder)
+        with pytest.raises(ValueError, match="family: found None, allowed with 'qwen2' blocks"):
+            thermo.generate(plain, PROMPTS, timesteps=1)
+
     def test_another_model_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="model: found Linear, allowed is one of this library"):
+        with pytest.raises(ValueError, match="model: found Linear, allowed is what load_model or AutoModel returns"):
             thermo.generate(torch.nn.Linear(1, 1), PROMPTS, timesteps=1)
 
 
@@ -167,6 +203,17 @@ class TestGenerate:
         assert not set(others) & set(never)
         config = GenerationConfig(begin_suppress_tokens=never, max_new_tokens=4)
         assert not set(dream.generate(PROMPTS, config)[:, 3].tolist()) & set(never)
+
+    @pytest.mark.parametrize("layout", [SDAR, FAST_DLLM], ids=["SDAR", "Fast-dLLM"])
+    def test_the_call_that_fast_dllm_publishes(self, layout: Layout, folders: Callable[[Layout], Path]) -> None:
+        model, size = AutoModel.from_pretrained(folders(layout), dtype=torch.float32), layout.block_length
+        how = {"block_size": size, "small_block_size": size, "threshold": 0.1, "max_new_tokens": 2 * size}
+        found = model.generate(PROMPTS, **how)
+        expected = {"timesteps": 2 * size, "sampler": "low_confidence", "threshold": 0.1}
+        assert found.equal(filled(model, PROMPTS, 2 * size, **expected))
+        small = f"small_block_size: found 2, allowed is None, or block_size ({size})"
+        with pytest.raises(ValueError, match=re.escape(small)):
+            model.generate(PROMPTS, **how | {"small_block_size": 2})
 
     def test_the_defaults(self, model: MaskPredictor) -> None:
         found = model.generate(PROMPTS, max_new_tokens=4)

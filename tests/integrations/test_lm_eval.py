@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from encoder_layouts import EVERY_ENCODER, ROBERTA, EncoderLayout
-from layouts import BLOCK_CAUSAL, OPEN_DCODER, Layout
+from layouts import BLOCK_CAUSAL, OPEN_DCODER, SDAR, Layout
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
@@ -343,6 +343,15 @@ def test_a_plain_configuration_needs_its_family(folders: dict[str, Path], tmp_pa
     with pytest.raises(ValueError, match="family: found None, allowed with 'qwen2' blocks"):
         HarnessLM(str(source))
     assert HarnessLM(str(source), family="open-dcoder").lm.model.config.model_type == "open-dcoder"
+
+
+def test_a_block_causal_model_whose_files_say_no_length(folders: dict[str, Path], tmp_path: Path) -> None:
+    source = SDAR.write(tmp_path / "source", load_model(str(folders["full"])).tokenizer, block_size=None)
+    harness = HarnessLM(str(source), attention_block=8, max_new_tokens=12)
+    assert harness.lm.model.block_length == 8
+    assert len(harness.generate_until([request("generate_until", "x = ", {"until": []})])) == 1
+    with pytest.raises(ValueError, match="block_length: found 4, allowed is 8, that of the model's attention, or 0"):
+        HarnessLM(str(source), attention_block=8, block_length=4)
 
 
 @BLOCK_CAUSAL

@@ -9,7 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from layouts import BLOCK_CAUSAL, DREAM, FAST_DLLM, MASK_TOKEN_ID, SDAR, VOCABULARY, Layout, stored
+from layouts import (
+    A2D_BLOCKS,
+    A2D_QWEN3,
+    BLOCK_CAUSAL,
+    DREAM,
+    FAST_DLLM,
+    MASK_TOKEN_ID,
+    SDAR,
+    VOCABULARY,
+    Layout,
+    stored,
+)
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -122,6 +133,33 @@ class TestBlockLength:
         assert torch.equal(streamed[1].model.hidden(text), lm.model.hidden(text))
         assert streamed[0].identity() != streamed[1].identity()
         assert copy.deepcopy(lm.model).block_length == 8
+
+    def test_a_family_with_both_kinds_of_attention(self, tmp_path: Path, tokenizer: Tokenizer, text: Tensor) -> None:
+        """dllm's config.json doesn't say which: full attention is taken, with a warning where the name says bd3lm."""
+        folder = A2D_QWEN3.write(tmp_path / "mdlm", tokenizer)
+        named = A2D_QWEN3.write(tmp_path / "models--x--y-bd3lm-v0.1", tokenizer)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            full = load_model(str(folder))
+            blocks = load_model(str(named), block_length=6)
+        assert not found
+        assert full.model.block_length is None
+        assert about(str(folder))["attention"].startswith("full")
+        with pytest.warns(UserWarning, match=r"block_length: found none in .*bd3lm.*, full attention is assumed"):
+            assert torch.equal(load_model(str(named)).model.hidden(text), full.model.hidden(text))
+        assert not torch.allclose(blocks.model.hidden(text), full.model.hidden(text), atol=1e-3)
+        save_model(blocks, tmp_path / "saved")
+        quantize_checkpoint(named, tmp_path / "quantized", FAST, block_length=6)
+        for loaded in (load_model(str(tmp_path / "saved")), load_quantized(tmp_path / "quantized")):
+            assert loaded.model.block_length == 6
+            assert copy.deepcopy(loaded.model).block_length == 6
+        assert torch.equal(load_model(str(tmp_path / "saved")).model.hidden(text), blocks.model.hidden(text))
+        content = json.loads((tmp_path / "saved" / "config.json").read_text(encoding="utf-8"))
+        assert content["block_length"] == 6
+        assert "block_length" not in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        wrong = A2D_BLOCKS.write(tmp_path / "wrong", tokenizer, block_length=0)
+        with pytest.raises(ValueError, match="block_length: found 0, allowed are whole numbers from 1"):
+            load_model(str(wrong))
 
     def test_one_that_is_assumed_is_said_once(self, write: Callable[..., Path]) -> None:
         folder = write(SDAR, block_size=None)

@@ -35,8 +35,9 @@ from torch import Tensor, nn
 from thermo_lib import ThermoConfig, calibrate, load_model, load_quantized, quantize, save_quantized
 from thermo_lib.models import settings as published_settings
 from thermo_lib.models.architectures import build_model
-from thermo_lib.models.families import DreamConfig, read_config
+from thermo_lib.models.families import read_config
 from thermo_lib.models.lm import DiffusionLM, save_model
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.quant import calls
 
 
@@ -267,6 +268,7 @@ class TestConfiguration:
                 "num_key_value_heads: found 3, allowed are divisors of num_attention_heads = 4",
             ),
             ({"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters: found {'rope_type': 'yarn'}, allowed is"),
+            ({"rope_parameters": {"type": "linear"}}, "rope_parameters: found {'type': 'linear'}, allowed is"),
             ({"model_type": "opt"}, "model_type: found 'opt', supported are Dream, llada"),
             ({"model_type": ["Dream"]}, "model_type: found ['Dream'], supported are Dream, llada"),
             ({"hidden_act": "swish2"}, "hidden_act: found 'swish2', allowed are "),

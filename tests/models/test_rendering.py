@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from thermo_lib.models import rendering
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 from thermo_lib.models.tokenization import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "x"}]

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from thermo_lib import ThermoConfig, load_model, load_quantized, notebooks
 from thermo_lib.files.tensors import weight_files
-from thermo_lib.models.families import DreamConfig, read_config
+from thermo_lib.models.families import read_config
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.pipeline.streaming import quantize_checkpoint
 from thermo_lib.studies import full_size
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small_runs import Run
 
-from thermo_lib.models.families import DreamConfig
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.studies import gpu
 
 pytestmark = pytest.mark.slow

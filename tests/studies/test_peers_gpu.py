@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.families import DreamConfig
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.studies.peers import gpu
 
 SMALL = DreamConfig(

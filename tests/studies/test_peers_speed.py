@@ -13,7 +13,7 @@ import torch
 
 from thermo_lib.evaluation import figures
 from thermo_lib.evaluation.report import table
-from thermo_lib.models.families import DreamConfig
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.studies.peers import llama, speed
 from thermo_lib.studies.speed import PEERS_SPEED_COLUMNS
 

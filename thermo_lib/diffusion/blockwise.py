@@ -27,12 +27,25 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.models.vocabulary import check_known
 
 
-def is_block_by_block(lm: Any, block_length: int | None) -> bool:
-    """Whether a model is block-causal, and its blocks are asked for."""
-    return block_length is not None and isinstance(lm, DiffusionLM) and lm.model.block_length is not None
+def blocks_of(lm: Any, block_length: int | None) -> tuple[int | None, bool]:
+    """What ``generate`` is asked to fill together.
+
+    Args:
+        lm: the model.
+        block_length: None for a block-causal model's own, and for all positions of another; 0 for all of any.
+
+    Returns:
+        The length of blocks, None for a single one, and whether a block-causal model fills its own one by one.
+    """
+    own = lm.model.block_length if isinstance(lm, DiffusionLM) else None
+    if block_length is None:
+        return own, own is not None
+    if type(block_length) is int and block_length == 0:
+        return None, False
+    return block_length, own is not None
 
 
-def check_blocks(lm: DiffusionLM, ids: Tensor, block_length: int, **hooks: Any) -> None:
+def check_blocks(lm: DiffusionLM, ids: Tensor, block_length: int | None, **hooks: Any) -> None:
     """Refuse what can't be done block by block.
 
     Raises:
@@ -41,10 +54,11 @@ def check_blocks(lm: DiffusionLM, ids: Tensor, block_length: int, **hooks: Any) 
     """
     own = lm.model.block_length
     if block_length != own:
-        raise ValueError(f"block_length: found {block_length!r}, allowed is {own}, that of the model's attention")
+        allowed = f"allowed is {own}, that of the model's attention, or 0 for all positions together"
+        raise ValueError(f"block_length: found {block_length!r}, {allowed}")
     for name, hook in hooks.items():
         if hook is not None:
-            why = "with a block_length of a block-causal model, whose steps compute a block alone"
+            why = "with a block-causal model, whose steps compute a block alone; block_length=0 fills all together"
             raise ValueError(f"{name}: found a hook, allowed is None {why}")
     check_known(ids, lm.vocab_size)
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.diffusion.blockwise import CachedBatch, check_blocks, is_block_by_block
+from thermo_lib.diffusion.blockwise import CachedBatch, blocks_of, check_blocks
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.schedule import Schedule, check_count
 from thermo_lib.diffusion.step import Batch, LogitsHook, TokensHook, same_shape
-from thermo_lib.diffusion.tokens import Sampling
+from thermo_lib.diffusion.tokens import Sampling, chosen_sampler
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 from thermo_lib.models.vocabulary import check_known
 
 _SEEDS = 1_000_003  # seeds of timesteps, and of rows, are so far apart
@@ -100,7 +101,7 @@ def generate(
     *,
     timesteps: int,
     attention_mask: Tensor | None = None,
-    sampler: str = "entropy",
+    sampler: str | None = None,
     temperature: float = 0.0,
     top_p: float | None = None,
     top_k: int | None = None,
@@ -141,7 +142,8 @@ def generate(
         timesteps: number of denoising steps ``T``.
         attention_mask: bool ``(batch, length)``, False at padding, which is on the left and is never filled; None
             where there is none.
-        sampler: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy`` or ``low_confidence``.
+        sampler: ``origin``, ``maskgit_plus``, ``topk_margin``, ``entropy`` or ``low_confidence``; None for ``entropy``,
+            with a ``threshold`` for ``low_confidence``.
         temperature, top_p, top_k: how a token is drawn; temperature 0 takes the likeliest. The filters see the logits
             after temperature, ``top_p`` first.
         alg_temp: above 0 the positions to fill are drawn, by confidence, instead of the surest ones; None for 0.
@@ -149,10 +151,11 @@ def generate(
             masked tokens step ``i`` fills ``int(n * (1 - t_{i+1} / t_i))`` with ``t_i = 1 - i * (1 - eps) / T``,
             ``origin`` each with that chance. ``low_confidence`` has no ``eps``.
         block_length: fill blocks of that many masked positions one after the other, left to right, each in its
-            share of the timesteps (arXiv 2502.09992, section 2.4); None fills all together. Each row has blocks of its
-            own, the last of which may be shorter; where the timesteps don't divide, the first blocks have one more. A
-            block-causal model takes its own, ``model.block_length``, and fills the blocks of its attention, of which
-            those without masks don't count; keys and values of earlier ones are kept, see ``blockwise``.
+            share of the timesteps (arXiv 2502.09992, section 2.4); None and 0 fill all together. Each row has blocks of
+            its own, the last of which may be shorter; where the timesteps don't divide, the first blocks have one more.
+            With None a block-causal model fills the blocks of its attention, of ``model.block_length`` each, of which
+            those without masks don't count; keys and values of earlier ones are kept, see ``blockwise``. Nothing else
+            is allowed for it but that number, or 0 for all together, which such models weren't trained for.
         threshold: fill every position of the block whose confidence is above it, instead of the scheduled number
             (Fast-dLLM, arXiv 2505.22618): at least one a row, and as many as fill the block by the end of its share of
             the timesteps. The next block begins as soon as one is full, so that rows end early; they aren't run any
@@ -166,8 +169,8 @@ def generate(
             B.4). Not for ``origin``, which has no confidence.
         stop_at_end: a row is finished once an end was written with nothing masked on its left: that end is written on
             at all positions on its right that were to be filled, and the row isn't run any more. None for True where a
-            block-causal model is given a ``block_length``, as in its published loops, an end is known and
-            ``suppress_end`` isn't asked for; else False.
+            block-causal model fills its blocks, as in its published loops, an end is known and ``suppress_end`` isn't
+            asked for; else False.
         seed: equal seeds give equal texts, whatever the batch size. Random numbers are drawn on the CPU, so that they
             are the same on every device. Without padding they depend on the shape of ``ids`` and on a position's place
             in it. With padding row ``r`` has those that it has alone, without its padding, with seed
@@ -176,8 +179,8 @@ def generate(
         on_state: called with ``(timestep, rows, ids)`` before each step: a trajectory's states.
         on_logits: called with ``(timestep, ids, logits)`` at every step, returns the logits to sample from. Logits are
             those of all positions, float32 ``(batch, length, vocabulary)``, computed only where there is a hook, for
-            finished rows too. What isn't to be written is ruled out after it. None where a block-causal model is given
-            a ``block_length``, as ``on_tokens``: its steps compute a block alone.
+            finished rows too. What isn't to be written is ruled out after it. None where a block-causal model fills
+            its blocks, as ``on_tokens``: its steps compute a block alone.
         on_tokens: called with ``(None, ids, None)`` before the first step, and with ``(timestep, ids, logits)`` after
             every step; returns the ids to go on with, which may have other mask tokens. Blocks are numbered after the
             first call; logits are those that ``on_logits`` returned.
@@ -193,15 +196,16 @@ def generate(
             ``DiffusionLM.logits`` raises.
     """
     lm = as_lm(lm)
+    sampler = chosen_sampler(sampler, threshold)
     sampling = Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold)
     rules = TokenRules(suppress_tokens, begin_suppress_tokens, end_tokens, suppress_end, end_last, stop_at_end)
-    by_block = is_block_by_block(lm, block_length)
+    block_length, by_block = blocks_of(lm, block_length)
     rules = rules.resolved(lm, sampler, block_by_block=by_block)
     mask_ratios(timesteps, eps)  # refuses timesteps before they are divided
     check_count("batch_size", batch_size)
     _check_ids(ids)
     if by_block:
-        assert block_length is not None  # by ``is_block_by_block``
+        assert block_length is not None  # by ``blocks_of``
         check_blocks(lm, ids, block_length, on_logits=on_logits, on_tokens=on_tokens)
     device = lm.device
     result = ids.to(device, torch.int64, copy=True)

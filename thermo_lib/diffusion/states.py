@@ -25,7 +25,8 @@ from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
 from thermo_lib.files.reading import field_of, parse_json, shown
 from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 
 Source = Literal["forward", "trajectory"]
 SOURCES: tuple[Source, ...] = ("forward", "trajectory")
@@ -220,6 +221,7 @@ def trajectory_states(
         sampler="origin",
         temperature=1.0,
         eps=0.0,
+        block_length=0,  # the process in which all positions are masked alike, also of a block-causal model
         seed=seed,
         batch_size=batch_size,
         on_state=lambda timestep, rows, x: seen.append(x.clone()),

@@ -20,6 +20,13 @@ SAMPLERS = ("origin", "maskgit_plus", "topk_margin", "entropy", "low_confidence"
 BY_PROBABILITY = ("maskgit_plus", "low_confidence")  # a position's confidence is the probability of its token
 
 
+def chosen_sampler(sampler: str | None, threshold: float | None) -> str:
+    """The sampler that is asked for; None is ``entropy``, or with a threshold one whose confidence is a probability."""
+    if sampler is not None:
+        return sampler
+    return "entropy" if threshold is None else "low_confidence"
+
+
 def filter_logits(logits: Tensor, top_p: float | None, top_k: int | None) -> Tensor:
     """Set logits outside the nucleus of mass ``top_p``, then those outside the ``top_k`` largest, to -inf.
 

@@ -98,12 +98,11 @@ def lines(
         figure, (ax,) = _axes()
         _head(figure, title)
         title = ""
-    colors = _colors([name for name in series if name != steps], ours, aside)
+    colors = _colors([name for name in series if name != steps], ours, aside) | ({steps: COLORS[6]} if steps else {})
     ends = {}
     for number, (name, values) in enumerate(series.items()):
         places = range(len(values)) if x is None else x
         if name == steps:
-            colors[name] = COLORS[6]
             ax.step(places, values, label=name, where="mid", color=colors[name], zorder=1)
         else:
             style: dict[str, Any] = {"color": colors[name], "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
@@ -255,8 +254,7 @@ def parameter_over_time(
     ax: "Axes",
 ) -> None:
     """One panel of ``parameters_over_time``, on axes that are there."""
-    name = "not smoothed"
-    lines({**after, name: before}, ylabel=ylabel, title=layer, ours=ours, steps=name, ax=ax)
+    lines({**after, "not smoothed": before}, ylabel=ylabel, title=layer, ours=ours, steps="not smoothed", ax=ax)
 
 
 def parameters_over_time(
@@ -305,11 +303,9 @@ def heat_maps(
                 if value == value:
                     dark = (value - low) < 0.6 * (high - low)
                     ax.text(x, y, form.format(value), ha="center", va="center", color="w" if dark else "k", fontsize=8)
-        ax.set(xlabel=xlabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
+        ax.set(xlabel=xlabel, ylabel=ylabel, xticks=range(len(xticks)), yticks=range(len(yticks)))
         ax.set_title(name, loc="left", fontsize=11)
-        ax.set_xticklabels([str(tick) for tick in xticks])
-        ax.set_yticklabels([str(tick) for tick in yticks])
-        ax.set_ylabel(ylabel)
+        ax.set(xticklabels=[str(tick) for tick in xticks], yticklabels=[str(tick) for tick in yticks])
         ax.grid(visible=False)
     figure.colorbar(image, ax=axes, label=label)
 

@@ -37,7 +37,8 @@ from thermo_lib.diffusion.sampling import generate, unmask_probabilities
 from thermo_lib.diffusion.states import States, forward_states, trajectory_states
 from thermo_lib.evaluation.statistics import RESAMPLES, interval
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 
 _KEPT_LOGITS = 2**28  # a GiB in float32
 
@@ -206,6 +207,7 @@ def solve_puzzles(
         timesteps=timesteps,
         sampler=sampler,
         eps=0.0,
+        block_length=0,  # together, so that a block-causal model doesn't need a timestep for each of its blocks
         temperature=temperature,
         seed=seed,
         batch_size=128,
@@ -271,8 +273,8 @@ class PuzzlePaths:
     def solved_by(self, lm: DiffusionLM) -> float:
         """Share of the puzzles that a model solves with the same sampler and seed."""
         ids, is_answer = encode_puzzles(self.puzzles, lm.tokenizer, self.task_length)
-        ids = torch.where(is_answer, lm.mask_token_id, ids)
-        filled = generate(lm, ids, timesteps=self.timesteps, sampler="origin", temperature=1.0, eps=0.0, seed=self.seed)
+        drawn = partial(generate, sampler="origin", temperature=1.0, eps=0.0, block_length=0)
+        filled = drawn(lm, ids.where(~is_answer, lm.mask_token_id), timesteps=self.timesteps, seed=self.seed)
         answers = decode_answers(filled, is_answer, lm.tokenizer)
         return sum(is_solution(p, a) for p, a in zip(self.puzzles, answers, strict=True)) / len(self.puzzles)
 

@@ -10,7 +10,8 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from thermo_lib.models.families import PUBLISHED, Published
+from thermo_lib.models.families import PUBLISHED
+from thermo_lib.models.published import Published
 
 METHOD = "thermo"
 

@@ -1,7 +1,8 @@
 """``generate`` and ``diffusion_generate`` of the models, as ``transformers`` and the published models have them.
 
 ``diffusion_generate`` has the arguments of Dream's published method (arXiv 2508.15487), ``generate`` the usual ones of
-``transformers``, and those of LLaDA's published function (arXiv 2502.09992). Both append masks to a prompt and let
+``transformers``, and those of the published functions of LLaDA (arXiv 2502.09992) and Fast-dLLM v2 (arXiv 2509.26328).
+Both append masks to a prompt and let
 ``thermo_lib.generate`` fill them. ``integrations.transformers.register`` makes them methods of ``MaskPredictor``.
 """
 
@@ -16,13 +17,19 @@ from transformers.utils.generic import ModelOutput
 
 from thermo_lib.diffusion import sampling
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import as_lm
+from thermo_lib.models.loaded import as_lm
 
 Settings = Mapping[str, Any]
 
 _NEW_TOKENS = 20  # where nobody says how many; as in transformers
 _DREAM = {"alg": "origin", "steps": 512}  # the defaults of Dream's published method
-_ALIASES = {"gen_length": "max_new_tokens", "remasking": "alg", "mask_id": "mask_token_id", "input_ids": "inputs"}
+_ALIASES = {
+    "gen_length": "max_new_tokens",
+    "remasking": "alg",
+    "mask_id": "mask_token_id",
+    "input_ids": "inputs",
+    "block_size": "block_length",
+}
 _TOKENS = ("max_new_tokens", "max_length")
 _SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens")
 _SAMPLING = ("top_p", "top_k", "alg_temp", "eps", "block_length", "threshold", *_SUPPRESSED)
@@ -88,12 +95,13 @@ def generate(
 
             - ``max_new_tokens`` (20), or ``max_length`` with the prompt; LLaDA's ``gen_length``.
             - ``steps``: of denoising; as many as new tokens.
-            - ``alg`` (``entropy``): which positions first, see ``sampler`` of ``thermo_lib.generate``; LLaDA's
-              ``remasking``.
+            - ``alg`` (``entropy``, with a ``threshold`` ``low_confidence``): which positions first, see ``sampler`` of
+              ``thermo_lib.generate``; LLaDA's ``remasking``.
             - ``do_sample``, ``temperature``: True draws tokens at ``temperature`` (1), False takes the likeliest, and
               without it ``temperature`` (0) says it, 0 being the likeliest.
             - ``top_p``, ``top_k`` (0 for none), ``alg_temp``, ``eps``, ``block_length``, ``threshold``,
-              ``suppress_tokens``, ``begin_suppress_tokens``: as for ``thermo_lib.generate``.
+              ``suppress_tokens``, ``begin_suppress_tokens``: as for ``thermo_lib.generate``. Fast-dLLM's ``block_size``
+              is ``block_length``; its ``small_block_size``, a part of a block that is filled first, may only be that.
             - ``num_return_sequences`` (1): texts for each prompt.
             - ``seed``: of what is drawn; by default one that torch's generator draws, which ``torch.manual_seed`` sets.
             - ``return_dict_in_generate``, ``output_history``: see ``DiffusionOutput``.
@@ -102,9 +110,9 @@ def generate(
               ``thermo_lib.generate``.
             - ``mask_token_id``, LLaDA's ``mask_id``: may only be the model's.
             - ``use_cache`` and the ids of other special tokens, which change nothing. A text always has all its tokens,
-              and what follows an end token is part of it. But with ``block_length``, which is the model's own then, a
-              text of a block-causal model stops at the first end token that is written, of those in its
-              configuration and ``generation_config.json``, and all later tokens are that one.
+              and what follows an end token is part of it. But a text of a block-causal model, unless ``block_length``
+              is 0, stops at the first end token that is written, of those in its configuration and
+              ``generation_config.json``, and all later tokens are that one.
 
     Returns:
         int64 ``(batch, length)`` on the device of ``inputs``, row by row the prompt and what was filled in; a
@@ -147,6 +155,7 @@ def _generate(
 ) -> Tensor | DiffusionOutput:
     """``generate`` with other defaults."""
     options = _by_name(options, inputs)
+    _check_small_blocks(options)
     inputs = options.pop("inputs", None)
     _check_prompts(inputs)
     mask_token_id = model.config.mask_token_id
@@ -155,7 +164,10 @@ def _generate(
     given = [options, *([] if config is None else [_set(config)])]
     for settings in given:
         _check_neutral(settings)
-    sources = [*given, _set(model.generation_config)]
+    own = getattr(model, "generation_config", GenerationConfig())  # the encoders of transformers have none
+    sources = [*given, _set(own)]
+    if _first("threshold", sources, {}) is not None:
+        defaults = {**defaults, "alg": None}
     found = {name: _first(name, sources, defaults) for name in _SETTINGS}
     count = _new_tokens(sources, inputs.shape[1])
     temperature, filters = _temperature(sources, len(given))
@@ -203,6 +215,14 @@ def _by_name(options: Settings, inputs: Tensor | None) -> dict[str, Any]:
             raise ValueError(f"{name}: found it beside {ours}, allowed is one of them")
         found[ours] = value
     return found
+
+
+def _check_small_blocks(options: dict[str, Any]) -> None:
+    """Take out ``small_block_size``, which may only be what is filled together anyway."""
+    small, block = options.pop("small_block_size", None), options.get("block_length")
+    if small is not None and small != block:
+        allowed = f"allowed is None, or block_size ({block!r:.80}): the positions of a block are filled together"
+        raise ValueError(f"small_block_size: found {small!r:.80}, {allowed}")
 
 
 def _check_prompts(inputs: Any) -> None:

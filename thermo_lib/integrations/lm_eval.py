@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.diffusion.blockwise import is_block_by_block
+from thermo_lib.diffusion.blockwise import blocks_of, check_blocks
 from thermo_lib.diffusion.inputs import SeenEnough
 from thermo_lib.diffusion.rules import TokenRules
 from thermo_lib.diffusion.sampling import generate
@@ -79,6 +79,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         max_length: tokens of a text, by default those that the model was made for.
         seed: of masks and generation; equal seeds give equal scores.
         family: see ``load_model``.
+        attention_block: its ``block_length``, that of a block-causal model whose files don't say it.
 
     Raises:
         ValueError: a value out of range, or what loading the model raises.
@@ -111,6 +112,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         max_length: int | None = None,
         seed: int = 0,
         family: str | None = None,
+        attention_block: int | None = None,
     ):
         super().__init__()
         if dtype not in (*_DTYPES, "stored"):
@@ -121,8 +123,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         for name, value in counts.items():
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: found {value!r}, allowed are whole numbers from 1")
-        precision = _DTYPES[dtype] if dtype in _DTYPES else stored_dtype(pretrained, family)
-        self.lm = load_any(pretrained, family=family, dtype=precision)
+        precision = _DTYPES[dtype] if dtype in _DTYPES else stored_dtype(pretrained, family, attention_block)
+        self.lm = load_any(pretrained, family=family, block_length=attention_block, dtype=precision)
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             _log.warning("device: found no GPU for %r, lm_eval's default; using the CPU", device)
         elif device is not None:
@@ -132,7 +134,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         self.sampling = vars(Sampling(sampler, temperature, top_p, top_k, alg_temp, threshold))
         suppressed, at_first, ends = (_listed(some) for some in (suppress_tokens, begin_suppress_tokens, end_tokens))
         rules = TokenRules(suppressed, at_first, ends, suppress_end, end_last, stop_at_end)
-        by_block = is_block_by_block(self.lm, block_length)
+        blocks, by_block = blocks_of(self.lm, block_length)
+        if by_block:
+            check_blocks(self.lm, torch.empty((0, 0), dtype=torch.int64), blocks)
         rules.resolved(self.lm, sampler, block_by_block=by_block)  # refuses wrong ones before the work
         self.rules = vars(rules)
         # Of the timesteps that layers tell apart.

@@ -64,7 +64,7 @@ class MaskPredictor(BlockByBlock, nn.Module):
     parts: Parts
     passes: DecoderPass
 
-    folder: Path | None = None  # that from_pretrained has read
+    folder: Path | None = None  # that from_pretrained or load_model has read
     generate: ClassVar[Callable[..., Any]]  # see integrations.generation
     diffusion_generate: ClassVar[Callable[..., Any]]
 
@@ -193,7 +193,7 @@ class MaskPredictor(BlockByBlock, nn.Module):
             attention_mask: bool or 0 and 1, ``(batch, length)``, False at padding; None when there is none.
             labels: int64 ``(batch, length)``, the right tokens, -100 where the loss counts nothing; None for no loss.
             return_dict: False for a tuple; None for what the configuration says.
-            others: other arguments of ``transformers``' models, which may be None or False.
+            others: other arguments of ``transformers``' models, which may be None or False, ``token_type_ids`` all 0.
 
         Returns:
             ``logits`` ``(batch, length, vocabulary)`` in the model's type, and with labels ``loss``, the mean cross
@@ -203,7 +203,8 @@ class MaskPredictor(BlockByBlock, nn.Module):
             ValueError: another argument that is set, or what ``hidden`` raises.
         """
         for name, value in others.items():
-            if value is not None and value is not False:
+            is_neutral = name == "token_type_ids" and isinstance(value, Tensor) and not value.any()
+            if value is not None and value is not False and not is_neutral:
                 allowed = "allowed are input_ids, attention_mask, labels and return_dict"
                 raise ValueError(f"{name}: found {value!r:.80}, {allowed}")
         logits = self.predict(self.hidden(input_ids, attention_mask))
@@ -408,8 +409,11 @@ def _model_class(family: Architecture) -> type[MaskPredictor]:
         "config_class": family.config,
         "is_shifted": family.is_shifted,
         "parts": family.parts,
-        "passes": PASSES[family.blocks] if family.attention == "full" else BLOCK_CAUSAL,
+        "passes": PASSES[family.blocks] if family.attention != "block-causal" else BLOCK_CAUSAL,
     }
+    if family.attention == "either":
+        full = PASSES[family.blocks]
+        about["passes"] = property(lambda self: full if self.config.block_length is None else BLOCK_CAUSAL)
     name = family.config.__name__.removesuffix("Config") + "Model"
     return type(name, (MaskPredictor, _BLOCKS[family.blocks]), about)
 

@@ -72,6 +72,12 @@ def _flat_modernbert(content: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
+def _flat_esm(content: dict[str, Any]) -> dict[str, Any]:
+    """The settings as they are; ``transformers`` writes null for a norm that isn't there."""
+    content = flat_rope(content)
+    return content | {"emb_layer_norm_before": content.get("emb_layer_norm_before") or False}
+
+
 _SIZES = same(
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "mask_token_id"
 )
@@ -146,6 +152,7 @@ _ESM = Architecture(
         "bos_token_id",
         "eos_token_id",
     ),
+    flat=_flat_esm,
     fixed=_FIXED
     | {"is_folding_model": (False, None), "hidden_act": ("gelu", None), "rope_theta": (10000.0, 10000, None)},
     mask_token="<mask>",

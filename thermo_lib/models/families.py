@@ -8,149 +8,30 @@ A checkpoint's own names of settings and tensors are used at the files only: on 
 
 import json
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, TypeVar
 
-from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
+from transformers import PreTrainedConfig
 
 from thermo_lib.files.reading import read_object
 from thermo_lib.models.encoders import ENCODERS
-from thermo_lib.models.settings import TOKEN_IDS, Architecture, ConfigBase, check_supported, in_one_line, parse, same
+from thermo_lib.models.published import (
+    A2DLlamaConfig,
+    A2DQwen2Config,
+    A2DQwen3Config,
+    DreamConfig,
+    FastDLLMConfig,
+    LLaDAConfig,
+    OpenDCoderConfig,
+    Published,
+    SDARConfig,
+    StableDiffCoderConfig,
+)
+from thermo_lib.models.settings import TOKEN_IDS, Architecture, check_supported, in_one_line, parse, same
 
 T = TypeVar("T")
-
-
-class Published(ConfigBase):
-    """A configuration that ``transformers`` reads from a published ``config.json``, and writes as one.
-
-    Attributes:
-        on_use: called before one is made, see ``integrations.auto``.
-    """
-
-    on_use: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Make one, once what builds its model is known to ``transformers``."""
-        Published.on_use()
-        return super().__new__(cls)
-
-    @classmethod
-    def get_config_dict(
-        cls, pretrained_model_name_or_path: Any, **kwargs: Any
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What ``transformers`` reads, with the name of the folder, whose tokenizer may be needed.
-
-        Raises:
-            ValueError: what ``read_object`` raises of a folder's ``config.json``.
-        """
-        path = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "config.json")
-        if path.is_file():
-            read_object(path)  # which refuses what transformers would fail at
-        content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return content | {"_name_or_path": str(pretrained_model_name_or_path)}, kwargs
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A configuration; keys that ask for remote code are not obeyed.
-
-        Raises:
-            ValueError: what ``read_config`` raises, or a mask token that only the tokenizer of a hub id knows.
-        """
-        found = config_dict.get("quantization_config")
-        if found is not None and not isinstance(found, dict):
-            raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
-        kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
-        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
-        values = _values(cls.model_type, config_dict, name)
-        with in_one_line():
-            return super().from_dict(values | kept, **kwargs)
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """``config.json`` in the published layout, with what ``transformers`` adds to it."""
-        content = self.to_dict()
-        return config_json(self, **{key: content[key] for key in _OF_TRANSFORMERS if content.get(key) is not None})
-
-
-_OF_TRANSFORMERS = ("dtype", "torch_dtype", "quantization_config", "transformers_version")
-
-
-class DreamConfig(Published, Qwen2Config):
-    """Qwen2's configuration with the mask token of Dream's ``config.json``."""
-
-    model_type = "Dream"
-    is_causal = False
-    mask_token_id: int | None = None
-
-
-class LLaDAConfig(Published, LlamaConfig):
-    """Llama's configuration with the mask token of LLaDA's ``config.json``."""
-
-    model_type = "llada"
-    is_causal = False
-    mask_token_id: int | None = None
-    bos_token_id: int | None = None  # where a file doesn't say it, Llama's is wrong
-    eos_token_id: int | list[int] | None = None
-
-
-class A2DQwen2Config(Published, Qwen2Config):
-    """Qwen2's configuration with a mask token."""
-
-    model_type = "a2d-qwen2"
-    is_causal = False
-    mask_token_id: int | None = None
-
-
-class A2DQwen3Config(Published, Qwen3Config):
-    """Qwen3's configuration with a mask token."""
-
-    model_type = "a2d-qwen3"
-    is_causal = False
-    mask_token_id: int | None = None
-
-
-class A2DLlamaConfig(Published, LlamaConfig):
-    """Llama's configuration with a mask token."""
-
-    model_type = "a2d-llama"
-    is_causal = False
-    mask_token_id: int | None = None
-    bos_token_id: int | None = None  # as for LLaDA
-    eos_token_id: int | list[int] | None = None
-
-
-class OpenDCoderConfig(Published, Qwen2Config):
-    """Qwen2's configuration with a mask token."""
-
-    model_type = "open-dcoder"
-    is_causal = False
-    mask_token_id: int | None = None
-
-
-class SDARConfig(Published, Qwen3Config):
-    """Qwen3's configuration with a mask token and the length of blocks (SDAR, arXiv 2510.06303)."""
-
-    model_type = "sdar"
-    is_causal = False
-    mask_token_id: int | None = None
-    block_length: int = 4
-
-
-class FastDLLMConfig(Published, Qwen2Config):
-    """Qwen2's configuration with a mask token and the length of blocks (Fast-dLLM v2, arXiv 2509.26328)."""
-
-    model_type = "Fast_dLLM_Qwen"
-    is_causal = False
-    mask_token_id: int | None = None
-    block_length: int = 32
-
-
-class StableDiffCoderConfig(A2DLlamaConfig):
-    """Llama's configuration with a mask token and the length of blocks (Stable-DiffCoder, arXiv 2601.15892)."""
-
-    model_type = "stable-diffcoder"
-    block_length: int = 4
 
 
 # What transformers writes for Qwen2, Qwen3 and Llama.
@@ -242,6 +123,8 @@ _A2D_QWEN2 = Architecture(
     settings=_SETTINGS,
     fixed=_FIXED,
     mask_token="<|mask|>",
+    attention="either",
+    block_key="block_length",  # dllm's own files don't have it
 )
 _A2D_QWEN3 = Architecture(
     config=A2DQwen3Config,
@@ -252,6 +135,8 @@ _A2D_QWEN3 = Architecture(
     settings=_SETTINGS | same("attention_bias"),
     fixed=_FIXED,
     mask_token="<|mask|>",
+    attention="either",
+    block_key="block_length",  # dllm's own files don't have it
 )
 _A2D_LLAMA = Architecture(
     config=A2DLlamaConfig,
@@ -262,6 +147,8 @@ _A2D_LLAMA = Architecture(
     settings=_SETTINGS | same("head_dim", "attention_bias", "mlp_bias"),
     fixed={"rope_scaling": (None,), "pretraining_tp": (1, None)},
     mask_token="<|mask|>",
+    attention="either",
+    block_key="block_length",  # dllm's own files don't have it
 )
 _OPEN_DCODER = Architecture(
     config=OpenDCoderConfig,
@@ -345,20 +232,32 @@ def used(found: Mapping[str, T], config: PreTrainedConfig) -> dict[str, T]:
     return {name: thing for name, thing in found.items() if not any(part in name for part in unused)}
 
 
-def _values(family: str, content: dict[str, Any], folder: str | Path | None) -> dict[str, Any]:
-    """The attributes of a family's configuration, from ``config.json`` and, of the mask token, the tokenizer."""
+def _values(
+    family: str, content: dict[str, Any], folder: str | Path | None, revision: str | None = None
+) -> dict[str, Any]:
+    """The attributes of a family's configuration, from ``config.json`` and, of the mask token, the tokenizer.
+
+    Args:
+        family: of ``ARCHITECTURES``.
+        content: of ``config.json``.
+        folder: of the model, or a hub id; None where nobody says it.
+        revision: of the hub id, the commit that ``config.json`` is of.
+    """
     architecture = ARCHITECTURES[family]
     check_supported(family, content)
     if content.get("mask_token_id") is None and architecture.mask_token_id is not None:
         content = content | {"mask_token_id": architecture.mask_token_id}
     if content.get("mask_token_id") is None and architecture.mask_token is not None:
-        from thermo_lib.models.tokenization import read_mask_token_id  # it takes a second to import
+        from thermo_lib.models.tokenization import of_hub, read_mask_token_id  # it takes a second to import
 
-        if not folder or not Path(folder).is_dir():
-            raise ValueError(f"mask_token_id: found none, and no tokenizer in {folder!r}, allowed is a folder with one")
-        content = content | {"mask_token_id": read_mask_token_id(Path(folder), architecture.mask_token)}
+        where = Path(folder) if folder and Path(folder).is_dir() else of_hub(folder, revision)
+        content = content | {"mask_token_id": read_mask_token_id(where, architecture.mask_token)}
     key = architecture.block_key
-    if key is not None:
+    if architecture.attention == "either" and content.get(key or "") is None:
+        if "bd3lm" in str(folder).lower():
+            found = f"found none in {folder}, full attention is assumed"
+            warnings.warn(f"block_length: {found}; load_model takes that of a bd3lm model", stacklevel=1)
+    elif key is not None:
         if content.get(key) is None and architecture.block_length is not None:
             assumed = f"found none in {folder or 'config.json'}, {architecture.block_length} is assumed"
             # From one place, so that Python shows it once for a folder.
@@ -446,3 +345,6 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
         **more,
     }
     return json.dumps(content, indent=2) + "\n"
+
+
+Published.values, Published.written = staticmethod(_values), staticmethod(config_json)

@@ -6,8 +6,8 @@ Read are the layouts of ``families.ARCHITECTURES``, from safetensors only.
 import itertools
 import json
 from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,10 @@ from thermo_lib.files.tensors import (
 )
 from thermo_lib.models.architectures import DreamModel, MaskPredictor, build_model, check_tied, skeleton
 from thermo_lib.models.checks import LateChecks, check_logits
-from thermo_lib.models.families import (
-    ARCHITECTURES,
-    DreamConfig,
-    config_json,
-    read_config,
-    stored_names,
-    tensor_name,
-    used,
-)
+from thermo_lib.models.families import ARCHITECTURES, config_json, read_config, stored_names, tensor_name, used
+from thermo_lib.models.published import DreamConfig
 from thermo_lib.models.tokenization import (
     ChatTemplate,
-    has_tokenizer,
     read_carried,
     read_chat_template,
     read_tokenizer,
@@ -231,41 +223,6 @@ class DiffusionLM:
         return self.model.hidden(ids.to(device), visible).flatten(0, 1)[places]
 
 
-def as_lm(model: DiffusionLM | MaskPredictor) -> DiffusionLM:
-    """A model that ``transformers`` has loaded, as this library's functions take it.
-
-    Args:
-        model: of ``AutoModel.from_pretrained``, full precision or quantized; a ``DiffusionLM`` is returned as it is.
-
-    Returns:
-        The model, not a copy of it, with the tokenizer and the chat template of the folder that it was loaded from;
-        both are None where that has no tokenizer. A ``QuantizedLM`` of a quantized model.
-
-    Raises:
-        ValueError: a model of another kind, or a damaged tokenizer.
-    """
-    if isinstance(model, nn.Module) and not isinstance(model, MaskPredictor):
-        supported = "allowed is one of this library, which AutoModel.from_pretrained returns"
-        raise ValueError(f"model: found {type(model).__name__}, {supported}")
-    if not isinstance(model, MaskPredictor):
-        return model
-    found = getattr(getattr(model, "hf_quantizer", None), "lm", None)
-    about = model.config.mask_token_id, model.config.name_or_path
-    lm = found or DiffusionLM(model, None, *about)  # type: ignore[arg-type]  # None nowhere else; no text is read then
-    folder = model.folder
-    if folder is None or not has_tokenizer(folder):
-        return lm
-    written = tuple(path.stat().st_mtime_ns for path in sorted(folder.glob("*.*")) if path.suffix != ".safetensors")
-    tokenizer, chat_template, carried = _beside(folder, model.config.vocab_size, written)
-    return replace(lm, tokenizer=tokenizer, chat_template=chat_template, carried=carried)
-
-
-@lru_cache(maxsize=4)  # a tokenizer takes up to a second to read, and every generation asks
-def _beside(folder: Path, vocab_size: int, written: tuple[int, ...]) -> tuple[Tokenizer, ChatTemplate | None, Any]:
-    """Tokenizer, chat template and carried settings of a folder whose files were written at these times."""
-    return read_tokenizer(folder, vocab_size), read_chat_template(folder), read_carried(folder)
-
-
 def build_reference(vocab_size: int, mask_token_id: int, sizes: dict[str, int], seed: int) -> DreamModel:
     """A randomly initialized reference model, float32; equal seeds give equal weights."""
     torch.manual_seed(seed)
@@ -380,6 +337,7 @@ def load_model(
     check_tied(found, config, found.__getitem__, folder)
     cast(tensors, dtype, partial(tensor_name, config), folder, progress=progress)
     fill(model, tensors, dtype)
+    model.folder = folder
     return DiffusionLM(model, tokenizer, config.mask_token_id, name, chat_template=chat_template, carried=carried)
 
 

@@ -17,7 +17,7 @@ else:
 def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
     """``rope_theta`` beside the other keys, where published checkpoints have it and ``transformers`` 5 doesn't."""
     rope = content.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+    if not isinstance(rope, dict) or any(rope.get(key, "default") != "default" for key in ("rope_type", "type")):
         raise ValueError(f"rope_parameters: found {rope!r:.80}, allowed is rope_type 'default' with a rope_theta")
     return rope | content
 
@@ -52,8 +52,8 @@ class Architecture:
         blocks: ``qwen2``, ``qwen3`` (as Qwen2 with a norm of each head's queries and keys), ``llama``, ``bert``,
             ``roberta``, ``modernbert`` or ``esm``.
         is_shifted: whether the state at position ``i - 1`` predicts token ``i``; otherwise that at ``i`` does.
-        attention: ``full``, or ``block-causal``: a token sees its own block, in both directions, and all earlier ones
-            (arXiv 2503.09573, section 3).
+        attention: ``full``, ``block-causal``: a token sees its own block, in both directions, and all earlier ones
+            (arXiv 2503.09573, section 3), or ``either``: that where ``block_key`` or the caller says a length.
         block_key: key of ``config.json`` that says how many tokens a block has, where attention is block-causal.
         block_length: number of tokens of a block where ``config.json`` doesn't say it; None where it must.
         published_as: the class in ``architectures`` of ``config.json``.

@@ -63,6 +63,14 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, add_special_tokens: bo
         return tokenizer.encode_batch(list(texts), add_special_tokens=add_special_tokens)
 
 
+def left_open(encoded: Encoding) -> tuple[list[int], list[int]]:
+    """The tokens of a text that is to go on, and the special ones that close it, as ``[SEP]``, which come last."""
+    end = len(encoded.ids)
+    while end > 1 and encoded.special_tokens_mask[end - 1]:
+        end -= 1
+    return list(encoded.ids[:end]), list(encoded.ids[end:])
+
+
 @contextmanager
 def errors_of_tokenizers(what: str) -> Iterator[None]:
     """Make a ValueError, which begins with ``what``, of an error of the library, a panic of its Rust code included."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 from thermo_lib.pipeline.model import QuantizedLM
 from thermo_lib.quant.buffers import TimestepTable
 from thermo_lib.quant.calls import CALL

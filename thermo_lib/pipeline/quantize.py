@@ -10,7 +10,8 @@ import torch
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
 from thermo_lib.models.architectures import MaskPredictor
-from thermo_lib.models.lm import DiffusionLM, as_lm
+from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.models.loaded import as_lm
 from thermo_lib.models.streamed import HostEmbedding
 from thermo_lib.pipeline.activations import quantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig

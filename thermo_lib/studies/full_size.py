@@ -25,8 +25,9 @@ from thermo_lib.files.folders import write_folder
 from thermo_lib.files.tensors import INDEX_NAME
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor, skeleton
-from thermo_lib.models.families import DreamConfig, LLaDAConfig, config_json, tensor_name
+from thermo_lib.models.families import config_json, tensor_name
 from thermo_lib.models.lm import REFERENCE_DIR
+from thermo_lib.models.published import DreamConfig, LLaDAConfig
 from thermo_lib.models.tokenization import read_tokenizer, save_tokenizer
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM, linear_names
