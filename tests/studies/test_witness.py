@@ -148,6 +148,20 @@ class TestReport:
         assert smoothed["path_kl_ci"][0] <= smoothed["path_kl"] <= smoothed["path_kl_ci"][1]
         assert smoothed["path_kl_of_seeds"] == [smoothed["path_kl"]] * 2  # one seed
 
+    def test_methods_are_compared_on_the_same_seeds(self, measured: Grid) -> None:
+        row = next(iter(measured.rows.values()))
+        grid = Grid("none.json", measured.reference, SMALL)
+        seeds = {"round-to-nearest": (0,), "GPTQ": (0, 1, 2), "trellis, even": (1, 2), "trellis, spread": ()}
+        for name, of in seeds.items():
+            for p in witness.method_points(name, of):
+                grid.rows[p.key] = replace(row, point=p)
+        found = second_model._of_same_seeds(grid)
+        assert {name: [p.calibration_seed for p in points] for name, points in found.items() if points} == {
+            "round-to-nearest": [0],
+            "GPTQ": [1, 2],
+            "trellis, even": [1, 2],
+        }
+
     def test_other_projects_rows_have_both_precisions(self, measured: Grid) -> None:
         scores = {"accuracy": 0.5, "accuracy_ci": [0.4, 0.6], "path_kl": 9.0, "path_kl_ci": [8.0, 10.0]}
         low = {"accuracy_a4": 0.3, "accuracy_a4_ci": [0.2, 0.4], "path_kl_a4": 19.0, "path_kl_a4_ci": [18.0, 20.0]}

@@ -234,9 +234,12 @@ class TestWidgets:
         bench.weight_bits.value = 4
         assert bench.view.config.weights == LeastSquares(bits=4)
 
-    def test_bits_that_a_method_cannot_have_are_named(self, bench: Workbench) -> None:
-        bench.weight_bits.value = 5
-        assert "error: weights.bits: found 5, allowed is 2, 4 or 8" in bench.message.value
+    @pytest.mark.parametrize("bits", [5, 99, 0, -1, 2.5])
+    def test_bits_that_a_method_cannot_have_are_named(self, bench: Workbench, bits: float) -> None:
+        shown = bench.view
+        bench.weight_bits.value = bits
+        assert f"error: weights.bits: found {bits}, allowed is 2, 4 or 8" in bench.message.value
+        assert bench.view is shown
         bench.weight_bits.value = 2
         assert bench.message.value == ""
 

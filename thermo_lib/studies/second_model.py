@@ -122,6 +122,17 @@ def _row(rows: Sequence[PointRow], method: str, activation_bits: int) -> dict[st
     }
 
 
+def _of_same_seeds(grid: Grid) -> dict[str, list[Point]]:
+    """The points of each method, of those seeds with which every calibrated method was measured that has any."""
+    points = {name: [p for p in method_points(name) if p.key in grid.rows] for name in FIRST}
+    calibrated = [found for found in points.values() if found and found[0].config.needs_calibration]
+    common = set(SEEDS).intersection(*({p.calibration_seed for p in found} for found in calibrated))
+    return {
+        name: [p for p in found if p.calibration_seed in common or not p.config.needs_calibration]
+        for name, found in points.items()
+    }
+
+
 def _peer(row: PeerRow, activation_bits: int) -> dict[str, Any]:
     """Another project's method as a row of ``witness.json``; 4-bit activations are in ranges of each token."""
     suffix = {16: "", 4: "_a4"}[activation_bits]
@@ -184,8 +195,8 @@ def report(
         peers: other projects' methods on the witness, rows of ``peers.score_all``.
     """
     rows, targets, norms = [], [], []
-    for name in FIRST:
-        if found := _available(grid, method_points(name)):
+    for name, points in _of_same_seeds(grid).items():
+        if found := _available(grid, points):
             rows.append(_row(found, name, 16))
     rows += [_peer(row, bits) for bits in (16, 4) for row in peers]
     for bits in sorted(PRECISIONS, key=lambda bits: -(bits or 16)):

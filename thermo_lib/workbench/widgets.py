@@ -110,7 +110,7 @@ class Workbench:
         self._is_choosing = False
         first = Choice()
         self.weights = widgets.Dropdown(options=list(WEIGHTS), value=first.weights, description="weights")
-        self.weight_bits = widgets.BoundedFloatText(first.weight_bits, min=1, max=8, step=1, description="weight bits")
+        self.weight_bits = widgets.FloatText(first.weight_bits, step=1, description="weight bits")
         sizes = [(size or "whole row", size) for size in GROUP_SIZES]
         self.group_size = widgets.Dropdown(options=sizes, value=first.group_size, description="weights a scale")
         self.bits = widgets.Dropdown(
