@@ -283,10 +283,15 @@ class TestEvaluate:
         assert "reference: found none, expected the full-precision model" in err
 
     @pytest.mark.parametrize(
-        "error", [torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), MemoryError("Unable to allocate 7 GiB")]
+        ("error", "reason"),
+        [
+            (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+            (MemoryError("Unable to allocate 7 GiB"), "Unable to allocate 7 GiB"),
+            (MemoryError(), "MemoryError"),
+        ],
     )
     def test_no_memory_left_is_one_line(
-        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+        self, run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
     ) -> None:
         def fail(*_: object, **__: object) -> None:
             raise error
@@ -295,7 +300,7 @@ class TestEvaluate:
         status, out, err = run("evaluate", "--model", folder)
         assert (status, out) == (2, "")
         (line,) = [line for line in err.splitlines() if line.startswith("error")]
-        assert f"memory: found none left ({str(error).splitlines()[0]}); quantize --layerwise" in line
+        assert f"memory: found none left ({reason}); quantize --layerwise" in line
 
     def test_more_memory_than_there_is_is_one_line(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(commands, "evaluate", lambda *_, **__: torch.empty(2**50))

@@ -15,6 +15,7 @@ from thermo_lib.files import whole
 from thermo_lib.files.locks import locked
 from thermo_lib.files.text import read_json, write_json
 from thermo_lib.models.lm import DiffusionLM
+from thermo_lib.notebooks import ROOT
 from thermo_lib.studies import grid
 from thermo_lib.studies.grid import Grid, Inputs, PointRow, point
 
@@ -86,6 +87,24 @@ class TestBeforeTheWork:
         assert status == 2
         assert f"found another run writing {Path.cwd()}/new.json, allowed is one at a time" in err
         assert sorted(path.name for path in Path.cwd().iterdir()) == ["thesis.tex"]
+
+    def test_a_page_replaces_a_page_and_nothing_else(self, run: Run) -> None:
+        whole_report = (ROOT / "reports" / "report.json").read_text(encoding="utf-8")
+        Path("r.json").write_text(whole_report, encoding="utf-8")
+        Path("thesis.tex").write_text("thesis")
+        for output in ("thesis.tex", "r.json"):
+            status, _, err = run("report", "r.json", "--output", output)
+            assert (status, len(err.splitlines())) == (2, 1)
+            assert f"output: found {output!r}, a file with something else than such a page" in err
+        assert Path("thesis.tex").read_text() == "thesis"
+        assert Path("r.json").read_text(encoding="utf-8") == whole_report
+        pages = []
+        for _ in range(2):
+            assert run("report", "r.json", "--output", "page.html")[0] == 0
+            pages.append(Path("page.html").read_bytes())
+        assert pages[0] == pages[1]
+        with locked("page.html"):
+            assert "found another run writing" in run("report", "r.json", "--output", "page.html")[2]
 
     @pytest.mark.usefixtures("scored")
     @pytest.mark.parametrize("text", ["thesis", "[]", '{"rows": 1}', '{"rows": [{}], "made_of": 1}'])

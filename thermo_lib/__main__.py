@@ -288,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not _is_out_of_memory(error):
             raise
         less = "quantize --layerwise needs less, and so do fewer --sequences or a shorter --length"
-        print(f"error: memory: found none left ({str(error).splitlines()[0]:.150}); {less}", file=sys.stderr)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"error: memory: found none left ({reason:.150}); {less}", file=sys.stderr)
         return 2
     return 0
 

@@ -385,10 +385,22 @@ def run_point(arguments: argparse.Namespace) -> None:
     tell(arguments, report.table(rows, SUMMARY_COLUMNS), {"rows": rows})
 
 
+def _check_page(path: Path) -> None:
+    """Raise ValueError for a file that another program wrote, such as the report itself."""
+    if path.is_file():
+        with path.open("rb") as file:
+            start = file.read(1000)
+        if start and b"<title>Quantization of the diffusion language model " not in start:
+            found = f"found {str(path)!r}, a file with something else than such a page"
+            raise ValueError(f"output: {found}; allowed is a new file, or one that the same wrote")
+
+
 def run_report(arguments: argparse.Namespace) -> None:
     """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
-    read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
-    write_text(arguments.output, report_page(read))
+    _check_page(arguments.output)
+    with alone_in(arguments.output):
+        read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
+        write_text(arguments.output, report_page(read))
     if arguments.json:
         tell(arguments, "", {"report": str(arguments.report), "output": str(arguments.output)})
 
