@@ -116,6 +116,7 @@ class Layout:
     tying: str = "tie_word_embeddings"
     block_length: int | None = None  # of block-causal attention
     tokenizer_config: dict[str, Any] = field(default_factory=dict)
+    scaling: dict[str, Any] | None = None  # of the positions, as in Llama 3.1
 
     @property
     def model_type(self) -> str:
@@ -203,7 +204,7 @@ class Layout:
             q, k, v = (linear(h, role, block).view(len(ids), -1, self.head_size) for role in "qkv")
             if self.has_head_norms:
                 q, k = norm(q, "q_norm", block), norm(k, "k_norm", block)
-            q, k = rotate(q, self.theta), rotate(k, self.theta)
+            q, k = rotate(q, self.theta, self.scaling), rotate(k, self.theta, self.scaling)
             attended = []
             for head in range(self.heads):
                 shared = head * self.kv_heads // self.heads  # neighbouring query heads share keys and values
@@ -221,10 +222,19 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
-def rotate(x: Tensor, theta: float) -> Tensor:
-    """Rotary embedding (arXiv 2104.09864): features i and i + d/2 of ``(length, heads, d)``."""
+def rotate(x: Tensor, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864): features i and i + d/2 of ``(length, heads, d)``.
+
+    With ``scaling``, a pair that turns fewer than ``low_freq_factor`` times in the original context turns ``factor``
+    times as slowly, one that turns more than ``high_freq_factor`` times stays, those between are in between.
+    """
     half = x.shape[-1] // 2
     frequency = theta ** (-torch.arange(half, dtype=x.dtype) / half)
+    if scaling is not None:
+        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = frequency * kept + frequency / scaling["factor"] * (1 - kept)
     angle = torch.arange(len(x), dtype=x.dtype)[:, None, None] * frequency
     first, second = x[..., :half], x[..., half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], dim=-1)

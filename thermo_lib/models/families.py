@@ -29,7 +29,15 @@ from thermo_lib.models.published import (
     SDARConfig,
     StableDiffCoderConfig,
 )
-from thermo_lib.models.settings import TOKEN_IDS, Architecture, check_supported, in_one_line, parse, same
+from thermo_lib.models.settings import (
+    TOKEN_IDS,
+    Architecture,
+    check_supported,
+    flat_llama_rope,
+    in_one_line,
+    parse,
+    same,
+)
 
 T = TypeVar("T")
 
@@ -144,11 +152,12 @@ _A2D_LLAMA = Architecture(
     is_shifted=False,
     published_as="A2DLlamaLMHeadModel",
     sizes=_SIZES,
-    settings=_SETTINGS | same("head_dim", "attention_bias", "mlp_bias"),
-    fixed={"rope_scaling": (None,), "pretraining_tp": (1, None)},
+    settings=_SETTINGS | same("head_dim", "attention_bias", "mlp_bias", "rope_scaling"),
+    fixed={"pretraining_tp": (1, None)},
     mask_token="<|mask|>",
     attention="either",
     block_key="block_length",  # dllm's own files don't have it
+    flat=flat_llama_rope,
 )
 _OPEN_DCODER = Architecture(
     config=OpenDCoderConfig,
@@ -331,7 +340,11 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     architecture = ARCHITECTURES[config.model_type]
 
     def value(attribute: str) -> Any:
-        return config.rope_parameters["rope_theta"] if attribute == "rope_theta" else getattr(config, attribute)
+        if attribute not in ("rope_theta", "rope_scaling"):
+            return getattr(config, attribute)
+        scaling = dict(config.rope_parameters)
+        theta = scaling.pop("rope_theta")
+        return theta if attribute == "rope_theta" else scaling if scaling["rope_type"] != "default" else None
 
     keys = {**architecture.sizes, **architecture.settings}
     if architecture.block_key is not None:

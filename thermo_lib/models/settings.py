@@ -22,6 +22,36 @@ def flat_rope(content: dict[str, Any]) -> dict[str, Any]:
     return rope | content
 
 
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def flat_llama_rope(content: dict[str, Any]) -> dict[str, Any]:
+    """The same with ``rope_scaling``: Llama 3.1 turns slow pairs of features still more slowly, by a factor."""
+    rope, scaling = content.get("rope_parameters"), content.get("rope_scaling")
+    if scaling is None and isinstance(rope, dict) and rope.get("rope_type") == "llama3":
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+        rope = {key: value for key, value in rope.items() if key == "rope_theta"}
+    if scaling is not None:
+        _check_llama3(scaling)
+    return flat_rope(content | {"rope_parameters": rope, "rope_scaling": scaling})
+
+
+def _check_llama3(found: Any) -> None:
+    allowed = f"allowed are null and an object with rope_type 'llama3' and {', '.join(_LLAMA3)}"
+    if not isinstance(found, dict) or found.get("rope_type") != "llama3" or found.keys() != {"rope_type", *_LLAMA3}:
+        raise ValueError(f"rope_scaling: found {found!r:.80}, {allowed}")
+    _check_whole("rope_scaling.original_max_position_embeddings", found[_LLAMA3[-1]], 1, 2**31)
+    least = {"factor": 1, "low_freq_factor": 0, "high_freq_factor": 0}
+    for key, value in least.items():
+        if not (type(found[key]) in (int, float) and value <= found[key] <= _MOST and found[key] > 0):
+            raise ValueError(
+                f"rope_scaling.{key}: found {found[key]!r:.80}, allowed are numbers from {value} to {_MOST}"
+            )
+    if found["high_freq_factor"] <= found["low_freq_factor"]:
+        above = f"allowed are numbers above low_freq_factor = {found['low_freq_factor']}"
+        raise ValueError(f"rope_scaling.high_freq_factor: found {found['high_freq_factor']}, {above}")
+
+
 @dataclass(frozen=True)
 class Parts:
     """What a model of ``transformers`` calls its parts; by default as Qwen2, Qwen3 and Llama do.
