@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedConfig
 
+from thermo_lib.files.hub import TEXTS, from_hub
 from thermo_lib.files.reading import read_object
 from thermo_lib.models.encoders import ENCODERS
 from thermo_lib.models.published import (
@@ -241,6 +242,17 @@ def used(found: Mapping[str, T], config: PreTrainedConfig) -> dict[str, T]:
     return {name: thing for name, thing in found.items() if not any(part in name for part in unused)}
 
 
+def _tokenizer_folder(name: str | Path | None, revision: str | None) -> Path:
+    """A folder as it is; of a hub id that of its tokenizer, at the commit that ``config.json`` is of."""
+    if name and Path(name).is_dir():
+        return Path(name)
+    try:
+        return from_hub(str(name or ""), *TEXTS, revision=revision)
+    except ConnectionError as error:
+        allowed = f"allowed is a folder or a reachable hub id with one ({error})"
+        raise ValueError(f"mask_token_id: found none, and no tokenizer in {str(name)!r:.80}, {allowed}") from error
+
+
 def _values(
     family: str, content: dict[str, Any], folder: str | Path | None, revision: str | None = None
 ) -> dict[str, Any]:
@@ -257,9 +269,9 @@ def _values(
     if content.get("mask_token_id") is None and architecture.mask_token_id is not None:
         content = content | {"mask_token_id": architecture.mask_token_id}
     if content.get("mask_token_id") is None and architecture.mask_token is not None:
-        from thermo_lib.models.tokenization import of_hub, read_mask_token_id  # it takes a second to import
+        from thermo_lib.models.tokenization import read_mask_token_id  # it takes a second to import
 
-        where = Path(folder) if folder and Path(folder).is_dir() else of_hub(folder, revision)
+        where = _tokenizer_folder(folder, revision)
         content = content | {"mask_token_id": read_mask_token_id(where, architecture.mask_token)}
     key = architecture.block_key
     if architecture.attention == "either" and content.get(key or "") is None:

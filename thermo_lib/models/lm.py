@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from thermo_lib.files.folders import write_folder
+from thermo_lib.files.hub import TEXTS, WEIGHTS, from_hub
 from thermo_lib.files.reading import read_object
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
@@ -292,15 +293,11 @@ def model_folder(name: str) -> Path:
         return REFERENCE_DIR
     if name and Path(name).is_dir():  # Path("") is the working directory
         return Path(name)
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        return from_hub(name, *TEXTS, *WEIGHTS)
+    except ConnectionError as error:
         allowed = "'reference', a folder with config.json and safetensors, or a reachable hub id"
-        reason = f"{type(error).__name__}; HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else type(error).__name__
-        raise ValueError(f"model: found {name!r:.80}, allowed are {allowed} ({reason})") from error
+        raise ValueError(f"model: found {name!r:.80}, allowed are {allowed} ({error})") from error
 
 
 def load_model(

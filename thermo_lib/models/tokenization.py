@@ -64,23 +64,6 @@ def tokenizer_files(folder: Path) -> list[str]:
     return [name for name in (*_VOCABULARIES, *CARRIED, *_additional(folder)) if (folder / name).is_file()]
 
 
-def of_hub(name: str | Path | None, revision: str | None = None) -> Path:
-    """The folder of a hub id's tokenizer, which is downloaded if it isn't at hand.
-
-    Raises:
-        ValueError: no such model, or none that can be reached.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    wanted = ["*.json", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(str(name or ""), revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        allowed = f"allowed is a folder or a reachable hub id with one ({type(error).__name__})"
-        raise ValueError(f"mask_token_id: found none, and no tokenizer in {str(name)!r:.80}, {allowed}") from error
-
-
 def has_tokenizer(folder: Path) -> bool:
     """Whether a model folder has files of a tokenizer's vocabulary, readable or not."""
     return any((folder / name).is_file() for name in _VOCABULARIES)
