@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from thermo_lib.evaluation.page import report_page
+from thermo_lib.evaluation.page import _joined, report_page
 
 ROOT = Path(__file__).resolve().parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -85,13 +85,18 @@ def test_names_are_text_and_nothing_else(report: dict[str, Any]) -> None:
     name = "<script>alert(1)</script>"
     page = report_page(report | {"model": name, "configurations": [report["configurations"][0] | {"name": name}]})
     assert name not in page
-    assert page.count("&lt;script&gt;") == 4
+    assert page.count("&lt;script&gt;") == 6
 
 
 def test_a_report_without_comparisons_has_a_page(report: dict[str, Any]) -> None:
     page = report_page(report | {"configurations": [], "targets": []})
     assert "0 configurations. 0 targets: 0 met, 0 not met, 0 inconclusive." in page
     assert "<img" not in page
+
+
+def test_lines_that_lie_on_one_another_are_one() -> None:
+    found = _joined({"a": [1.0, 2.0], "b": [1.01, 2.01], "c": [1.0, 1.5]})
+    assert found == {"a\nand b": [1.0, 2.0], "c": [1.0, 1.5]}
 
 
 def _dom(page: str, script: str, width: int, folder: Path) -> str:
@@ -112,6 +117,15 @@ def test_a_browser_shows_it_without_scrolling_sideways(page: str, width: int, tm
     found = _dom(page, script, width, tmp_path)
     needed, there = map(int, re.search(r"<title>(\d+) (\d+)</title>", found).groups())
     assert needed <= there <= (400 if width == 500 else width)
+
+
+@browser
+@pytest.mark.slow
+def test_a_phone_shows_every_cell(report: dict[str, Any], page: str, tmp_path: Path) -> None:
+    outside = "[...document.querySelectorAll('td')].filter(cell => cell.getBoundingClientRect().right > 400).length"
+    verdicts = "[...document.querySelectorAll('.verdict')].filter(one => one.getBoundingClientRect().width).length"
+    script = f"document.documentElement.style.width = '400px'; document.title = [{outside}, {verdicts}].join(' ')"
+    assert f"<title>0 {len(report['targets'])}</title>" in _dom(page, script, 500, tmp_path)
 
 
 @browser

@@ -51,7 +51,8 @@ def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Map
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = {name: to_axes.transform(end)[1] for name, end in ends.items()}
     order = sorted(heights, key=heights.__getitem__)
-    gap = 12 / (72 * ax.get_window_extent().height / ax.figure.dpi)
+    size = 0.9 * plt.rcParams["font.size"]
+    gap = size / (54 * ax.get_window_extent().height / ax.figure.dpi)
     places, above = {}, -math.inf
     for name in order:
         above = places[name] = max(heights[name], above + gap)
@@ -62,13 +63,13 @@ def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Map
     for name, place in places.items():
         color = colors[name] if colors[name] != OTHERS else "#444444"
         style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
-        ax.annotate(name, (1, place), (6, 0), color=color, fontsize=9, annotation_clip=False, **style)
+        ax.annotate(name, (1, place), (6, 0), color=color, fontsize=size, annotation_clip=False, **style)
 
 
 def _head(figure: "Figure", title: str) -> None:
     """What to see, above a figure."""
     if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")
 
 
 def lines(

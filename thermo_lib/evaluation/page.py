@@ -98,19 +98,22 @@ def _table(
     """Headings and rows for the template; a column without any value is left out."""
     used = {heading: spec for heading, spec in columns.items() if any(row.get(spec[0]) is not None for row in rows)}
 
-    def cell(row: Mapping[str, Any], key: str, form: str, interval: str | None) -> dict[str, Any]:
+    def cell(row: Mapping[str, Any], heading: str, key: str, form: str, interval: str | None) -> dict[str, Any]:
         value: Any = row.get(key)
         ends: Any = row.get(interval) if interval else None
         shown = ends is not None and ends[0] != ends[1]
         return {
+            "heading": heading,
             "text": "–" if value is None else form.format(value),
             "order": value if isinstance(value, int | float) else None,
             "kind": _KINDS.get(value) if key == "verdict" else None,
             "interval": f"({form.format(ends[0])} to {form.format(ends[1])})" if shown else None,
         }
 
-    cells = [{"is_best": row is best, "cells": [cell(row, *spec) for spec in used.values()]} for row in rows]
-    return {"headings": list(used), "rows": cells}
+    cells = [
+        {"is_best": row is best, "cells": [cell(row, heading, *spec) for heading, spec in used.items()]} for row in rows
+    ]
+    return {"headings": list(used), "rows": cells, "is_judged": "verdict" in used}
 
 
 def _figures(configurations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -123,23 +126,43 @@ def _figures(configurations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]
     from thermo_lib.evaluation import figures
 
     ordered = sorted(configurations, key=lambda row: row["path_kl"])
-    figures.intervals(
-        {row["name"]: (row["path_kl"], tuple(row["path_kl_ci"])) for row in ordered},
-        xlabel="path KL (nats per sequence), 95 % interval",
-    )
-    found = [
-        {
-            "source": _source(plt.gcf()),
-            "text": "Path KL of each configuration: nearer to 0 is nearer to full precision.",
-        }
-    ]
+    first = ordered[0]
     best: dict[int, Mapping[str, Any]] = {}
     for row in ordered:
         best.setdefault(row["activation_bits"], row)
-    few = {row["name"]: row["path_kl_per_timestep"] for row in best.values()}
-    figures.lines(few, ylabel="path KL (nats per sequence)")
-    text = "Where along the denoising the difference arises: the best configuration of each precision, by timestep."
-    return [*found, {"source": _source(plt.gcf()), "text": text}]
+    steps = first["path_kl_per_timestep"]
+    share = 100 * sum(steps[len(steps) // 2 :]) / (sum(steps) or 1)
+    found = []
+    with plt.rc_context({"font.size": 13}):  # to be read on a phone
+        figures.intervals(
+            {row["name"]: (row["path_kl"], tuple(row["path_kl_ci"])) for row in ordered},
+            xlabel="path KL (nats per sequence), 95 % interval",
+            title=f"Nearest to full precision: {first['name']}",
+            ours=[first["name"]],
+        )
+        text = "Path KL of each configuration: nearer to 0 is nearer to full precision."
+        found.append({"source": _source(plt.gcf()), "text": text})
+        figures.lines(
+            _joined({row["name"]: row["path_kl_per_timestep"] for row in best.values()}),
+            ylabel="path KL (nats per sequence)",
+            title=f"The later half of the timesteps adds {share:.0f} % of the path KL",
+        )
+        text = "Where along the denoising the difference arises: the best of each precision. "
+        text += f"The share in the title is that of {first['name']}."
+        found.append({"source": _source(plt.gcf()), "text": text})
+    return found
+
+
+def _joined(series: Mapping[str, Sequence[float]]) -> dict[str, Sequence[float]]:
+    """Series by name; those whose lines would lie on one another are one, with a line of text for each name."""
+    highest = max((value for values in series.values() for value in values), default=0)
+    found: dict[str, Sequence[float]] = {}
+    for name, values in series.items():
+        pairs = {name: list(zip(values, others, strict=False)) for name, others in found.items()}
+        same = (known for known, both in pairs.items() if all(abs(a - b) <= 0.02 * highest for a, b in both))
+        known = next(same, None)
+        found[name if known is None else f"{known}\nand {name}"] = values if known is None else found.pop(known)
+    return found
 
 
 def _source(figure: Any) -> str:
