@@ -95,8 +95,10 @@ class TestFiles:
         assert path.read_text(encoding="utf-8") == "first"
 
     def test_a_missing_file_is_named_with_what_writes_it(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"found no absent\.json: an earlier stage writes it, run `dvc repro`"):
+        with pytest.raises(ValueError, match=r"found no .*absent\.json: an earlier stage .* `make repro`"):
             read_json(tmp_path / "absent.json")
+        with pytest.raises(ValueError, match=r"found no .*report\.json: `thermo benchmark` writes one, "):
+            read_json(tmp_path / "report.json")
 
 
 class TestTable:

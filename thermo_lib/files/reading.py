@@ -123,11 +123,17 @@ def read_json(path: str | Path) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: no such file (an earlier stage of the pipeline writes it), or what ``parse_json`` refuses.
+        ValueError: no such file (the text says what writes it), or what ``parse_json`` refuses.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"found no {shown(path.name)}: an earlier stage writes it, run `dvc repro`")
+        stage = "an earlier stage of a checkout's pipeline writes it, run `make repro`"
+        how = (
+            "`thermo benchmark` writes one, and `make repro` that of a checkout"
+            if path.name == "report.json"
+            else stage
+        )
+        raise ValueError(f"found no {shown(path)}: {how}")
     return parse_json(read_text(path), shown(path))
 
 
