@@ -6,14 +6,16 @@ from pathlib import Path
 
 import torch
 
-from thermo_lib.evaluation.figures import COLORS, plt, save_svg
+from thermo_lib.evaluation.axes import plt
+from thermo_lib.evaluation.display import OURS
+from thermo_lib.evaluation.figures import save_svg
 from thermo_lib.notebooks import ROOT
 from thermo_lib.prose import value
 from thermo_lib.quant.trellis import codebook, gains
 from thermo_lib.time_aware.groups import TimeGroupParams, TimeGroups
 from thermo_lib.time_aware.smoothing import WINDOWED, BoundarySmoother
 
-OURS, GREYS = COLORS[0], ("#999999", "#666666", "#333333")
+GREYS = ("#999999", "#666666", "#333333")
 
 
 def _axes(width: float = 6.4, height: float = 3.2):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from thermo_lib.evaluation import figures
+from thermo_lib.evaluation.display import OURS
 from thermo_lib.evaluation.report import table
 from thermo_lib.models.published import DreamConfig
 from thermo_lib.studies.peers import llama, speed
@@ -99,8 +100,8 @@ class TestRows:
         rows = [row for tokens in (1, 8) for row in speed.rows_of(tokens, seconds, BITS, {"b": "no"})]
         figures.method_times(rows, {"a"})
         (ax,) = plt.gcf().axes
-        assert [text.get_text() for text in ax.texts] == ["a", speed.DENSE]
-        assert [line.get_color() for line in ax.lines] == ["#8a8a8a", figures.COLORS[0]]
+        assert [text.get_text()[2:] for text in ax.texts] == ["a", speed.DENSE]
+        assert [line.get_color() for line in ax.lines] == [OURS, "#8a8a8a"]
         plt.close()
 
 

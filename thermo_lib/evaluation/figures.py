@@ -1,4 +1,4 @@
-"""Figures of the notebooks: colour-blind-safe colours (Okabe and Ito), axes with units, one idea each."""
+"""Figures of the notebooks: colour-blind-safe, axes with units, one idea each."""
 
 import io
 import math
@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from thermo_lib.evaluation.axes import COLORS, MARKERS, SIGNS, head, label_ends, new_axes, plt, series_colors
 from thermo_lib.evaluation.display import OTHERS, OURS
 from thermo_lib.extras import needs
 from thermo_lib.files.text import write_text
@@ -15,61 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-plt = needs("matplotlib.pyplot")
 MaxNLocator = needs("matplotlib.ticker").MaxNLocator
-
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_SIGNS = {"o": "●", "s": "■", "^": "▲", "D": "◆", "v": "▼", "P": "✚", "X": "✖"}  # of markers, in text
-MARKERS = tuple(_SIGNS)
-
-
-def _axes(count: int = 1, width: float = 6.4, height: float = 4.2) -> "tuple[Figure, list[Axes]]":
-    """``count`` axes, at most two in a row: letters of three are too small to read at half size."""
-    rows = -(-count // 2)
-    columns = -(-count // rows)
-    size = (width * columns, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for ax in axes.flat:
-        ax.grid(alpha=0.3)
-        ax.spines[["top", "right"]].set_visible(False)
-    for ax in axes.flat[count:]:
-        ax.remove()
-    return figure, list(axes.flat[:count])
-
-
-def _colors(names: Sequence[str], ours: Collection[str], aside: Collection[str] = ()) -> dict[str, str]:
-    """One colour for ours and grey for the others; without any of ours a colour each, and grey for ``aside``."""
-    if any(name in ours for name in names):
-        return {name: OURS if name in ours else OTHERS for name in names}
-    colored = [name for name in names if name not in aside]
-    return {name: OTHERS if name in aside else COLORS[colored.index(name) % len(COLORS)] for name in names}
-
-
-def _label_ends(ax: "Axes", ends: Mapping[str, tuple[float, float]], colors: Mapping[str, str]) -> None:
-    """Write each series' name at the right of the axes, at the height where its line ends, none on another."""
-    ax.autoscale_view()
-    to_axes = ax.transData + ax.transAxes.inverted()
-    heights = {name: to_axes.transform(end)[1] for name, end in ends.items()}
-    order = sorted(heights, key=heights.__getitem__)
-    size = 0.9 * plt.rcParams["font.size"]
-    gap = size / (54 * ax.get_window_extent().height / ax.figure.dpi)
-    places, above = {}, -math.inf
-    for name in order:
-        above = places[name] = max(heights[name], above + gap)
-    # What was pushed out at the top goes down again.
-    below = math.inf
-    for name in reversed(order):
-        below = places[name] = min(places[name], below - gap, 1 + gap / 2)
-    for name, place in places.items():
-        color = colors[name] if colors[name] != OTHERS else "#444444"
-        style: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
-        ax.annotate(name, (1, place), (6, 0), color=color, fontsize=size, annotation_clip=False, **style)
-
-
-def _head(figure: "Figure", title: str) -> None:
-    """What to see, above a figure."""
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize="large", fontweight="bold")
 
 
 def lines(
@@ -96,10 +43,12 @@ def lines(
         ax: where to draw; without it a new figure.
     """
     if ax is None:
-        figure, (ax,) = _axes()
-        _head(figure, title)
+        figure, (ax,) = new_axes()
+        head(figure, title)
         title = ""
-    colors = _colors([name for name in series if name != steps], ours, aside) | ({steps: COLORS[6]} if steps else {})
+    colors = series_colors([name for name in series if name != steps], ours, aside) | (
+        {steps: COLORS[6]} if steps else {}
+    )
     ends = {}
     for number, (name, values) in enumerate(series.items()):
         places = range(len(values)) if x is None else x
@@ -116,14 +65,14 @@ def lines(
     if x is None:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     if len(series) > 1:
-        _label_ends(ax, ends, colors)
+        label_ends(ax, ends, colors)
     return ax
 
 
 def loss_curves(steps: Sequence[int], curves: Mapping[str, Sequence[float]], *, title: str = "") -> None:
     """Training losses against optimizer steps, one panel each; the last value is written at its end."""
-    figure, axes = _axes(len(curves), width=5.2)
-    _head(figure, title)
+    figure, axes = new_axes(len(curves), width=5.2)
+    head(figure, title)
     for ax, (name, values) in zip(axes, curves.items(), strict=True):
         ax.plot(steps, values, color=OURS)
         ax.annotate(f"{values[-1]:.2f}", (steps[-1], values[-1]), (4, 0), textcoords="offset points", color=OURS)
@@ -141,11 +90,19 @@ def panels(
     aside: Collection[str] = (),
 ) -> "list[Axes]":
     """Line plots side by side, one panel a title; ``title`` says above all of them what to see. See ``lines``."""
-    figure, axes = _axes(len(figures), width=5.2)
-    _head(figure, title)
+    figure, axes = new_axes(len(figures), width=5.2)
+    head(figure, title)
     for ax, (name, series) in zip(axes, figures.items(), strict=True):
         lines(series, ylabel=ylabel, title=name, xlabel=xlabel, ours=ours, aside=aside, ax=ax)
     return axes
+
+
+def _times(ax: "Axes", rows: Sequence[Mapping[str, Any]], *, color: str, **style: Any) -> tuple[float, float]:
+    """A line of times with the band of its intervals; where it ends."""
+    x, y, ci = ([row[key] for row in rows] for key in ("tokens", "times_dense", "ci"))
+    ax.plot(x, y, color=color, markersize=5, **style)
+    ax.fill_between(x, [low for low, _ in ci], [high for _, high in ci], color=color, alpha=0.2)
+    return x[-1], y[-1]
 
 
 def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
@@ -157,18 +114,15 @@ def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
     """
     linears = list(dict.fromkeys(row["linear"] for row in rows))
     kernels = list(dict.fromkeys(row["kernel"] for row in rows))
-    figure, axes = _axes(len(linears), width=5.2, height=3.8)
-    _head(figure, title)
-    colors = _colors(kernels, ())
+    figure, axes = new_axes(len(linears), width=5.2, height=3.8)
+    head(figure, title)
+    colors = series_colors(kernels, ())
     for ax, linear in zip(axes, linears, strict=False):
         ends = {}
         for number, kernel in enumerate(kernels):
             found = [row for row in rows if (row["linear"], row["kernel"]) == (linear, kernel)]
             if found:
-                x, y, ci = ([row[key] for row in found] for key in ("tokens", "times_dense", "ci"))
-                ax.plot(x, y, color=colors[kernel], marker=MARKERS[number], markersize=5)
-                ax.fill_between(x, [low for low, _ in ci], [high for _, high in ci], color=colors[kernel], alpha=0.2)
-                ends[kernel] = x[-1], y[-1]
+                ends[kernel] = _times(ax, found, color=colors[kernel], marker=MARKERS[number])
         ax.axhline(1, color=COLORS[6], linestyle="--", linewidth=1)
         ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
         ax.set_title(linear, loc="left", fontsize=11)
@@ -178,7 +132,7 @@ def kernel_times(rows: Sequence[Mapping[str, Any]], *, title: str = "") -> None:
         ax.set_yticks([tick for tick in ticks if tick >= ax.get_ylim()[0]])
         ax.yaxis.set_major_formatter("{x:g}")
         ax.minorticks_off()
-        _label_ends(ax, ends, colors)
+        label_ends(ax, ends, colors)
 
 
 def intervals(
@@ -200,8 +154,8 @@ def intervals(
         title: what to see.
         ours: names that get the project's colour, and all else grey; without any all have it.
     """
-    figure, (ax,) = _axes(width=7.5, height=1.2 + 0.34 * len(rows))
-    _head(figure, title)
+    figure, (ax,) = new_axes(width=7.5, height=1.2 + 0.34 * len(rows))
+    head(figure, title)
     some = any(name in ours for name in rows)
     for number, (name, (value, (low, high))) in enumerate(rows.items()):
         color = OTHERS if some and name not in ours else OURS
@@ -227,8 +181,8 @@ def shares(models: Mapping[str, Mapping[str, Sequence[float]]], *, xlabel: str, 
         title: what to see.
     """
     factors = list(next(iter(models.values())))
-    figure, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(factors))
-    _head(figure, title)
+    figure, (ax,) = new_axes(width=7.5, height=1.2 + 0.5 * len(factors))
+    head(figure, title)
     thickness = 0.8 / len(models)
     for number, (model, found) in enumerate(models.items()):
         places = [place + (number - (len(models) - 1) / 2) * thickness for place in range(len(factors))]
@@ -275,8 +229,8 @@ def parameters_over_time(
         title: what to see.
         ours: methods that get the project's colour, see ``lines``.
     """
-    figure, axes = _axes(len(before), width=4.6, height=3.8)
-    _head(figure, title)
+    figure, axes = new_axes(len(before), width=4.6, height=3.8)
+    head(figure, title)
     for ax, (layer, values) in zip(axes, before.items(), strict=True):
         parameter_over_time(layer, values, after[layer], ylabel=ylabel, ours=ours, ax=ax)
 
@@ -293,8 +247,8 @@ def heat_maps(
     title: str = "",
 ) -> None:
     """Matrices of numbers side by side on one colour scale, each number written into its cell; NaN stays empty."""
-    figure, axes = _axes(len(maps), width=5.0, height=4.0)
-    _head(figure, title)
+    figure, axes = new_axes(len(maps), width=5.0, height=4.0)
+    head(figure, title)
     values = [v for rows in maps.values() for row in rows for v in row if v == v]
     low, high = min(values), max(values)
     for ax, (name, rows) in zip(axes, maps.items(), strict=True):
@@ -320,17 +274,17 @@ def scatters(
     ours: Collection[str] = (),
 ) -> None:
     """Points, one panel a name and one marker a series, whose name is at the height of its points' middle."""
-    figure, axes = _axes(len(panels), width=6.2)
-    _head(figure, title)
+    figure, axes = new_axes(len(panels), width=6.2)
+    head(figure, title)
     for ax, (panel, series) in zip(axes, panels.items(), strict=True):
-        colors, middles = _colors(list(series), ours), {}
+        colors, middles = series_colors(list(series), ours), {}
         for number, (name, (x, y)) in enumerate(series.items()):
             marker = MARKERS[number % len(MARKERS)]
             ax.scatter(x, y, s=22, alpha=0.8, zorder=3 if name in ours else 2, color=colors[name], marker=marker)
-            middles[f"{_SIGNS[marker]} {name}"] = max(x), statistics.median(y)
+            middles[f"{SIGNS[marker]} {name}"] = max(x), statistics.median(y)
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.set_title(panel, loc="left", fontsize=11)
-        _label_ends(ax, middles, dict(zip(middles, colors.values(), strict=True)))
+        label_ends(ax, middles, dict(zip(middles, colors.values(), strict=True)))
 
 
 def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *, title: str = "") -> None:
@@ -346,7 +300,7 @@ def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *
     steps = list(next(iter(models.values())))
     size = (1.5 * len(steps) + 0.4, 1.8 * len(models) + 0.5)
     figure, axes = plt.subplots(len(models), len(steps), figsize=size, layout="constrained", squeeze=False)
-    _head(figure, title)
+    head(figure, title)
     for row, (model, grids) in zip(axes, models.items(), strict=True):
         for ax, (step, cells) in zip(row, grids.items(), strict=True):
             for at, (cell, clue, right) in enumerate(zip(cells, clues, solution, strict=True)):
@@ -370,11 +324,12 @@ def boards(models: Mapping[str, Mapping[str, str]], clues: str, solution: str, *
         row[0].set_ylabel(model, fontsize=10)
 
 
-def task_stream(tasks: Sequence[tuple[str, float, float]]) -> None:
+def task_stream(tasks: Sequence[tuple[str, float, float]], *, title: str = "") -> None:
     """What each worker of a cluster did when: a bar a task, from ``(worker, start, stop)`` in seconds."""
     workers = sorted({worker for worker, _, _ in tasks}, key=lambda name: min(s for w, s, _ in tasks if w == name))
     first = min(start for _, start, _ in tasks)
-    _, (ax,) = _axes(width=7.5, height=1.2 + 0.5 * len(workers))
+    figure, (ax,) = new_axes(width=7.5, height=1.2 + 0.5 * len(workers))
+    head(figure, title)
     for worker, start, stop in tasks:
         row = workers.index(worker)
         ax.barh(row, stop - start, left=start - first, height=0.6, color=OURS, edgecolor="white")
@@ -388,23 +343,33 @@ def labelled_points(
     *,
     xlabel: str,
     ylabel: str,
-    title: str = "",
+    title: str = "Lower is nearer to full precision: path KL against size",
 ) -> "Figure":
-    """Points with one label a series, at its lowest; ``ours`` in one colour, all else in grey. The y axis is a log."""
-    figure, (ax,) = _axes(width=7.2, height=4.4)
-    _head(figure, title)
+    """Points with one label a series, at its lowest; ``ours`` in one colour, a marker each, all else in grey.
+
+    The y axis is logarithmic.
+    """
+    figure, (ax,) = new_axes(width=6.8, height=4.6)
+    head(figure, title)
+    own, ends = [name for name in points if name in ours], {}
     for name, (x, y) in points.items():
-        is_ours = name in ours
-        color = COLORS[0] if is_ours else OTHERS
-        ax.scatter(
-            x, y, s=44 if is_ours else 24, color=color, marker="D" if is_ours else "o", zorder=3 if is_ours else 2
-        )
+        style = {"s": 44, "marker": "Ds^"[own.index(name) % 3], "zorder": 3} if name in own else {"s": 24, "zorder": 2}
+        ax.scatter(x, y, color=OURS if name in own else OTHERS, **style)
         low = min(range(len(y)), key=y.__getitem__)
-        weight, shade = ("bold", color) if is_ours else ("normal", "#444444")
-        ax.annotate(name, (x[low], y[low]), (6, -3), textcoords="offset points", fontsize=9, color=shade, weight=weight)
-    ax.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
-    ax.yaxis.set_major_formatter(needs("matplotlib.ticker").ScalarFormatter())
-    ax.margins(x=0.2)
+        ends[name] = x[low], y[low]
+    placed: list[tuple[float, float]] = []
+    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
+        height = max([y, *(1.22 * other for at, other in placed if abs(at - x) < 0.3)])  # none lies on another
+        placed.append((x, height))
+        style = {"color": OURS, "weight": "bold"} if name in own else {"color": "#444444"}
+        ax.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center", fontsize=10, **style)
+    ax.set(yscale="log", yticks=[3, 5, 10, 20, 50, 100])
+    ax.set_xlabel(xlabel, fontsize=11)
+    ax.set_ylabel(ylabel, fontsize=11)
+    ax.tick_params(labelsize=11)
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.minorticks_off()
+    ax.margins(x=0.15)
     return figure
 
 
@@ -418,24 +383,22 @@ def method_times(rows: Sequence[Mapping[str, Any]], ours: Collection[str], *, ti
     """
     rows = [row for row in rows if "times_dense" in row]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    figure, (ax,) = _axes(width=8.4, height=5.0)
-    _head(figure, title)
-    ends = {}
-    for name in methods:
-        found = [row for row in rows if row["method"] == name]
-        x, y, ci = ([row[key] for row in found] for key in ("tokens", "times_dense", "ci"))
-        color = COLORS[0] if name in ours else OTHERS
-        ax.plot(x, y, color=color, marker="D" if name in ours else "o", markersize=5, zorder=3 if name in ours else 2)
-        ax.fill_between(x, [low for low, _ in ci], [high for _, high in ci], color=color, alpha=0.2)
-        ends[name] = x[-1], y[-1]
-    height = 0.0
-    for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
-        height = max(y, 1.12 * height)  # labels don't lie on one another
-        color = COLORS[0] if name in ours else "#444444"
-        ax.annotate(name, (x, y), (x * 1.15, height), textcoords="data", va="center", fontsize=8, color=color)
     ticks = sorted({row["tokens"] for row in rows})
+    figure, (ax,) = new_axes(width=7.0, height=5.0)
+    head(figure, title)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel="time / dense bfloat16")
-    ax.set_xlim(ticks[0] * 0.8, ticks[-1] * 11)
+    ends, colors = {}, {}
+    for names in ([name for name in methods if (name in ours) == own] for own in (True, False)):
+        for number, name in enumerate(names):
+            marker, color = MARKERS[number % len(MARKERS)], OURS if name in ours else OTHERS
+            order = 3 if name in ours else 2
+            found = [row for row in rows if row["method"] == name]
+            x, y = _times(ax, found, color=color, marker=marker, zorder=order)
+            if x == ticks[-1]:
+                ends[f"{SIGNS[marker]} {name}"], colors[f"{SIGNS[marker]} {name}"] = (x, y), color
+            else:
+                ax.annotate(name, (x, y), (6, 0), textcoords="offset points", va="center", fontsize=8, color="#444444")
+    label_ends(ax, ends, colors)
     ax.set_xticks(ticks, ticks)
     low, high = ax.get_ylim()
     ax.set_yticks([2.0**k for k in range(math.ceil(math.log2(low)), math.floor(math.log2(high)) + 1)])

@@ -178,9 +178,9 @@ def _unmeasured(measured: Mapping[str, Any], both: Rows) -> Iterator[str]:
 
 BOUNDS = {"kept": "accuracy_kept", "kept_a4": "accuracy_kept_a4", "share": "share"}  # argument to key in params.yaml
 OWN = {
-    "thermo_lib trellis": "thermo_lib, trellis",
-    "thermo_lib GPTQ": "thermo_lib, GPTQ",
-    "thermo_lib": "thermo_lib, GPTQ",
+    "thermo_lib trellis": "thermo_lib trellis",
+    "thermo_lib GPTQ": "thermo_lib GPTQ",
+    "thermo_lib": "thermo_lib trained integers",
 }
 WHOLE, SMALL, LOW = "all phases", "all phases, below 2.1 bits", "all phases at W2A4"
 
