@@ -1,6 +1,7 @@
 """Draws the pictures of "How it works" and "Which setting?": ``python docs/figures/draw.py [FOLDER]``."""
 
 import csv
+import itertools
 import sys
 from pathlib import Path
 
@@ -72,50 +73,89 @@ def path_kl():
         heights = [float(row[name]) for row in rows]
         ax.plot(range(len(rows)), heights, color=color, marker="o", markersize=4)
         ax.text(len(rows) - 0.7, heights[-1], label, color=color, va="center", fontsize=11)
-    ax.set(xlabel="timestep", ylabel="path KL (nats per sequence)", title="Path KL adds up over the timesteps (W2A16)")
-    ax.set_xlim(-0.5, len(rows) + 4)
+    last = len(rows) - 1
+    ax.set(xlabel="timestep", ylabel="path KL (nats)", title="Path KL adds up over the timesteps, most of it late")
+    ax.set_xticks([*range(0, last, 5), last])
+    ax.set_xlim(-0.5, last + 5)
+    ax.set_ylim(0)
     return figure
 
 
 def trellis():
     """The values that a column's next code can take, from two states."""
-    figure, ax = _axes(height=2.6)
+    figure, ax = _axes(height=2.8)
     for row, state in enumerate((6, 53)):
         successors = (state * 4 + torch.arange(4)) % 2**12
         values = codebook()[successors] * gains(torch.tensor([2]))
-        ax.scatter(values, [row] * 4, color=(OURS, GREYS[1])[row], s=50, marker="os"[row])
-        ax.text(-3.9, row, f"state {state}", va="center", fontsize=11)
+        color = (OURS, GREYS[1])[row]
+        ax.scatter(values, [row] * 4, color=color, s=50, marker="os"[row])
+        for code, at in enumerate(values.flatten().tolist()):
+            ax.text(at, row + 0.16, f"{code:02b}", ha="center", va="bottom", color=color)
+        ax.text(-3.9, row, f"after state {state}", va="center", color=color)
     ax.set(
         xlabel="value of a weight before its scale",
         title="The bits before a code decide which 4 values it can have",
         yticks=[],
     )
-    ax.set_xlim(-4, 3)
-    ax.set_ylim(-0.6, 1.6)
+    ax.set_xlim(-4, 2.5)
+    ax.set_ylim(-0.5, 1.7)
     ax.spines["left"].set_visible(False)
     return figure
 
 
+TREE = (  # a question, and what each answer leads to: a preset or another question
+    "Calibration\ndata?",
+    {
+        "no": "fast",
+        "yes": (
+            "Activations?",
+            {
+                "16 bits": ("Time?", {"seconds": "gptq", "minutes": "best", "minutes,\nfewest bits": "small"}),
+                "4 bits": ("Ranges?", {"at run time": "w2a4", "stored": "w2a4-static"}),
+            },
+        ),
+    },
+)
+MEASURED = {  # a preset to where its bits and its path KL stand
+    "fast": ("metrics.configurations.W2A16 least_squares", "bits", "kl"),
+    "gptq": ("gptq", "bits", "kl"),
+    "best": ("best", "bits", "kl"),
+    "small": ("small", "bits", "kl"),
+    "w2a4": ("w2a4", "bits", "kl_a4"),
+    "w2a4-static": ("study(activation_bits=4 path_kl.what=parameters)", "bits", "kl"),
+}
+
+
 def choose():
-    """The questions that lead to a preset, with the measured path KL of each."""
-    static = "study(activation_bits=4 path_kl.what=parameters)"
-    leaves = [
-        (0, "no calibration data", "fast", value("metrics.configurations.W2A16 least_squares", "kl")),
-        (1, "4-bit activations, ranges at run time", "w2a4", value("w2a4", "kl_a4")),
-        (2, "4-bit activations, static ranges", "w2a4-static", value(static, "kl")),
-        (3, "16-bit activations, seconds", "gptq", value("gptq", "kl")),
-        (4, "16-bit activations, minutes", "best", value("best", "kl")),
-        (5, "the same, fewer bits", "small", value("small", "kl")),
-    ]
-    figure, ax = _axes(7.4, 3.4)
-    for y, have, preset, nats in leaves:
-        color = OURS if preset == "best" else GREYS[1]
-        ax.plot([0.3, 0.8, 0.8, 1.2], [-2.5, -2.5, -y, -y], color=GREYS[0], linewidth=1)
-        ax.text(1.25, -y, have, va="center", fontsize=11)
-        ax.text(5.0, -y, f"{preset}: {nats} nats", va="center", fontsize=11, color=color, weight="bold")
-        ax.annotate("", (4.95, -y), (4.55, -y), arrowprops={"arrowstyle": "->", "color": GREYS[0]})
-    ax.text(0.25, -2.5, "You\nhave", ha="right", va="center", fontsize=11)
-    ax.set(xlim=(-0.3, 7.2), ylim=(-5.6, 0.6), title="What you have decides the preset (path KL, reference model)")
+    """The questions that lead to a preset, with the measured bits and path KL of each."""
+    figure, ax = _axes(7.4, 5.0)
+    columns, leaves = (0.0, 2.0, 4.2, 6.3), itertools.count()
+
+    def draw(node, depth):
+        """Draw a question, what its answers lead to and the lines there; its height."""
+        if isinstance(node, str):
+            source, *quantities = MEASURED[node]
+            bits, nats = (value(source, quantity) for quantity in quantities)
+            y, color = -next(leaves), OURS if node == "best" else GREYS[2]
+            ax.text(columns[-1], y + 0.15, node, va="center", color=color, weight="bold")
+            ax.text(columns[-1], y - 0.17, f"{bits} bits, {nats} nats", va="center", color=color)
+            return y
+        question, answers = node
+        x = columns[depth]
+        children = {answer: draw(child, depth + 1) for answer, child in answers.items()}
+        y = (max(children.values()) + min(children.values())) / 2
+        for (answer, height), child in zip(children.items(), answers.values(), strict=True):
+            end = columns[-1] if isinstance(child, str) else columns[depth + 1]
+            ax.plot([x, x + 0.75, x + 0.75, end - 0.1], [y, y, height, height], color=GREYS[0], linewidth=1.2, zorder=1)
+            ax.text(x + 0.82, height + 0.06, answer, va="bottom", fontsize=11, linespacing=0.9)
+        box = {"boxstyle": "round,pad=0.3", "facecolor": "white", "edgecolor": GREYS[0]}
+        ax.text(x, y, question, ha="center", va="center", bbox=box, zorder=2)
+        return y
+
+    draw(TREE, 0)
+    ax.set(
+        xlim=(-0.7, 8.3), ylim=(-5.5, 0.7), title="Three questions lead to a preset, its bits per weight and path KL"
+    )
     ax.set_axis_off()
     return figure
 
@@ -126,8 +166,9 @@ FIGURES = {"groups": groups, "smoothing": smoothing, "path-kl": path_kl, "trelli
 def main(folder: Path) -> None:
     """Draw all of them."""
     for name, draw in FIGURES.items():
-        figure = draw()
-        save_svg(figure, folder / f"{name}.svg")
+        with plt.rc_context({"font.size": 12}):  # to be read on a phone
+            figure = draw()
+            save_svg(figure, folder / f"{name}.svg")
         plt.close(figure)
 
 
