@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from small_runs import Run
 
+from thermo_lib import load_model
 from thermo_lib.usage import tell
 
 FAST = ("preset=fast", "group_size=16", "timesteps=4")
@@ -23,10 +24,12 @@ def told(run: Run, *words: object) -> dict[str, object]:
     return content
 
 
-def test_info_has_the_titles_of_the_text(run: Run, folder: Path) -> None:
-    _, out, _ = run("info", folder)
+def test_info_has_numbers(run: Run, folder: Path) -> None:
     content = told(run, "info", folder)
-    assert [line.split("  ")[0] for line in out.splitlines()] == list(content)
+    assert content["parameters"] == sum(p.numel() for p in load_model(str(folder)).model.parameters())
+    assert content["bits_per_weight"] == 16
+    assert content["files"] == {path.name: path.stat().st_size for path in folder.iterdir()}
+    assert (content["quantized"], content["is_shifted"]) == (None, True)
 
 
 def test_generate_has_the_text_and_its_tokens(run: Run, folder: Path) -> None:

@@ -43,7 +43,7 @@ from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_d
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.tokenizer_json import encode, left_open
 from thermo_lib.notebooks import reproducible
-from thermo_lib.pipeline.about import about, words
+from thermo_lib.pipeline.about import about, described, words
 from thermo_lib.pipeline.activations import resmooth, resmoothed
 from thermo_lib.pipeline.cluster import cluster_client
 from thermo_lib.pipeline.config import ThermoConfig
@@ -193,9 +193,9 @@ def _quantize(arguments: argparse.Namespace, config: ThermoConfig, device: str) 
 
 def run_info(arguments: argparse.Namespace) -> None:
     """Print what a model folder holds."""
-    lines = about(arguments.model, **kind_of(arguments))
+    lines = described(found := about(arguments.model, **kind_of(arguments)))
     width = max(map(len, lines))
-    tell(arguments, "\n".join(f"{title:{width}}  {text}" for title, text in lines.items()), lines)
+    tell(arguments, "\n".join(f"{title:{width}}  {text}" for title, text in lines.items()), found)
 
 
 def run_generate(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """Scores are those of slow direct computations, and their intervals hold them."""
 
+import copy
 import json
 import math
 from collections.abc import Iterator
@@ -377,6 +378,13 @@ class TestQuantizedModels:
         assert {key: row[key] for key in expected} == expected
         assert len(row["accuracy_per_timestep"]) == len(row["path_kl_per_timestep"]) == TIMESTEPS
         about = [of_reference[name] for name in ("bits", "activation_bits", "bits_per_weight")]
-        assert about == [32, 32, 32.0]
+        assert about == [32, 16, 32.0]
         assert of_reference["markov_score"] is of_reference["quantizer"] is None
         json.dumps([row, of_reference], allow_nan=False)
+
+    @pytest.mark.parametrize(("kind", "bits"), [(torch.bfloat16, 16), (torch.float16, 16), (torch.float32, 32)])
+    def test_full_precision_has_the_bits_that_hold_its_weights(
+        self, tiny: DiffusionLM, kind: torch.dtype, bits: int
+    ) -> None:
+        lm = replace(tiny, model=copy.deepcopy(tiny.model).to(kind).float())
+        assert stored_bits(lm) == bits

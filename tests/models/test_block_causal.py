@@ -111,8 +111,8 @@ class TestBlockLength:
         folder = write(layout)
         assert load_model(str(folder)).model.block_length == length
         shown = about(str(folder))
-        assert shown["attention"].startswith(f"block-causal in blocks of {length}, 4 heads of")
-        assert shown["shift"].startswith("by one" if layout.is_shifted else "none")
+        assert shown["attention"] == f"block-causal in blocks of {length}"
+        assert (shown["heads"], shown["is_shifted"]) == (4, layout.is_shifted)
 
     def test_full_attention_has_none(self, write: Callable[..., Path]) -> None:
         assert load_model(str(write(DREAM))).model.block_length is None

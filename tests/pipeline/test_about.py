@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from small_runs import Run
 
 from thermo_lib import ThermoConfig, quantize_checkpoint, save_quantized
-from thermo_lib.pipeline.about import about, words
+from thermo_lib.pipeline.about import about, described, words
 from thermo_lib.pipeline.presets import PRESETS
 
 
@@ -22,7 +22,7 @@ from thermo_lib.pipeline.presets import PRESETS
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_full_precision_folder(write: Callable[..., Path], layout: AnyLayout, tied: bool) -> None:
     folder = write(layout, tied=tied)
-    found, lm = about(str(folder), layout.family), layout.load(folder)
+    found, lm = described(about(str(folder), layout.family)), layout.load(folder)
     assert found["family"].startswith(f"{layout.model_type}, 2 ")
     assert found["parameters"] == f"{sum(p.numel() for p in lm.model.parameters()):,}"
     assert found["embeddings"] == ("also the head's" if tied else "apart from the head's")
@@ -52,7 +52,7 @@ def test_a_full_precision_folder(write: Callable[..., Path], layout: AnyLayout, 
 def test_a_quantized_folder(quantized: Quantize, tmp_path: Path, changes: dict[str, Any]) -> None:
     lm = quantized(**changes)
     save_quantized(lm, tmp_path / "q")
-    found = about(str(tmp_path / "q"))
+    found = described(about(str(tmp_path / "q")))
     assert found["bits per weight"] == f"{lm.bits_per_weight:.3f} of the linears in blocks"
     assert found["quantized"] == words(lm.config)
     assert found["norms"] == "float32"
@@ -124,7 +124,7 @@ def test_the_command_prints_it(run: Run, write: Callable[..., Path]) -> None:
     status, out, _ = run("info", folder, "--family", "open-dcoder")
     assert status == 0
     lines = [line.split("  ", 1) for line in out.splitlines()]
-    assert {title: text.strip() for title, text in lines} == about(str(folder), "open-dcoder")
+    assert {title: text.strip() for title, text in lines} == described(about(str(folder), "open-dcoder"))
     status, _, err = run("info", folder)
     assert status == 2
     assert "family: found None, allowed with 'qwen2' blocks" in err

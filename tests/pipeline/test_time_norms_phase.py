@@ -245,8 +245,8 @@ class TestStored:
         assert lm.bits_per_weight == pytest.approx(quantized().bits_per_weight + extra)
         save_quantized(lm, tmp_path / "q")
         found = about(str(tmp_path / "q"))
-        assert found["bits per weight"].startswith(f"{lm.bits_per_weight:.3f}")
-        assert found["time norms"] == "3 sets for each of 5, smoothing linear, window 1"
+        assert found["bits_per_weight"] == pytest.approx(lm.bits_per_weight)
+        assert found["time_norms"] == "3 sets for each of 5, smoothing linear, window 1"
         assert "time_norms.count=3" in found["quantized"]
 
     @pytest.mark.parametrize(

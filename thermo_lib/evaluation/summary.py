@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.evaluation.scores import Evaluation, Suite, accuracy_interval, path_kl_interval
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.pipeline.model import QuantizedLM
+from thermo_lib.pipeline.model import QuantizedLM, linear_names
 from thermo_lib.time_aware.markov import MarkovReport, markov_report
 
 
@@ -19,22 +21,38 @@ def markov(lm: QuantizedLM) -> MarkovReport | None:
     return markov_report(params, lm.config.groups.boundaries, bits)
 
 
+def stored_bits(lm: DiffusionLM) -> float:
+    """Bits that store a weight of the linears in blocks, with all parameters of codes.
+
+    Returns:
+        What a quantized model says; else 16 where every weight is a number of bfloat16 or every one is of float16, as
+        those of a checkpoint in these types are after loading, and 32 otherwise.
+    """
+    if isinstance(lm, QuantizedLM):
+        return lm.bits_per_weight
+    weights = [lm.model.get_parameter(f"{name}.weight") for name in linear_names(lm.model)]
+    loaded = [weight for weight in weights if not weight.is_meta]
+    types = (torch.bfloat16, torch.float16)
+    return 16.0 if any(all(bool((w.to(t) == w).all()) for w in loaded) for t in types) else 32.0
+
+
 def summarize(name: str, lm: DiffusionLM, evaluation: Evaluation) -> dict[str, Any]:
     """One configuration's row of the report: settings, bits per weight and scores with intervals."""
     quantized = lm if isinstance(lm, QuantizedLM) else None
     config = quantized.config if quantized else None
+    bits = stored_bits(lm)
     smoothness = markov(quantized) if quantized else None
     return {
         "name": name,
-        "bits": config.bit_width if config else 32,
-        "activation_bits": config.activation_bits if config else 32,
+        "bits": config.bit_width if config else int(bits),
+        "activation_bits": config.activation_bits if config else 16,
         "activation_ranges": config.activations.ranges if config and config.activations else None,
         "quantizer": config.quantizer if config else None,
         "group_size": config.group_size if config else None,
         "num_time_groups": config.num_time_groups if config else None,
         "smoothing_method": config.smoothing_method if config else None,
         "smoothing_window": config.smoothing_window if config else None,
-        "bits_per_weight": quantized.bits_per_weight if quantized else 32.0,
+        "bits_per_weight": bits,
         "accuracy": evaluation.accuracy,
         "accuracy_ci": list(accuracy_interval(evaluation)),
         "accuracy_per_timestep": evaluation.accuracy_per_timestep.tolist(),

@@ -1,6 +1,7 @@
 """What a model folder holds, from its settings and the headers of its files: no weight is read."""
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,15 +19,18 @@ from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.storage import check_stored, is_quantized, read_quantization
 
 
-def about(name: str, family: str | None = None, block_length: int | None = None) -> dict[str, str]:
-    """What a model is, full precision or quantized.
+def about(name: str, family: str | None = None, block_length: int | None = None) -> dict[str, Any]:
+    """What a model is, full precision or quantized, as numbers for programs; ``described`` says it to people.
 
     Args:
         name: ``"reference"`` for the embedded model, a folder, or a hub id.
         family, block_length: see ``load_model``.
 
     Returns:
-        Title to text, in the order to show them.
+        A JSON object: ``family``, ``blocks`` (their number), ``kind_of_blocks``, ``hidden_size``, ``parameters``,
+        ``vocabulary``, ``tokenizer_tokens``, ``tied_embeddings``, ``mask_id``, ``is_shifted``, ``attention``,
+        ``heads``, ``head_size``, ``key_value_heads``, ``norms`` (their type), ``time_norms`` and ``quantized`` in words or
+        None, ``bits_per_weight`` of the linears in blocks, and ``files``, a name to its bytes.
 
     Raises:
         ValueError: what ``load_model`` and ``load_quantized`` raise but for the numbers in tensors, which aren't read.
@@ -46,22 +50,46 @@ def about(name: str, family: str | None = None, block_length: int | None = None)
     else:
         check_stored(model, thermo, paths, folder)
     number = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // number
-    heads = f"{number} heads of {head_size}, {getattr(config, 'num_key_value_heads', number)} of keys and values"
-    files = sorted(path for path in folder.iterdir() if path.is_file())
     return {
-        "family": f"{config.model_type}, {len(model.blocks)} {entry.blocks} blocks of {config.hidden_size}",
-        "parameters": f"{sum(parameter.numel() for parameter in model.parameters()):,}",
-        "vocabulary": f"{config.vocab_size:,}, {tokens:,} of the tokenizer",
-        "embeddings": "also the head's" if config.tie_word_embeddings else "apart from the head's",
-        "mask id": str(config.mask_token_id),
-        "shift": "by one: position i predicts token i + 1" if entry.is_shifted else "none: position i predicts token i",
-        "attention": f"{model.passes.seen(config)}, {heads}",
+        "family": config.model_type,
+        "blocks": len(model.blocks),
+        "kind_of_blocks": entry.blocks,
+        "hidden_size": config.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "vocabulary": config.vocab_size,
+        "tokenizer_tokens": tokens,
+        "tied_embeddings": bool(config.tie_word_embeddings),
+        "mask_id": config.mask_token_id,
+        "is_shifted": entry.is_shifted,
+        "attention": str(model.passes.seen(config)),
+        "heads": number,
+        "head_size": getattr(config, "head_dim", None) or config.hidden_size // number,
+        "key_value_heads": getattr(config, "num_key_value_heads", number),
         "norms": str(found[last_norm(config, found)].dtype).removeprefix("torch."),
-        **({} if norms is None else {"time norms": _time_norms(model, norms)}),
-        "quantized": "no" if thermo is None else words(thermo),
-        "bits per weight": f"{_bits(model, found):.3f} of the linears in blocks",
-        **{path.name: f"{path.stat().st_size:,} bytes" for path in files},
+        "time_norms": None if norms is None else _time_norms(model, norms),
+        "quantized": None if thermo is None else words(thermo),
+        "bits_per_weight": _bits(model, found),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def described(found: Mapping[str, Any]) -> dict[str, str]:
+    """What ``about`` found, for people: title to text, in the order to show them."""
+    heads = f"{found['heads']} heads of {found['head_size']}, {found['key_value_heads']} of keys and values"
+    shift = "by one: position i predicts token i + 1" if found["is_shifted"] else "none: position i predicts token i"
+    return {
+        "family": f"{found['family']}, {found['blocks']} {found['kind_of_blocks']} blocks of {found['hidden_size']}",
+        "parameters": f"{found['parameters']:,}",
+        "vocabulary": f"{found['vocabulary']:,}, {found['tokenizer_tokens']:,} of the tokenizer",
+        "embeddings": "also the head's" if found["tied_embeddings"] else "apart from the head's",
+        "mask id": str(found["mask_id"]),
+        "shift": shift,
+        "attention": f"{found['attention']}, {heads}",
+        "norms": found["norms"],
+        **({} if found["time_norms"] is None else {"time norms": found["time_norms"]}),
+        "quantized": found["quantized"] or "no",
+        "bits per weight": f"{found['bits_per_weight']:.3f} of the linears in blocks",
+        **{name: f"{size:,} bytes" for name, size in found["files"].items()},
     }
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from thermo_lib.diffusion.path_kl import path_kl
 from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batches
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
-from thermo_lib.evaluation.summary import markov
+from thermo_lib.evaluation.summary import markov, stored_bits
 from thermo_lib.files.locks import locked
 from thermo_lib.files.reading import brief, field_of, read_report, shown
 from thermo_lib.files.snapshots import digest
@@ -259,7 +259,7 @@ def scores(lm: DiffusionLM, suite: Suite) -> dict[str, Any]:
         "path_kl_per_timestep": numbers(path.per_timestep),
         "markov_score": round(smoothness.score, 6) if smoothness else None,
         "mean_jump": round(smoothness.mean_jump, 6) if smoothness else None,
-        "bits_per_weight": round(quantized.bits_per_weight, 6) if quantized else 32.0,
+        "bits_per_weight": round(stored_bits(lm), 6),
     }
 
 
