@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -16,14 +17,13 @@ from tracked import ROOT, copy_tracked
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = Path(__file__).with_name("installed_library.py")
-
 
 def run(*command: str | Path, cwd: Path) -> str:
     """The stdout of a command that succeeds, without what points Python at other packages."""
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     environ |= {"PYTHONNOUSERSITE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=environ, capture_output=True, text=True, timeout=300)
+    no_input = subprocess.DEVNULL
+    done = subprocess.run(command, cwd=cwd, env=environ, stdin=no_input, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, f"{command}: {done.stderr}"
     return done.stdout
 
@@ -61,10 +61,48 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("empty")
 
 
+# README's snippets with arguments that take seconds. Not run: `make repro` and `make test`, which measure all and run
+# this test, and `pip install`, which the fixture `installed` does without a network.
+SHORT = {
+    "calibration = thermo.calibrate(lm)": (
+        "from thermo_lib.diffusion.states import calibration_batches\n"
+        "few = calibration_batches(lm, sequences=2, puzzles=1)\n"
+        "calibration = thermo.calibrate(lm, few, timesteps=4, progress=False)"
+    ),
+}
+ARGUMENTS = {  # of a command line of README, by its verb
+    "evaluate": ["--sequences", "2", "--trajectories", "2", "--timesteps", "2"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    """README's fenced blocks of a language."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in found if name == language]
+
+
 @pytest.fixture(scope="module")
-def found(installed: Path, empty: Path) -> dict[str, Any]:
+def after_snippets(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder in which README's Python ran, in its order, and what ``installed_library.look`` saw after it."""
+    code = "\n".join(blocks("python"))
+    for long, short in SHORT.items():
+        assert long in code
+        code = code.replace(long, short, 1)
+    look = f"""
+import sys
+sys.path.append({str(Path(__file__).parent)!r})
+from installed_library import look
+look(lm, calibration, quantized, "reference-2bit")
+"""
+    folder = tmp_path_factory.mktemp("snippets")
+    return folder, json.loads(run(installed, "-c", code + look, cwd=folder).splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found(after_snippets: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
     """What the script saw."""
-    return json.loads(run(installed, SCRIPT, cwd=empty).splitlines()[-1])
+    return after_snippets[1]
 
 
 def test_wheel_holds_every_tracked_file_of_the_library_and_the_plug_in(wheel: Path) -> None:
@@ -128,41 +166,9 @@ for parent in (None, types.ModuleType("lm_eval")):
     assert run(installed, "-c", code, cwd=empty).split() == ["lm_eval", "lm_eval.models"]
 
 
-# README's snippets with arguments that take seconds. Not run: `make repro` and `make test`, which measure all and run
-# this test, and `pip install`, which the fixture `installed` does without a network.
-SHORT = {
-    "calibration = thermo.calibrate(lm)": (
-        "from thermo_lib.diffusion.states import calibration_batches\n"
-        "few = calibration_batches(lm, sequences=2, puzzles=1)\n"
-        "calibration = thermo.calibrate(lm, few, timesteps=4, progress=False)"
-    ),
-}
-ARGUMENTS = {  # of a command line of README, by its verb
-    "evaluate": ["--sequences", "2", "--trajectories", "2", "--timesteps", "2"],
-}
-
-
-def blocks(language: str) -> list[str]:
-    """README's fenced blocks of a language."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
-    return [block for name, block in found if name == language]
-
-
-@pytest.fixture(scope="module")
-def after_snippets(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which README's Python ran, in its order."""
-    code = "\n".join(blocks("python"))
-    for long, short in SHORT.items():
-        assert long in code
-        code = code.replace(long, short, 1)
-    folder = tmp_path_factory.mktemp("snippets")
-    run(installed, "-c", code, cwd=folder)
-    return folder
-
-
-def test_readme_snippets_save_a_model(after_snippets: Path) -> None:
-    assert {"config.json", "model.safetensors"} <= {path.name for path in (after_snippets / "reference-2bit").iterdir()}
+def test_readme_snippets_save_a_model(after_snippets: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = after_snippets
+    assert {"config.json", "model.safetensors"} <= {path.name for path in (folder / "reference-2bit").iterdir()}
 
 
 def test_readme_demonstration_prints_what_readme_shows(installed: Path, empty: Path) -> None:
@@ -175,12 +181,17 @@ def test_readme_demonstration_prints_what_readme_shows(installed: Path, empty: P
     assert run("env", environ_path, "bash", "-c", demonstration, cwd=empty) == shown
 
 
-def test_readme_commands_run(installed: Path, after_snippets: Path) -> None:
-    """In their order, on the embedded model; ``chat`` reads one line and the end of the input."""
+def test_readme_commands_run(installed: Path, tmp_path: Path) -> None:
+    """In their order, on the embedded model, in one process; ``chat`` finds the end of the input."""
     (commands,) = (block for block in blocks("") if block.startswith("thermo quantize"))
+    given = []
     for line in commands.replace("DIR", "reference").splitlines():
-        extra = " ".join(ARGUMENTS.get(line.split()[1], []))
-        given = " < /dev/null" if line.startswith("thermo chat") else ""
-        command = f"{line} {extra}{given}"
-        run("env", f"PATH={installed.parent}:{os.environ['PATH']}", "bash", "-c", command, cwd=after_snippets)
-    assert (after_snippets / "OUT" / "config.json").is_file()
+        name, *words = shlex.split(line)
+        assert name == "thermo"
+        given.append([*words, *ARGUMENTS.get(words[0], [])])
+    code = f"""
+from thermo_lib.__main__ import main
+print([main(words) for words in {given}])
+"""
+    assert run(installed, "-c", code, cwd=tmp_path).splitlines()[-1] == str([0] * len(given))
+    assert (tmp_path / "OUT" / "config.json").is_file()
