@@ -2,14 +2,17 @@
 
 import json
 import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_runs import Run
 
-from thermo_lib import commands
+from thermo_lib import commands, compare
 from thermo_lib.evaluation import report
 from thermo_lib.files import whole
 from thermo_lib.files.locks import locked
@@ -270,6 +273,43 @@ class TestFullDisk:
         assert Path("out/report.txt").read_text() == "number 1"
         assert read_json("out/report.json")["number"] == 1
         assert sorted(path.name for path in Path("out").iterdir()) == ["report.json", "report.txt", "timings.json"]
+
+
+class TestNobodyReads:
+    """What was found is on the disk where it can't be printed, and nothing is said."""
+
+    @pytest.mark.parametrize(
+        ("words", "name"),
+        [
+            (("evaluate", "--timesteps", 4, "--output", "out.json"), "out.json"),
+            (("compare", "reference", "reference", "--output", "out.json"), "out.json"),
+            (("speed", "--output", "out.json"), "out.json"),
+            (("benchmark", "--output", "out"), "out/report.json"),
+        ],
+        ids=lambda words: words[0] if isinstance(words, tuple) else "",
+    )
+    @pytest.mark.parametrize("buffering", [-1, 1])
+    def test_results_are_written_first(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...], name: str, buffering: int
+    ) -> None:
+        row = {"name": "the model", "accuracy": 0.123}
+        lm = SimpleNamespace(tokenizer=SimpleNamespace(get_vocab=dict))
+        for module, stand_ins in (
+            (commands, {"load": lm, "scores": row, "inputs": None, "kernel_speeds": [{"tokens": 7}]}),
+            (commands, {"_benchmark": ({"configurations": [], "targets": []}, {})}),
+            (compare, {"_models": {"differences": [], "summary": "none", "kind": "models", "a": "", "b": ""}}),
+            (report, {"report_text": "text"}),
+        ):
+            for each, found in stand_ins.items():
+                monkeypatch.setattr(module, each, lambda *_, found=found, **__: found)
+        reader, writer = os.pipe()
+        os.close(reader)
+        output = os.fdopen(writer, "w", buffering=buffering)
+        monkeypatch.setattr(sys, "stdout", output)
+        status, _, err = run(*words)
+        output.flush()  # as Python does at its end
+        assert (status, err) == (141, "")
+        assert read_json(name)
 
 
 def _full(*_: object) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from thermo_lib.files.printing import is_unread, to_its_end
 from thermo_lib.options import SMOOTHING, check, number, states, whole
 from thermo_lib.pipeline.presets import DEFAULT, PRESETS
 from thermo_lib.usage import FIRST_STEPS, Parser, page, program
@@ -260,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+@to_its_end
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; 0 on success, 2 on a wrong value, with the reason on stderr."""
     parser = _parser()
@@ -282,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             commands.run(arguments)
     except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, OSError) and is_unread(error):
+            raise
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:

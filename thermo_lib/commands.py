@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.diffusion.tokens import Sampling, chosen_sampler
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.comparison import per_sequence
-from thermo_lib.evaluation.page import CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
+from thermo_lib.evaluation.page import BEGINS, CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
 from thermo_lib.evaluation.scores import Suite, build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
     check_comparable,
@@ -38,7 +38,7 @@ from thermo_lib.files.outputs import alone_in, alone_in_folder, output_file
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import as_json, write_json, write_text
-from thermo_lib.files.whole import replace_together, sweep_together
+from thermo_lib.files.whole import replacing_together, sweep_together
 from thermo_lib.models.lm import DiffusionLM, load_model, model_folder, stored_dtype
 from thermo_lib.models.streamed import load_streamed
 from thermo_lib.models.tokenizer_json import encode, left_open
@@ -59,7 +59,7 @@ from thermo_lib.studies.params import default, grid_inputs
 from thermo_lib.studies.smoothing import SUMMARY_COLUMNS, printed_if_lost, slices, summary
 from thermo_lib.studies.speed import GPU_COLUMNS, SPEED_COLUMNS, kernel_speeds, write_speeds
 from thermo_lib.time_aware.smoothing import WINDOWED
-from thermo_lib.usage import tell
+from thermo_lib.usage import keep_and_tell, tell
 
 
 def device_of(asked: str | None) -> str:
@@ -260,9 +260,8 @@ def run_evaluate(arguments: argparse.Namespace) -> None:
         if reference.tokenizer.get_vocab() != lm.tokenizer.get_vocab():
             raise ValueError(f"reference: found a model with another vocabulary than {arguments.model!r} has")
         row = scores(arguments.model, lm, computing, inputs(reference, arguments))
-        tell(arguments, report.table([row]), row)  # first, so that a full disk loses nothing
-        if arguments.output is not None:
-            write_json(arguments.output, row)
+        write = None if arguments.output is None else partial(write_json, arguments.output, row)
+        keep_and_tell(arguments, report.table([row]), row, write)
 
 
 def inputs(reference: DiffusionLM, arguments: argparse.Namespace) -> Suite:
@@ -290,11 +289,15 @@ def run_benchmark(arguments: argparse.Namespace) -> None:
         _check_reports(folder)
         content, timings = _benchmark(arguments, config, methods)
         text = report.report_text(content)
-        tell(arguments, text, content)  # first, so that a full disk loses nothing
         texts = {"report.json": as_json(content), "report.txt": text, "timings.json": as_json(timings)}
-        replace_together(
-            folder, {name: partial(Path.write_text, data=text, encoding="utf-8") for name, text in texts.items()}
-        )
+        keep_and_tell(arguments, text, content, partial(_write_reports, folder, texts))
+
+
+def _write_reports(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write files of a benchmark: all, or none."""
+    with replacing_together(folder) as new:
+        for name, text in texts.items():
+            (new / name).write_text(text, encoding="utf-8")
 
 
 _FLAGS = {"bits": "bit_width"}  # options of ``benchmark`` whose field has another name
@@ -385,20 +388,9 @@ def run_point(arguments: argparse.Namespace) -> None:
     tell(arguments, report.table(rows, SUMMARY_COLUMNS), {"rows": rows})
 
 
-def _check_page(path: Path) -> None:
-    """Raise ValueError for a file that another program wrote, such as the report itself."""
-    if path.is_file():
-        with path.open("rb") as file:
-            start = file.read(1000)
-        if start and b"<title>Quantization of the diffusion language model " not in start:
-            found = f"found {str(path)!r}, a file with something else than such a page"
-            raise ValueError(f"output: {found}; allowed is a new file, or one that the same wrote")
-
-
 def run_report(arguments: argparse.Namespace) -> None:
     """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
-    _check_page(arguments.output)
-    with alone_in(arguments.output):
+    with alone_in(arguments.output, begins=BEGINS):
         read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
         write_text(arguments.output, report_page(read))
     if arguments.json:
@@ -409,8 +401,8 @@ def run_speed(arguments: argparse.Namespace) -> None:
     """Time products from codes against dense ones, print the report and write it."""
     with alone_in(arguments.output, ["processor", "rows"]):
         rows = kernel_speeds(tokens=arguments.tokens, rounds=arguments.rounds, progress=True)
-        tell(arguments, report.table(rows, SPEED_COLUMNS), {"rows": rows})  # first, so that a full disk loses nothing
-        write_speeds(arguments.output, rows)
+        write = partial(write_speeds, arguments.output, rows)
+        keep_and_tell(arguments, report.table(rows, SPEED_COLUMNS), {"rows": rows}, write)
 
 
 def run_gpu_check(arguments: argparse.Namespace) -> None:

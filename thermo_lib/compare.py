@@ -3,6 +3,7 @@
 import argparse
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -22,7 +23,7 @@ from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.presets import PRESETS
 from thermo_lib.pipeline.quantize import quantize
 from thermo_lib.pipeline.storage import is_quantized
-from thermo_lib.usage import tell
+from thermo_lib.usage import keep_and_tell
 
 _PRESET = "preset="
 _OF_MODELS = ("reference", "data", "sequences", "trajectories", "length", "device", "family", "attention_block")
@@ -41,9 +42,8 @@ def run_compare(arguments: argparse.Namespace) -> None:
         parts = [f"A: {arguments.a}\nB: {arguments.b}", content["summary"]]
         if moved:
             parts.insert(1, table(moved, DIFFERENCE_COLUMNS))
-        tell(arguments, "\n\n".join(parts), content)  # first, so that a full disk loses nothing
-        if arguments.output is not None:
-            write_json(arguments.output, content)
+        write = None if arguments.output is None else partial(write_json, arguments.output, content)
+        keep_and_tell(arguments, "\n\n".join(parts), content, write)
 
 
 def _content(arguments: argparse.Namespace, kind: str, rows: list[dict[str, Any]], summary: str) -> dict[str, Any]:

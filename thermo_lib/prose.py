@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from thermo_lib.evaluation.statistics import verdict
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_json, read_text, shown
 from thermo_lib.files.text import write_text
 from thermo_lib.notebooks import ROOT
@@ -369,6 +370,7 @@ def filled(text: str) -> str:
     return _MARK.sub(_filled_mark, _ROW.sub(_filled_row, text))
 
 
+@to_its_end
 def main(names: Sequence[str]) -> int:
     """Fill in the numbers of the pages, or with ``--check`` name those whose numbers are stale."""
     check = "--check" in names

@@ -8,7 +8,8 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,6 +132,28 @@ def tell(arguments: argparse.Namespace, text: str, content: Mapping[str, Any]) -
         print(text)
         return
     print(json.dumps(_without_nan(content), allow_nan=False))
+
+
+def keep_and_tell(
+    arguments: argparse.Namespace, text: str, content: Mapping[str, Any], write: Callable[[], object] | None
+) -> None:
+    """Write what was found, then print it; where the disk doesn't take it, it is printed all the same.
+
+    Args:
+        arguments, text, content: see ``tell``.
+        write: writes it; None where it is kept nowhere.
+
+    Raises:
+        OSError: what ``write`` raises.
+    """
+    try:
+        if write is not None:
+            write()
+    except OSError:
+        with suppress(OSError):
+            tell(arguments, text, content)
+        raise
+    tell(arguments, text, content)
 
 
 def _without_nan(value: Any) -> Any:

@@ -1,18 +1,25 @@
 """What this project wrote may be replaced; everything else is refused before any work, with what was found."""
 
+import errno
 import json
 import os
+import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import pytest
 from transformers import AutoModel
 
+from thermo_lib.files import folders
 from thermo_lib.files.folders import write_folder
-from thermo_lib.files.outputs import MARKER_NAME, output_file, output_folder
+from thermo_lib.files.locks import locked
+from thermo_lib.files.outputs import MARKER_NAME, RUN_NAME, output_file, output_folder
+from thermo_lib.files.whole import settle
 from thermo_lib.models.lm import DiffusionLM, load_model, save_model
 
 OURS = {"config.json": '{"quantization_config": {"quant_method": "thermo"}}'}
+RUN = '{"configuration": {}, "format version": 1, "shards": {}}'
 TRAINED = {"training.json": '{"settings": {}, "code_loss": [], "planning_loss": []}'}
 
 
@@ -41,7 +48,12 @@ class TestFolders:
             ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}'}, "config.json"),
             ({"config.json": "not JSON"}, "config.json"),
             ({"training.json": "{}", "config.json": "{}"}, "config.json, training.json"),
-            ({MARKER_NAME: "{}", "config.json": "{}"}, "config.json"),
+            ({MARKER_NAME: "{}", "config.json": "{}"}, f"config.json, {MARKER_NAME}"),
+            ({MARKER_NAME: '{"title": "my thesis"}'}, MARKER_NAME),
+            (OURS | {RUN_NAME: '{"distance": "42 km"}'}, RUN_NAME),
+            (OURS | {".tmpthesis": "Chapter 1"}, ".tmpthesis"),
+            (OURS | {".config.json.thermo-0123abcd.tmp/thesis": "x"}, ".config.json.thermo-0123abcd.tmp/thesis"),
+            (OURS | {"snapshots/a.safetensors": "x"}, "snapshots/a.safetensors"),
             ({MARKER_NAME: '{"files": ["a.tex"], "config": "0"}', "a.tex": "x"}, "a.tex"),
         ],
     )
@@ -68,6 +80,90 @@ class TestFolders:
     def test_folders_from_before_the_marker_are_known(self, tmp_path: Path, files: Mapping[str, str]) -> None:
         folder = written(tmp_path / "out", files)
         assert output_folder(folder) == folder
+
+    @pytest.mark.parametrize("name", [".web.partial", ".web.partial.old"])
+    def test_another_s_folder_under_a_reserved_name_is_refused_before_any_work(self, tmp_path: Path, name: str) -> None:
+        for files, found in (
+            ({"thesis.tex": "x"}, "thesis.tex"),
+            ({RUN_NAME: '{"distance": "42 km"}'}, RUN_NAME),
+            ({RUN_NAME: RUN, "notes/thesis.tex": "x"}, "notes/thesis.tex"),
+            ({".hidden": "x"}, ".hidden"),
+        ):
+            folder = written(tmp_path / name, files)
+            for call in (output_folder, partial(write_folder, write=lambda _: pytest.fail("began to write"))):
+                with pytest.raises(
+                    ValueError, match=r"output: found '.*', a folder with something else in it"
+                ) as error:
+                    call(tmp_path / "web")
+                assert f"{name}', a folder with something else in it ({found}); allowed is" in str(error.value)
+            assert {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()} == files
+            shutil.rmtree(folder)
+        (tmp_path / name).write_text("thesis")
+        with pytest.raises(ValueError, match=f"{name}', something else than a folder; allowed is"):
+            output_folder(tmp_path / "web")
+        assert (tmp_path / name).read_text() == "thesis"
+
+    @pytest.mark.parametrize(
+        "files",
+        [
+            {".run.json.thermo-0123abcd.tmp/run.json": "{"},
+            {RUN_NAME: RUN, "model-00001-of-00002.safetensors": "x", "snapshots/weights-0.safetensors": "x"},
+            {RUN_NAME: "\0\0", "model-00001-of-00002.safetensors": "x", "snapshots/.snapshots.lock": ""},
+        ],
+    )
+    def test_an_unfinished_folder_of_this_project_is_known(self, tmp_path: Path, files: Mapping[str, str]) -> None:
+        written(tmp_path / ".web.partial", files)
+        assert output_folder(tmp_path / "web") == tmp_path / "web"
+
+    def test_another_s_file_in_the_place_of_the_lock_is_refused(self, tmp_path: Path) -> None:
+        lock = tmp_path / ".web.lock"
+        for make, remove in (
+            (lambda: lock.write_text("thesis"), lock.unlink),
+            (lambda: lock.symlink_to("/dev/null"), lock.unlink),
+            (lock.mkdir, lock.rmdir),
+        ):
+            make()
+            for call in (output_folder, output_file, lambda path: locked(path).__enter__()):
+                with pytest.raises(ValueError, match=r"found '.*/\.web\.lock', which isn't a lock of this project"):
+                    call(tmp_path / "web")
+            assert [path.name for path in tmp_path.iterdir()] == [".web.lock"]
+            remove()
+
+    def test_a_folder_that_cannot_be_listed_is_not_taken_for_empty(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder, listed = written(saved(tmp_path / "web"), {"private/thesis.tex": "x"}), os.scandir
+
+        def scandir(path: str) -> object:
+            if str(path).endswith("private"):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return listed(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "scandir", scandir)
+            with pytest.raises(PermissionError, match=r"found .*/web/private of user .*, which can't be listed by"):
+                output_folder(folder)
+            with pytest.raises(PermissionError, match="private"):
+                settle(folder)
+        assert (folder / "private" / "thesis.tex").read_text() == "x"
+
+    @pytest.mark.parametrize("swaps", [True, False])
+    def test_a_folder_keeps_its_rights_when_it_is_replaced(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool
+    ) -> None:
+        """Those of its files are what the umask leaves."""
+        if not swaps:
+            monkeypatch.setattr(folders, "_exchange", lambda *_: False)
+        folder = saved(tmp_path / "web")
+        folder.chmod(0o2710)
+        (folder / "config.json").chmod(0o600)
+        before, modes = os.umask(0o022), []
+        try:
+            saved(folder)
+            modes = [path.stat().st_mode & 0o7777 for path in (folder, folder / "config.json", folder / "in")]
+        finally:
+            os.umask(before)
+        assert modes == [0o2710, 0o644, 0o755]
 
     def test_a_marked_folder_is_replaced_until_something_else_is_in_it(self, tmp_path: Path) -> None:
         folder = saved(saved(tmp_path / "out"))
@@ -151,3 +247,13 @@ class TestFiles:
             path.write_text(text)
             with pytest.raises(ValueError, match=r"something else than such a report \(no rows\); allowed is"):
                 output_file(path, ["rows"])
+
+    def test_only_a_file_that_begins_so_is_replaced(self, tmp_path: Path) -> None:
+        path = tmp_path / "page.html"
+        for text in ("", "<html><title>My report on", 990 * " " + "<title>My"):
+            path.write_text(text)
+            assert output_file(path, begins=b"<title>My") == path
+        for text in ("thesis", 1000 * " " + "<title>My"):
+            path.write_text(text)
+            with pytest.raises(ValueError, match=r"a file with something else than such a page; allowed is"):
+                output_file(path, begins=b"<title>My")

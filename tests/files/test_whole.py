@@ -5,7 +5,6 @@ import signal
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from thermo_lib.files.folders import write_folder
 from thermo_lib.files.snapshots import Snapshot, remove_damaged
 from thermo_lib.files.text import read_json, write_json, write_text
-from thermo_lib.files.whole import is_leftover, replace_together, replacing, sweep_inside, sweep_together
+from thermo_lib.files.whole import is_leftover, replacing, replacing_together, sweep_inside, sweep_together
+
+HALF = (500).to_bytes(8, "little") + b'{"x":{"dt'  # of a safetensors file
 
 
 def killed(work: Callable[[], object]) -> None:
@@ -95,19 +96,37 @@ class TestWriters:
 
         def half() -> None:
             with replacing(path) as new:
-                new.with_name(".tmpAb3dEf").write_bytes(b"half")
+                new.with_name(".tmpAb3dEf").write_bytes(HALF)
                 die()
 
         killed(half)
         assert len(names(tmp_path)) == 1
-        (tmp_path / ".tmpXy1Z9k").write_bytes(b"half")
-        (tmp_path / ".tmpfiles").write_bytes(b"another's")
+        (tmp_path / ".tmpXy1Z9k").write_bytes(HALF)
+        (tmp_path / ".tmpfirst1").touch()
         sweep_inside(tmp_path)
-        assert names(tmp_path) == [".tmpfiles"]
-        assert [is_leftover(name) for name in (".tmpXy1Z9k", ".tmp", "tmpXy1Z9k.", ".tmpXy1Z9k7")] == [
-            True,
-            *[False] * 3,
-        ]
+        assert names(tmp_path) == []
+        for name, content in ((".tmpXy1Z9k", HALF), (".tmpXy1Z9k", b"")):
+            (tmp_path / name).write_bytes(content)
+            assert is_leftover(tmp_path / name)
+        for name in (".tmp", "tmpXy1Z9k.", ".tmpXy1Z9k7"):
+            (tmp_path / name).write_bytes(HALF)
+            assert not is_leftover(tmp_path / name)
+
+    def test_another_s_files_under_such_names_stay(self, tmp_path: Path) -> None:
+        """As far as what is in them tells them apart, also where a writer begins."""
+        theirs = {
+            ".tmpthesis": "Chapter 1",
+            ".web.thermo-thesis.tmp/a": "x",
+            ".web.thermo-0123abcd.tmp/chapter 1": "x",
+            ".web.chapters.tmp/a": "x",
+        }
+        for name, text in theirs.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        sweep_inside(tmp_path)
+        write_text(tmp_path / "web", "page")
+        found = {str(path.relative_to(tmp_path)): path.read_text() for path in tmp_path.rglob("*") if path.is_file()}
+        assert found == theirs | {"web": "page"}
 
     @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
     def test_the_umask_decides_who_may_read(self, tmp_path: Path, umask: int) -> None:
@@ -141,13 +160,16 @@ class TestWriters:
 class TestTogether:
     """Of some files either all are new or none."""
 
-    FILES = ("a.json", "b.txt", "c.json")
+    FILES = ("a.json", "b.txt", "in/c.json")
 
     def contents(self, folder: Path) -> set[str]:
         return {(folder / name).read_text(encoding="utf-8") for name in self.FILES}
 
     def write(self, folder: Path, text: str) -> None:
-        replace_together(folder, {name: partial(Path.write_text, data=text) for name in self.FILES})
+        with replacing_together(folder) as new:
+            (new / "in").mkdir()
+            for name in self.FILES:
+                (new / name).write_text(text, encoding="utf-8")
 
     @pytest.mark.parametrize("kill", [True, False])
     def test_after_any_rename_all_are_new_or_all_old(
@@ -180,7 +202,7 @@ class TestTogether:
             sweep_together(tmp_path)
             (found,) = self.contents(tmp_path)
             outcomes.append(found)
-            assert names(tmp_path) == sorted(self.FILES)
+            assert names(tmp_path) == ["a.json", "b.txt", "in"]
         assert outcomes == ["old", "new", "new", "new", "new"]
 
 

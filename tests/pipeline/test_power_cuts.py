@@ -19,7 +19,7 @@ from streamed import EARLIER, configured, files, states_of
 
 from thermo_lib.files import folders
 from thermo_lib.files.text import write_json
-from thermo_lib.files.whole import replace_together
+from thermo_lib.files.whole import replacing_together
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.storage import save_quantized
 from thermo_lib.pipeline.streaming import RUN_NAME, quantize_checkpoint
@@ -130,8 +130,11 @@ class TestOrder:
         ledger, place = record(output.parent), output.parent
         save_quantized(quantized(), output)
         write_json(place / "made" / "on" / "the way.json", [1])
-        replace_together(place / "made", {"a": lambda path: path.touch(), "b": lambda path: path.write_text("b")})
-        assert (ledger.pending, ledger.renames) == (set(), 5 + (not swaps))
+        with replacing_together(place / "made") as new:
+            (new / "in").mkdir()
+            (new / "a").touch()
+            (new / "in" / "b").write_text("b")
+        assert (ledger.pending, ledger.renames) == (set(), 6 + (not swaps))  # one is that of the earlier folder
 
     def test_what_is_not_synced_is_found(self, output: Path, record: Callable[[Path], Ledger]) -> None:
         record(output.parent)

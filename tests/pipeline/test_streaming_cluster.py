@@ -23,6 +23,7 @@ from distributed.utils import get_mp_context
 from safetensors.torch import load_file, save_file
 from streamed import EARLIER, configured, files, shard_of, states_of, unfinished
 
+from thermo_lib.files.whole import replacing
 from thermo_lib.pipeline import streaming
 from thermo_lib.pipeline.cluster import cluster_client, run_on
 from thermo_lib.pipeline.streaming import quantize_checkpoint
@@ -199,8 +200,9 @@ class KillsOnce:
         if path.name.startswith("model-00002") and not (self.marker and self.marker.exists()):
             if self.marker:
                 self.marker.touch()
-            path.with_suffix(".half.tmp").write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGKILL)
+            with replacing(path) as new:
+                new.write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
         return self.write_shard(path, *arguments)
 
 

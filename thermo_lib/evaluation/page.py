@@ -42,6 +42,9 @@ _TARGETS = {
     "verdict": ("verdict", "{}", None),
 }
 
+_TITLE = "Quantization of the diffusion language model"
+BEGINS = f"<title>{_TITLE} ".encode()  # in the first 1000 bytes of a page
+
 
 def report_page(report: Mapping[str, Any]) -> str:
     """The page of a ``report.json``.
@@ -66,7 +69,7 @@ def report_page(report: Mapping[str, Any]) -> str:
         files("thermo_lib.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     )
     return template.render(
-        title=f"Quantization of the diffusion language model {report['model']}",
+        title=f"{_TITLE} {report['model']}",
         summary=f"{len(report['configurations'])} configurations.{nearest} {len(report['targets'])} targets: {counts}.",
         figures=_figures(report["configurations"]),
         tables=[

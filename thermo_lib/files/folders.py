@@ -3,13 +3,14 @@
 import ctypes
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from thermo_lib.files.locks import locked
 from thermo_lib.files.outputs import mark, output_folder, retired
-from thermo_lib.files.whole import remove, settle, sync, workplace, writing
+from thermo_lib.files.whole import discard, settle, sync, workplace, writing
 
 
 @contextmanager
@@ -17,7 +18,7 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Be the only one that writes a folder; an earlier one that a killed writer left aside is put back first.
 
     Args:
-        folder: of ``output_folder``.
+        folder: of ``output_folder``, which also knows what was left aside.
         wait: for another writer.
 
     Raises:
@@ -27,7 +28,7 @@ def only_writer(folder: Path, *, wait: bool = False) -> Iterator[None]:
     with locked(folder, wait=wait):
         with writing(folder):
             if os.path.lexists(folder):
-                remove(retired(folder))
+                discard(retired(folder), folder)
             elif retired(folder).is_dir():
                 os.replace(retired(folder), folder)
         yield
@@ -68,22 +69,33 @@ def write_folder(
 
 
 def replace_folder(folder: Path, complete: Path) -> None:
-    """Put a complete folder in the place of another, which may not exist.
+    """Put a complete folder in the place of another, which may not exist, with the rights that the other has.
 
     Where the system can swap names, one of both is there at every moment; elsewhere ``only_writer`` puts the earlier
     one back if this is killed between its two steps.
     """
     settle(complete)
-    if folder.is_dir() and _exchange(folder, complete):
-        sync(folder.parent)
-        remove(complete)  # which is now the earlier one
+    earlier = retired(folder)
+    if folder.is_dir():
+        keep_rights(folder, complete)
+        if _exchange(folder, complete):
+            earlier = complete
+        else:
+            discard(earlier, folder)
+            os.replace(folder, earlier)
+            os.replace(complete, folder)
     else:
-        if folder.is_dir():
-            remove(retired(folder))
-            os.replace(folder, retired(folder))
         os.replace(complete, folder)
-        sync(folder.parent)
-    remove(retired(folder))
+    sync(folder.parent)
+    for path in (earlier, retired(folder)):
+        with suppress(OSError):  # the new one is in its place, and the next writer removes what stays
+            discard(path, folder)
+
+
+def keep_rights(folder: Path, new: Path) -> None:
+    """Give a new folder the rights of an earlier one, if there is one: who may not look in may not look in then."""
+    if folder.is_dir():
+        new.chmod(stat.S_IMODE(folder.stat().st_mode))
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -5,27 +5,31 @@ import os
 import pwd
 import re
 import stat
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from thermo_lib.files.locks import lock_file, locked
+from thermo_lib.files.locks import check_lock, lock_file, locked
 from thermo_lib.files.reading import read_object
 from thermo_lib.files.text import as_json
-from thermo_lib.files.whole import is_leftover, workplace, writing
+from thermo_lib.files.whole import is_leftover, is_workplace, refuse, workplace, writing
 
 TEMPLATES_NAME = "additional_chat_templates"  # the only folder that a model folder may hold
 MARKER_NAME = "thermo_lib.json"  # says which files this project wrote, and for which run
 RUN_NAME = "run.json"  # of an unfinished folder, and for a moment of a finished one
+SNAPSHOTS_NAME = "snapshots"  # of an unfinished folder
+_RUN_KEYS = {"configuration", "format version", "shards"}  # of what is in RUN_NAME
 # What a folder from before the marker may hold that this project quantized or trained.
 _KNOWN = {
-    *("config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json", RUN_NAME),
+    *("config.json", "model.safetensors", "model.safetensors.index.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
     *("chat_template.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"),
     "training.json",
 }
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+_SNAPSHOT = re.compile(rf"{SNAPSHOTS_NAME}(/[^/]+\.safetensors|/\.snapshots\.lock)?")
+_START = 1000  # bytes of a file that say what it is
 _ALLOWED = "allowed is a new folder, an empty one, or one that this project wrote and that holds nothing else"
 
 
@@ -47,28 +51,28 @@ def output_folder(folder: str | Path, source: Path | None = None, kept: Sequence
         found = "the working directory or a folder that holds it"
     elif any(Path(os.path.realpath(each)).is_relative_to(path) for each in held):
         found = "the source or a folder that holds it"
-    elif os.path.lexists(path) and not path.is_dir():
-        found = "something else than a folder"
     elif _is_mounted(path):
         found = "a mount point"
     else:
-        _check_rights(path, [path, unfinished(path, "partial"), retired(path)])
-        others = [name for name in _others(path) if name not in kept] if path.is_dir() else []
-        if not others:
-            return path
-        found = f"a folder with something else in it ({_few(others)})"
+        left = unfinished(path, "partial"), retired(path)
+        _check_rights(path, [path, *left])
+        for each in (path, *left):
+            if found := _foreign(each, kept, is_left=each in left):
+                raise ValueError(f"output: found {str(folder if each == path else each)!r}, {found}; {_ALLOWED}")
+        return path
     raise ValueError(f"output: found {str(folder)!r}, {found}; {_ALLOWED}")
 
 
-def output_file(path: str | Path, keys: Iterable[str] = ()) -> Path:
+def output_file(path: str | Path, keys: Sequence[str] = (), begins: bytes = b"") -> Path:
     """Where a file may be written, as an absolute path without links.
 
     Args:
         path: as it was named; through a link, what it leads to.
-        keys: that the JSON object has which may be replaced; without any, what is there isn't read.
+        keys: that the JSON object has which may be replaced.
+        begins: what the first 1000 bytes hold of the file that may be replaced. Without both, any file may be.
 
     Raises:
-        ValueError: something else than a file is there, or a file with something else than such an object.
+        ValueError: something else than a file is there, or a file with something else in it.
         PermissionError: the file or the folder that holds it is another user's.
         OSError: nothing can be written there.
     """
@@ -79,25 +83,25 @@ def output_file(path: str | Path, keys: Iterable[str] = ()) -> Path:
         found = "a mount point"
     else:
         _check_rights(path, [path])
-        if keys and path.is_file() and path.stat().st_size:
-            found = _lacking(path, keys)
+        if path.is_file() and path.stat().st_size:
+            found = _lacking(path, keys, begins)
     if found:
         raise ValueError(f"output: found {str(named)!r}, {found}; allowed is a new file, or one that the same wrote")
     return path
 
 
 @contextmanager
-def alone_in(output: str | Path | None, keys: Sequence[str] = ()) -> Iterator[None]:
+def alone_in(output: str | Path | None, keys: Sequence[str] = (), begins: bytes = b"") -> Iterator[None]:
     """Be the only run that writes a file, if one is named, and find out before the work whether it may be written.
 
     Raises:
-        ValueError: another run writes it, or what ``output_file`` raises of a file without these keys.
+        ValueError: another run writes it, or what ``output_file`` raises of a file without these.
         OSError: what ``output_file`` raises.
     """
     if output is None:
         yield
         return
-    with locked(output_file(output, keys)):
+    with locked(output_file(output, keys, begins)):
         yield
 
 
@@ -168,6 +172,7 @@ def _check_rights(output: Path, replaced: list[Path]) -> None:
         if os.path.lexists(path) and (is_held or not may_remove(path)):
             instead = "let its owner finish or delete it, or name another one"
             raise PermissionError(f"output: {_whose(path, 'removed')}; {instead}")
+    check_lock(lock)
     with writing(output), workplace(holder / output.name):
         pass  # a disk without space, or whatever else rights don't tell
     if lock.exists():
@@ -194,21 +199,61 @@ def _is_mounted(path: Path) -> bool:
     return os.path.ismount(path) or any(line.split()[4] == name for line in lines)
 
 
-def _others(folder: Path) -> list[str]:
+def _foreign(path: Path, kept: Sequence[str], *, is_left: bool) -> str:
+    """What is wrong with something in the place of a folder; an empty text if it may go.
+
+    Args:
+        path: of it; it needn't be there.
+        kept: names of files that stay.
+        is_left: an unfinished folder of a run may be there.
+    """
+    if not os.path.lexists(path):
+        return ""
+    if path.is_symlink() or not path.is_dir():
+        return "something else than a folder"
+    others = [name for name in _others(path, is_left=is_left) if name not in kept]
+    return f"a folder with something else in it ({_few(others)})" if others else ""
+
+
+def _others(folder: Path, *, is_left: bool) -> list[str]:
     """What is in a folder that this project didn't write; everything, where nothing says that it wrote any of it."""
-    names = _names(folder)
-    marked = _marked(folder)
-    if marked is None and _is_ours(folder):
-        marked = {name for name in names if name in _KNOWN or _SHARD.fullmatch(name) or _is_template(name)}
-    allowed = {MARKER_NAME} | (set() if marked is None else {RUN_NAME} | marked)
-    return [name for name in names if name not in allowed and not is_leftover(name)]
+    names, marked = _names(folder), _marked(folder)
+    allowed = set() if marked is None else marked
+    if _read(folder / MARKER_NAME).keys() >= {"config", "files"}:
+        allowed |= {MARKER_NAME}
+    if is_run := _is_run(folder / RUN_NAME):
+        allowed |= {RUN_NAME}
+    if is_left and is_run:
+        allowed |= {name for name in names if _SNAPSHOT.fullmatch(name)}
+    if (is_left and is_run) or (marked is None and _is_ours(folder)):
+        allowed |= {name for name in names if name in _KNOWN or _SHARD.fullmatch(name) or _is_template(name)}
+    return [name for name in names if name not in allowed and not is_leftover(folder / name)]
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a file says what an unfinished folder is of, or is one that a power cut has damaged."""
+    if not path.is_file():
+        return False
+    return _read(path).keys() >= _RUN_KEYS or not path.stat().st_size or path.read_bytes().endswith(b"\0")
 
 
 def _names(folder: Path) -> list[str]:
-    """All files in a folder, and folders with nothing in them, by their paths from there."""
+    """All files in a folder, and folders with nothing in them, by their paths from there.
+
+    Raises:
+        PermissionError: a folder in it that this user can't list.
+    """
+
+    def refused(error: OSError) -> None:
+        if not isinstance(error, PermissionError):
+            refuse(error)
+        whose = _whose(Path(error.filename), "listed")
+        raise PermissionError(f"output: {whose}; let its owner look into it, or name another one") from error
+
     found = []
-    for path, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder, onerror=refused):
         inside = Path(path).relative_to(folder)
+        folders[:] = [name for name in folders if not is_workplace(Path(path, name))]
         links = [name for name in folders if Path(path, name).is_symlink()]
         found += [str(inside / name) for name in (*files, *links)]
         if not folders and not files and path != str(folder):
@@ -242,7 +287,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_template(name: str) -> bool:
     path = Path(name)
-    return path.suffix == ".jinja" and path.parent == Path(TEMPLATES_NAME)
+    return name == TEMPLATES_NAME or (path.suffix == ".jinja" and path.parent == Path(TEMPLATES_NAME))
 
 
 def _config_digest(folder: Path) -> str:
@@ -250,10 +295,13 @@ def _config_digest(folder: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ""
 
 
-def _lacking(path: Path, keys: Iterable[str]) -> str:
-    """What is wrong with a file that should hold a JSON object; an empty text if nothing is."""
-    missing = [key for key in keys if key not in _read(path)]
-    return f"a file with something else than such a report (no {', '.join(missing)})" if missing else ""
+def _lacking(path: Path, keys: Sequence[str], begins: bytes) -> str:
+    """What is wrong with a file that something may be in only; an empty text if nothing is."""
+    missing = [key for key in keys if key not in _read(path)] if keys else []
+    if missing:
+        return f"a file with something else than such a report (no {', '.join(missing)})"
+    with path.open("rb") as file:
+        return "" if begins in file.read(_START) else "a file with something else than such a page"
 
 
 def _few(names: list[str]) -> str:

@@ -1,23 +1,28 @@
 """Files that are replaced whole: filled beside their place, on the disk before they are renamed, and after it.
 
-A writer works in a folder of its own beside what it writes, ``.NAME.XXXXXXXX.tmp``, and holds a lock on it that ends
-with the process. So two writers never meet in one name, and the next one removes what a killed one has left. What other
-libraries put beside a file that they write, lies in it too.
+A writer works in a folder of its own beside what it writes, ``.NAME.thermo-XXXXXXXX.tmp``, and holds a lock on it that
+ends with the process. So two writers never meet in one name, and the next one removes what a killed one has left. What
+other libraries put beside a file that they write, lies in it too. A folder of such a name with anything else in it is
+somebody else's, and stays.
 """
 
 import errno
 import fcntl
 import glob
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-_NEW, _READY = "new", "ready"  # folders of a workplace: files of ``replace_together`` before and after all are there
+_NEW, _READY = "new", "ready"  # folders of a workplace: files of ``replacing_together`` before and after all are there
+_PLACE = re.compile(r"\.(.+)\.thermo-[0-9a-f]{8}\.tmp", re.DOTALL)
+_LEFTOVER = re.compile(r"\.tmp[A-Za-z0-9]{6}")
+_MOST_HEADER = 2**32  # bytes; of a text, the first eight letters would be a larger number
 
 
 class NotWrittenError(OSError):
@@ -62,13 +67,18 @@ def sync(path: Path) -> None:
 def settle(folder: Path) -> None:
     """Give the files in a folder the rights that the umask leaves, and wait until all of it is on the disk."""
     mode = _mode(folder)
-    for path, _, names in os.walk(folder, topdown=False):
+    for path, _, names in os.walk(folder, topdown=False, onerror=refuse):
         for name in names:
             file = Path(path, name)
             if not file.is_symlink():
                 _allow(file, mode)
                 sync(file)
         sync(Path(path))
+
+
+def refuse(error: OSError) -> None:
+    """Raise an error that ``os.walk`` would leave out, with the folder that it couldn't list."""
+    raise error
 
 
 def make_folder(folder: Path) -> list[Path]:
@@ -124,14 +134,14 @@ def replacing(path: str | Path, after: str = "") -> Iterator[Path]:
             sync(path.parent)
 
 
-def replace_together(folder: Path, write: Mapping[str, Callable[[Path], object]]) -> None:
-    """Replace some files of a folder: all, or none.
+@contextmanager
+def replacing_together(folder: Path) -> Iterator[Path]:
+    """Where to write files that take the places of those in a folder when the block ends: all, or none.
 
-    Once all are written, the next call for this folder finishes what a killed one has begun.
+    Once all are written, the next call for this folder finishes what a killed one has begun. Other files stay.
 
     Args:
         folder: of the files, without links.
-        write: name to what writes the file that it is given.
 
     Raises:
         OSError: no space left, no right to write, and the like.
@@ -140,8 +150,7 @@ def replace_together(folder: Path, write: Mapping[str, Callable[[Path], object]]
         make_folder(folder)
         with workplace(folder / _READY) as place:
             (place / _NEW).mkdir(0o777)
-            for name, function in write.items():
-                function(place / _NEW / name)
+            yield place / _NEW
             settle(place / _NEW)
             os.replace(place / _NEW, place / _READY)
             sync(place)
@@ -153,26 +162,38 @@ def replace_together(folder: Path, write: Mapping[str, Callable[[Path], object]]
 
 
 def sweep_together(folder: Path) -> None:
-    """Finish or undo what a killed ``replace_together`` has begun in a folder."""
+    """Finish or undo what a killed ``replacing_together`` has begun in a folder."""
     sweep(folder / _READY)
 
 
 def sweep(path: Path) -> None:
     """Remove what killed writers of a file or folder have left beside it."""
-    _sweep(path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"))
+    _sweep(path.parent.glob(f".{glob.escape(path.name)}.thermo-????????.tmp"))
 
 
 def sweep_inside(folder: Path) -> None:
-    """Remove what killed writers have left in a folder that nobody else writes in, whatever they wrote."""
-    _sweep(folder.glob(".*.????????.tmp"))
+    """Remove what killed writers of this project have left in a folder, whatever they wrote."""
+    _sweep(folder.glob(".*.thermo-????????.tmp"))
     for path in folder.iterdir() if folder.is_dir() else ():
-        if is_leftover(path.name):
+        if is_leftover(path):
             path.unlink(missing_ok=True)
 
 
-def is_leftover(name: str) -> bool:
-    """Whether a file is what safetensors leaves where it is killed."""
-    return len(name) == len(".tmp") + 6 and name.startswith(".tmp")
+def is_workplace(path: Path) -> bool:
+    """Whether a folder is one of ``workplace``, by its name and by what is in it."""
+    named = _PLACE.fullmatch(path.name)
+    if named is None or path.is_symlink() or not path.is_dir():
+        return False
+    return all(each.name in (named[1], _NEW, _READY) or is_leftover(each) for each in path.iterdir())
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is what safetensors leaves where it is killed: the beginning of such a file, or nothing yet."""
+    if not _LEFTOVER.fullmatch(path.name) or path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return not start or (int.from_bytes(start[:8], "little") < _MOST_HEADER and start[8:] == b"{")
 
 
 def remove(path: Path, *, wholly: bool = False) -> None:
@@ -188,10 +209,24 @@ def remove(path: Path, *, wholly: bool = False) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path, beside: Path) -> None:
+    """Remove a folder that is there as a whole until it has a name under which the next writer removes the rest of it.
+
+    Args:
+        path: of it; it needn't be there.
+        beside: what the next writer writes; the folder may lie anywhere on the same file system.
+    """
+    if os.path.lexists(path):
+        with workplace(beside) as place:
+            os.replace(path, place / beside.name)
+            sync(place)
+            sync(path.parent)
+
+
 def _claim(path: Path) -> tuple[Path, int]:
     """A new folder, and the descriptor that locks it."""
     while True:
-        folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        folder = path.with_name(f".{path.name}.thermo-{secrets.token_hex(4)}.tmp")
         folder.mkdir(0o700)
         lock = _lock(folder)
         if lock is not None:
@@ -223,9 +258,10 @@ def _sweep(places: Iterator[Path]) -> None:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_half_done(place):
-                _finish(place)
-            remove(place)
+            if is_workplace(place):
+                if _is_half_done(place):
+                    _finish(place)
+                remove(place)
         except OSError:  # without locks, or another user's
             pass
         finally:
@@ -233,19 +269,22 @@ def _sweep(places: Iterator[Path]) -> None:
 
 
 def _is_half_done(place: Path) -> bool:
-    return (place / _READY).is_dir() and any((place / _READY).iterdir())
+    return any(path.is_file() for path in (place / _READY).rglob("*"))
 
 
 def _finish(place: Path) -> None:
-    """Put the files of ``replace_together`` in their place."""
-    for path in sorted((place / _READY).iterdir()):
-        os.replace(path, place.parent / path.name)
-    sync(place.parent)
+    """Put the files of ``replacing_together`` in their place."""
+    ready = place / _READY
+    for path in sorted(path for path in ready.rglob("*") if path.is_file()):
+        target = place.parent / path.relative_to(ready)
+        make_folder(target.parent)
+        os.replace(path, target)
+        sync(target.parent)
 
 
 def _mode(folder: Path) -> int:
     """The rights of a new file in a folder."""
-    path = folder / f".{secrets.token_hex(4)}"
+    path = folder / f".tmp{secrets.token_hex(3)}"  # of the names of leftovers
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         return os.fstat(handle).st_mode & 0o777

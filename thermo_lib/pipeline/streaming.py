@@ -21,13 +21,13 @@ from transformers import PreTrainedConfig
 
 from thermo_lib.diffusion.prompts import Prompts
 from thermo_lib.diffusion.states import Calibration
-from thermo_lib.files.folders import only_writer, replace_folder
-from thermo_lib.files.outputs import RUN_NAME, mark, output_folder, unfinished
+from thermo_lib.files.folders import keep_rights, only_writer, replace_folder
+from thermo_lib.files.outputs import RUN_NAME, SNAPSHOTS_NAME, mark, output_folder, unfinished
 from thermo_lib.files.reading import read_object
 from thermo_lib.files.snapshots import digest, remove_damaged
 from thermo_lib.files.tensors import INDEX_NAME, check_finite, check_full_precision, open_safetensors
 from thermo_lib.files.text import write_json
-from thermo_lib.files.whole import make_folder, remove, replacing, writing
+from thermo_lib.files.whole import discard, make_folder, remove, replacing, sweep_inside, writing
 from thermo_lib.models.architectures import MaskPredictor, skeleton
 from thermo_lib.models.families import read_config, tensor_name
 from thermo_lib.models.lm import check_unquantized, last_norm, model_folder
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-SNAPSHOTS_NAME = "snapshots"
 _SHARDS = "shards"  # in RUN_NAME: the SHA-256 of each complete one
 _KEPT = "complete shards are kept, the same call goes on after them"
 _SHARD_BYTES = 2**29
@@ -162,7 +161,7 @@ def _quantize(
     if _is_done(output, run):
         _finish(output, partial)
         return
-    digests = _begin(partial, run)
+    digests = _begin(output, partial, run)
     paths = _complete_shards(partial, digests)
     if config.needs_calibration and not paths:
         lm = load_streamed(str(folder), family=kind[0], block_length=kind[1], device=device)
@@ -197,10 +196,10 @@ def _quantize(
         (partial / "config.json").write_text(text, encoding="utf-8")
         save_tokenizer(tokenizer, chat_template, partial, carried)
         remove(partial / SNAPSHOTS_NAME, wholly=True)
-        for leftover in [*partial.glob(".*"), *partial.glob("*.tmp"), output / RUN_NAME]:
-            remove(leftover)
+        sweep_inside(partial)
+        output_folder(output, folder)  # once more: it may have changed meanwhile, and so may the new one
+        remove(output / RUN_NAME)  # of an earlier run, which would be seen as unfinished in the new one's place
         mark(partial, digest(run))
-        output_folder(output, folder)  # once more: it may have changed meanwhile
         replace_folder(output, partial)  # with run.json in it, so that a run that is stopped here has nothing to redo
     _finish(output, partial)
 
@@ -265,7 +264,7 @@ def _differing(folder: Path, run: Mapping[str, Any]) -> list[str] | None:
 def _finish(output: Path, partial: Path) -> None:
     """Remove what a run leaves when its result is in place."""
     with writing(output):
-        remove(partial)
+        discard(partial, output)
         (output / RUN_NAME).unlink()
 
 
@@ -383,8 +382,8 @@ def _run(
     return run | checkpoint.identity()
 
 
-def _begin(partial: Path, run: dict[str, Any]) -> dict[str, str]:
-    """Make the working folder, or go on in it if it is of the same run.
+def _begin(output: Path, partial: Path, run: dict[str, Any]) -> dict[str, str]:
+    """Make the working folder, or go on in it if it is of the same run; ``output_folder`` has looked at what is there.
 
     Returns:
         The name of each shard that it has to its digest.
@@ -397,8 +396,9 @@ def _begin(partial: Path, run: dict[str, Any]) -> dict[str, str]:
         digests = read_object(partial / RUN_NAME).get(_SHARDS)
         return digests if isinstance(digests, dict) else {}
     with writing(partial / RUN_NAME, "an earlier output is as it was"):
-        remove(partial)  # of a run that was stopped before its first file, or damaged
+        discard(partial, output)  # of a run that was stopped before its first file, or damaged
         make_folder(partial)
+        keep_rights(output, partial)
         _record(partial, run, {})
     return {}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.text import write_json
 from thermo_lib.pipeline.config import ThermoConfig
@@ -56,6 +57,7 @@ def measurements(content: dict[str, Any]) -> list[str]:
     return sorted(repr(sorted(row.items())) for row in kept)
 
 
+@to_its_end
 def main(paths: Sequence[str]) -> int:
     """Migrate files in place."""
     for path in map(Path, paths):

@@ -5,6 +5,7 @@ time-aware norms of the reference model, in ``reports/norms_points.json``, one p
 report. A run that is stopped goes on where it was.
 """
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from thermo_lib.evaluation.report import versions
 from thermo_lib.evaluation.smoothing import CLAIMED, target_row
 from thermo_lib.evaluation.statistics import mean_interval
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_object
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM, load_model
@@ -321,6 +323,7 @@ def both_models(
     ]
 
 
+@to_its_end
 def main() -> None:
     """Measure what is missing, and write the report after each part of the plan; what it has already is kept."""
     with locked(REPORT):
@@ -343,4 +346,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

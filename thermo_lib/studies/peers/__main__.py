@@ -5,11 +5,13 @@ import sys
 
 from thermo_lib.evaluation.report import table
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.notebooks import reproducible
 from thermo_lib.studies.peers import COST_COLUMNS, PEER_COLUMNS, read_earlier, score_all
 from thermo_lib.studies.peers.subjects import SUBJECTS
 
 
+@to_its_end
 def main() -> int:
     """Score and print; 0 on success, 2 on damaged results, with the reason on stderr."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -7,6 +7,7 @@ has it by default, HQQ spends most of its time on getting memory from the system
 
 import importlib.metadata
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from thermo_lib.evaluation.report import hardware, table
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.text import write_json
 from thermo_lib.notebooks import ROOT, THREADS
@@ -105,6 +107,7 @@ def whole_block(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows_of("a block's seven", weights, seconds, error)
 
 
+@to_its_end
 def main() -> None:
     """Measure, write and print."""
     with locked(FULL_SIZE_REPORT, wait=True):
@@ -121,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

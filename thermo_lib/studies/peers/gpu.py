@@ -6,6 +6,7 @@ vocabulary small. Every pass is a CUDA graph, in turns with that of torch's dens
 kernels before, for each size of linear and number of tokens.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedConfig
 from thermo_lib.evaluation.report import table, versions
 from thermo_lib.evaluation.statistics import paired_ratio
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.notebooks import ROOT
@@ -133,6 +135,7 @@ def _pass(model: MaskPredictor) -> Callable[[Tensor], Tensor]:
     return lambda ids: model.predict(model.hidden(ids))
 
 
+@to_its_end
 def main() -> None:
     """Measure, write after every row, and print."""
     if not torch.cuda.is_available():
@@ -145,4 +148,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

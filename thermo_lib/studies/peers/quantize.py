@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_object, read_report
 from thermo_lib.files.text import write_json
 from thermo_lib.files.whole import replacing
@@ -255,6 +256,7 @@ def run_all(jobs: Sequence[Job], name: str) -> None:
             write_json(subject.folder / f"{job.name}.json", _failure(job, subject, process))
 
 
+@to_its_end
 def main() -> None:
     """Run everything, or with ``--only`` one job or the comparison of the two GPTQs in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -281,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

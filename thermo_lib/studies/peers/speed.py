@@ -31,6 +31,7 @@ from transformers import PreTrainedConfig
 from thermo_lib.evaluation.report import hardware, table
 from thermo_lib.evaluation.statistics import interval
 from thermo_lib.files.locks import locked
+from thermo_lib.files.printing import to_its_end
 from thermo_lib.files.reading import read_report
 from thermo_lib.files.text import write_json
 from thermo_lib.models.architectures import MaskPredictor
@@ -375,6 +376,7 @@ def installed(packages: Sequence[str]) -> dict[str, str]:
     return {name: found[name] for name in packages if name in found}
 
 
+@to_its_end
 def main() -> None:
     """Measure, write and print; with ``--only`` serve one method on the standard streams."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -394,4 +396,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
