@@ -1,17 +1,22 @@
 """Whatever a checkpoint says of its special tokens, tokenizer and generation, a folder made from it says too."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from killed import ended_by
 from layouts import BOTH, DREAM, LLADA, Layout
 from tokenizers import Tokenizer
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, modeling_utils
 
 from thermo_lib import ThermoConfig, load_model, load_quantized, quantize, quantize_checkpoint, save_quantized
+from thermo_lib.models import tokenization
 from thermo_lib.models.lm import save_model
 from thermo_lib.models.tokenization import ChatTemplate, read_chat_template
 from thermo_lib.pipeline.storage import load_any
@@ -60,6 +65,11 @@ def quantized_by_transformers(source: Path, target: Path) -> None:
 
 def quantized_on_the_fly(source: Path, target: Path) -> None:
     AutoModel.from_pretrained(source, quantization_config=CONFIG).save_pretrained(target)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 LIBRARY = [streamed, quantized, quantized_twice_saved, full_precision]
@@ -209,6 +219,46 @@ class TestSavePretrained:
             model.model.norm.weight.data.fill_(factor)
             model.save_pretrained(tmp_path / "target", max_shard_size=size)
         assert (load_model(str(tmp_path / "target")).model.model.norm.weight == 2).all()
+
+    @pytest.mark.parametrize("is_killed", [True, False])
+    @pytest.mark.parametrize("last", [1, 2, 3])
+    def test_what_was_in_the_folder_stays_whole_until_all_is_written(
+        self, write: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, is_killed: bool
+    ) -> None:
+        """Whichever file is the last one, and whatever ends it."""
+        model, target, left = AutoModel.from_pretrained(write()), tmp_path / "target", last
+        model.save_pretrained(target, max_shard_size="40KB")
+        (target / "thesis.tex").write_text("Chapter 1", encoding="utf-8")
+        before = contents(target)
+
+        def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+            def until(*arguments: Any, **more: Any) -> None:
+                nonlocal left
+                left -= 1
+                function(*arguments, **more)
+                if not left and is_killed:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if not left:
+                    raise OSError("No space left on device")
+
+            return until
+
+        def save() -> None:
+            with suppress(OSError):
+                model.save_pretrained(target, max_shard_size="60KB")
+
+        model.model.norm.weight.data.fill_(2)
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_utils, "safe_save_file", limited(modeling_utils.safe_save_file))
+            patch.setattr(tokenization, "_write", limited(tokenization._write))
+            assert (ended_by(save) == signal.SIGKILL) if is_killed else (save() is None)
+        found = contents(target)
+        assert {name: text for name, text in found.items() if not name.startswith(".")} == before
+        assert (found == before) is not is_killed
+        save()
+        whole = tmp_path / "whole"
+        model.save_pretrained(whole, max_shard_size="60KB")
+        assert contents(target) == contents(whole) | {"thesis.tex": b"Chapter 1"}
 
     def test_a_state_of_another_quantized_model_is_refused(self, write: Callable[..., Path], tmp_path: Path) -> None:
         model = AutoModel.from_pretrained(write(), quantization_config=CONFIG)

@@ -160,7 +160,7 @@ def test_every_saved_folder_has_the_tokenizer_for_both(
     source = layout.write(tmp_path / "source", tokenizer, **changes)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (source / name).unlink()
-    copy_tokenizer(files, source)
+    copy_tokenizer(files, source, source)
     lm = load_model(str(source))
     assert lm.mask_token_id == mask
     save_model(lm, tmp_path / "saved")

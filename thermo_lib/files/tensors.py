@@ -273,9 +273,3 @@ def check_shapes(found: Mapping[str, Sequence[int]], expected: Mapping[str, Tens
         if tuple(shape) != tuple(expected[name].shape):
             shapes = f"found shape {tuple(shape)}, expected {tuple(expected[name].shape)}"
             raise ValueError(f"{where}: tensor {name}: {shapes}")
-
-
-def written_times(folder: Path) -> dict[str, int]:
-    """When a folder's safetensors file and its index were written, in ns, of those that are there."""
-    paths = [folder / name for name in (WEIGHTS_NAME, INDEX_NAME)]
-    return {path.name: path.stat().st_mtime_ns for path in paths if path.is_file()}

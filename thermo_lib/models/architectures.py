@@ -11,6 +11,7 @@ ones only, that predict the tokens at masked positions. ``families.ARCHITECTURES
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -38,13 +39,12 @@ from thermo_lib.files.tensors import (
     check_shapes,
     open_safetensors,
     read_headers,
-    written_times,
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
 from thermo_lib.models.key_values import BlockByBlock
 from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, Norm, hiding
+from thermo_lib.models.saved import save_into
 from thermo_lib.models.settings import Architecture, Parts
-from thermo_lib.models.tokenization import copy_tokenizer
 from thermo_lib.quant.calls import CurrentStep, denoising
 from thermo_lib.quant.time_norms import check_plain_norms
 
@@ -270,6 +270,8 @@ class MaskPredictor(BlockByBlock, nn.Module):
     ) -> None:
         """Write the model as ``transformers`` does, with the tokenizer of the folder that it was loaded from, if any.
 
+        What is in the folder stays whole until all is written; files that aren't a model's stay.
+
         Raises:
             ValueError: a quantized model that wasn't loaded by ``from_pretrained``, which knows how to store it, or
                 with a ``state_dict``; or one with time-aware norms that isn't quantized.
@@ -284,18 +286,13 @@ class MaskPredictor(BlockByBlock, nn.Module):
             allowed = "allowed is None, since codes are saved with their layers' parameters"
             instead = "call save_pretrained of the model that has that state"
             raise ValueError(f"state_dict: found one for a quantized model, {allowed}; {instead}")
-        target = Path(save_directory)
-        before = written_times(target)
-        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
-        if not is_main_process:
-            return
-        after = written_times(target)
-        if len(after) == 2 and len(after.items() - before.items()) == 1:  # one is of an earlier model
-            for name in after.keys() & before.keys():
-                if after[name] == before[name]:
-                    (target / name).unlink()
-        if self.folder is not None:
-            copy_tokenizer(self.folder, target)
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", Path(save_directory).name)
+        save = partial(super().save_pretrained, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process and not kwargs.get("distributed_checkpoint"):  # of which each process writes a part
+            save_into(save_directory, save, self.folder)
+        else:
+            save(save_directory)
 
 
 def checkpoint_folder(files: Sequence[str] | None, config: PreTrainedConfig) -> tuple[Path, list[Path]]:

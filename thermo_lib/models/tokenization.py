@@ -316,12 +316,16 @@ def _write(files: Mapping[str, str], folder: Path) -> None:
         (folder / name).write_text(text, encoding="utf-8")
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, new: Path, target: Path) -> list[Path]:
     """Copy a model folder's tokenizer, where it has one, and its settings.
 
     Args:
         source: a model folder, which may be the target itself.
-        target: an existing folder; files of another tokenizer in it are removed.
+        new: where to write.
+        target: where that will be.
+
+    Returns:
+        The files of another tokenizer there, which would count beside the new ones.
 
     Raises:
         ValueError: what ``read_carried`` raises.
@@ -329,10 +333,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """
     vocabularies = [source / name for name in _VOCABULARIES if (source / name).is_file()]
     if not vocabularies or source.samefile(target):
-        return
-    carried = read_carried(source)
-    for name in (*_VOCABULARIES, *_SETTINGS, *_additional(target)):
-        (target / name).unlink(missing_ok=True)
+        return []
     for path in vocabularies:
-        shutil.copyfile(path, target / path.name)
-    _write({name: text for name, text in carried.items() if name != GENERATION_NAME}, target)
+        shutil.copyfile(path, new / path.name)
+    _write({name: text for name, text in read_carried(source).items() if name != GENERATION_NAME}, new)
+    names = (*_VOCABULARIES, *_SETTINGS, *_additional(target))
+    return [target / name for name in names if not (new / name).exists()]
