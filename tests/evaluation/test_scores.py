@@ -36,7 +36,7 @@ from thermo_lib.evaluation.scores import (
     relative_accuracy_gain,
     solve_puzzles,
 )
-from thermo_lib.evaluation.summary import markov, summarize
+from thermo_lib.evaluation.summary import markov, stored_bits, summarize
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.model import QuantizedLM
 

@@ -29,8 +29,8 @@ def about(name: str, family: str | None = None, block_length: int | None = None)
     Returns:
         A JSON object: ``family``, ``blocks`` (their number), ``kind_of_blocks``, ``hidden_size``, ``parameters``,
         ``vocabulary``, ``tokenizer_tokens``, ``tied_embeddings``, ``mask_id``, ``is_shifted``, ``attention``,
-        ``heads``, ``head_size``, ``key_value_heads``, ``norms`` (their type), ``time_norms`` and ``quantized`` in words or
-        None, ``bits_per_weight`` of the linears in blocks, and ``files``, a name to its bytes.
+        ``heads``, ``head_size``, ``key_value_heads``, ``norms`` (their type), ``time_norms`` and ``quantized`` in words
+        or None, ``bits_per_weight`` of the linears in blocks, and ``files``, a name to its bytes.
 
     Raises:
         ValueError: what ``load_model`` and ``load_quantized`` raise but for the numbers in tensors, which aren't read.
