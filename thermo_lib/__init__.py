@@ -21,7 +21,19 @@ if TYPE_CHECKING:
     from thermo_lib.notebooks import reproducible
     from thermo_lib.pipeline.compiled import compile
     from thermo_lib.pipeline.config import ThermoConfig
-    from thermo_lib.pipeline.parts import TimeNorms
+    from thermo_lib.pipeline.parts import (
+        GPTQ,
+        Blocks,
+        Dynamic,
+        LeastSquares,
+        PathKL,
+        RoundToNearest,
+        Sequential,
+        Static,
+        TimeGrouping,
+        TimeNorms,
+        Trellis,
+    )
     from thermo_lib.pipeline.quantize import quantize
     from thermo_lib.pipeline.storage import load_quantized, save_quantized
     from thermo_lib.pipeline.streaming import quantize_checkpoint
@@ -33,12 +45,22 @@ if TYPE_CHECKING:
     from thermo_lib.time_aware.smoothing import BoundarySmoother
 
 _MODULES = {
+    "Blocks": "pipeline.parts",
     "BoundarySmoother": "time_aware.smoothing",
     "Calibration": "diffusion.states",
+    "Dynamic": "pipeline.parts",
+    "GPTQ": "pipeline.parts",
+    "LeastSquares": "pipeline.parts",
+    "PathKL": "pipeline.parts",
+    "RoundToNearest": "pipeline.parts",
+    "Sequential": "pipeline.parts",
+    "Static": "pipeline.parts",
     "ThermoConfig": "pipeline.config",
     "TimeGroupParams": "time_aware.groups",
+    "TimeGrouping": "pipeline.parts",
     "TimeGroups": "time_aware.groups",
     "TimeNorms": "pipeline.parts",
+    "Trellis": "pipeline.parts",
     "as_lm": "models.loaded",
     "backend": "quant.backends",
     "build_suite": "evaluation.scores",
@@ -64,12 +86,22 @@ _MODULES = {
 }
 
 __all__ = [
+    "GPTQ",
+    "Blocks",
     "BoundarySmoother",
     "Calibration",
+    "Dynamic",
+    "LeastSquares",
+    "PathKL",
+    "RoundToNearest",
+    "Sequential",
+    "Static",
     "ThermoConfig",
     "TimeGroupParams",
+    "TimeGrouping",
     "TimeGroups",
     "TimeNorms",
+    "Trellis",
     "as_lm",
     "backend",
     "build_suite",
