@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -281,6 +282,8 @@ def test_the_command_line_of_lm_eval(
     options += ["--tasks", "choices", "--include_path", str(tmp_path)]
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="lm_eval")
     monkeypatch.chdir(tmp_path)
+    alone = partial(TaskManager, include_defaults=False)  # lm_eval's own tasks, some ten thousand, take seconds to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", alone)
     monkeypatch.setattr(sys, "argv", ["lm_eval", *options])
     command.load()()
     printed = capsys.readouterr().out
