@@ -31,7 +31,7 @@ from thermo_lib.time_aware.groups import TimeGroupParams
 from thermo_lib.time_aware.ranges import best_starts, input_samples
 from thermo_lib.time_aware.smoothing import BoundarySmoother
 
-TIMESTEPS = 6  # of the fixture ``calibration``
+TIMESTEPS = 6
 DEFAULTS = [torch.bfloat16, torch.float64]
 ACTIVATIONS = {"activation_bits": 8, "activation_ranges": "static"}
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -49,6 +49,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "transitions": {"quantizer": "rtn", "path_kl.what": "codes", "path_kl.steps": 2},
     "chains": {"quantizer": "rtn", "path_kl.states": "fresh", "path_kl.steps": 2, "path_kl.own_share": 0.5},
 }
+
+
+@pytest.fixture(scope="module")
+def tiny(build_tiny: Callable[..., DiffusionLM]) -> DiffusionLM:
+    """A model of one block: whatever is done, it is done three times."""
+    return build_tiny(0, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny: DiffusionLM, random_ids: Callable[..., Tensor]) -> Calibration:
+    """Four sequences of 12 tokens on their trajectories."""
+    return calibrate(tiny, [(random_ids(4, 12), None)], timesteps=TIMESTEPS, progress=False)
 
 
 def config_of(name: str) -> ThermoConfig:
