@@ -19,7 +19,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from thermo_lib.extras import needs
-from thermo_lib.files.reading import field_of, read_object, read_text, shown
+from thermo_lib.files.reading import MOST_BYTES, field_of, read_object, read_text, shown
 from thermo_lib.files.whole import replacing
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _lasting(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_notebook(path: Path, nbformat: ModuleType) -> "nbformat.NotebookNode":
-    content, where = read_object(path), shown(path)
+    content, where = read_object(path, MOST_BYTES), shown(path)
     for name, kind in (("nbformat", int), ("nbformat_minor", int), ("metadata", dict), ("cells", list)):
         field_of(content, name, kind, where)
     if content["nbformat"] != 4:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,34 @@ from hypothesis import strategies as st
 
 from thermo_lib.data.puzzles import read_jsonl
 from thermo_lib.data.texts import read_texts
-from thermo_lib.files.reading import field_of, read_json, read_lines, read_object, read_report, read_text
+from thermo_lib.files.reading import (
+    MOST_BYTES,
+    field_of,
+    is_number,
+    read_json,
+    read_lines,
+    read_object,
+    read_report,
+    read_text,
+)
 
 NOT_JSON = {
     b"\xff": "line {}: found the byte 0xff, allowed is text in UTF-8",
     b"[": "line {}: found invalid JSON (Expecting value at character 2)",
-    b"9" * 5000: "found invalid JSON (a number of thousands of digits)",
+    b"9" * 5000: f"line {{}}: found invalid JSON ({'9' * 40}... of 5000 characters, a number that no float holds)",
+    b'{"a": [-1' + b"0" * 309 + b"]}": "line {}: found invalid JSON (a: -1"
+    f"{'0' * 38}... of 311 characters, a number that no float holds)",
     b"[" * 100_000: "found invalid JSON (nested too deep)",
+    b"[" * 65 + b"]" * 65: "found objects and lists nested deeper than 64, allowed is less",
     b'"\\ud800"': "found invalid JSON (half of a surrogate pair, which is no character)",
     b'{"a": 1, "b": 2, "a": 1}': "found invalid JSON (the key 'a' twice in an object)",
-    b"[NaN]": "found invalid JSON (NaN, which is no number of JSON)",
-    b"[1e999]": "found invalid JSON (1e999, a number that no float holds)",
-    b"-Infinity": "found invalid JSON (-Infinity, which is no number of JSON)",
+    b"[NaN]": "line {}: found invalid JSON (NaN, which is no number of JSON)",
+    b'["1e999", 1e999]': "line {}: found invalid JSON (1e999, a number that no float holds)",
+    b"-Infinity": "line {}: found invalid JSON (-Infinity, which is no number of JSON)",
 }
 
 
-NO_NUMBERS = (b"[NaN]", b"[1e999]", b"-Infinity")
+NO_NUMBERS = (b"[NaN]", b'["1e999", 1e999]', b"-Infinity")
 
 
 @pytest.mark.parametrize("content", NO_NUMBERS, ids=ascii)
@@ -34,7 +48,9 @@ def test_of_settings_the_reader_of_the_field_refuses_what_is_no_number(content: 
     path = tmp_path / "a.json"
     path.write_bytes(b'{"a": ' + content + b"}")
     value = read_object(path)["a"]
-    assert not math.isfinite(value[0] if isinstance(value, list) else value)
+    assert not math.isfinite(value[-1] if isinstance(value, list) else value)
+    with pytest.raises(ValueError, match=r"a\.json, line 1: found invalid JSON"):
+        read_object(path, any_number=False)
 
 
 @pytest.mark.parametrize(
@@ -48,7 +64,7 @@ def test_of_settings_the_reader_of_the_field_refuses_what_is_no_number(content: 
 def test_a_file_that_is_not_json_is_named(content: bytes, read: Any, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(b"\n\n" + content)
-    with pytest.raises(ValueError, match=r"invalid JSON|UTF-8") as error:
+    with pytest.raises(ValueError, match=r"invalid JSON|UTF-8|nested") as error:
         read(path)
     expected = NOT_JSON[content].format(3)
     assert str(error.value) == f"{path}{', ' if expected.startswith('line') else ': '}{expected}"
@@ -60,7 +76,7 @@ def test_a_line_that_is_not_json_is_named(content: bytes, read: Any, tmp_path: P
     path = tmp_path / "a.jsonl"
     first = b'{"text": "one", "input": "1,2,3"}\n\n'
     path.write_bytes(first + content + b"\n")
-    with pytest.raises(ValueError, match=r"invalid JSON|UTF-8") as error:
+    with pytest.raises(ValueError, match=r"invalid JSON|UTF-8|nested") as error:
         read(path)
     assert str(error.value) == f"{path}, line 3: {NOT_JSON[content].removeprefix('line {}: ')}"
 
@@ -117,3 +133,51 @@ def test_a_report_without_what_is_needed_is_refused(content: Any, found: str, tm
     with pytest.raises(ValueError, match="found") as error:
         read_report(path, rows={"method": str}, errors={})
     assert str(error.value) == f"{path}: {found}"
+
+
+READERS = [read_text, read_json, read_object, lambda path: list(read_lines(path)), read_texts]
+
+
+@pytest.mark.parametrize("read", READERS, ids=["text", "json", "object", "lines", "texts"])
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+def test_what_has_no_end_is_not_read(kind: str, read: Any, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, MOST_BYTES + 1)
+    with pytest.raises(ValueError, match=r"^[^\n]*(found no( regular)? file|found 67108865 bytes, allowed are)[^\n]*$"):
+        read(path)
+
+
+def test_a_file_of_the_system_that_says_it_is_empty_has_a_limit_too() -> None:
+    size = len(read_text("/proc/cpuinfo"))
+    assert size > 10
+    with pytest.raises(ValueError, match=r"cpuinfo: found 11 bytes, allowed are 10 at most"):
+        read_text("/proc/cpuinfo", most=10)
+
+
+@pytest.mark.parametrize("of_one", [[], {}, 0, ""], ids=ascii)
+def test_more_values_than_memory_is_for_are_not_made(of_one: Any, tmp_path: Path) -> None:
+    path, beyond = tmp_path / "a.json", [of_one] * 101
+    path.write_text(json.dumps({"a": beyond[:40]}))
+    assert read_object(path, 2400) == {"a": beyond[:40]}
+    path.write_text(json.dumps({"a": beyond}))
+    with pytest.raises(ValueError, match=r"a\.json: found \d+ commas, lists and objects, allowed are 100 at most$"):
+        read_object(path, 2400)
+
+
+def test_a_vocabulary_as_large_as_any_published_one_is_read(tmp_path: Path) -> None:
+    """Gemma's has 262,144 tokens and 514,906 merges, each a list of two texts."""
+    path, count = tmp_path / "tokenizer.json", 262_144
+    path.write_text(json.dumps({"vocab": {f"t{i}": i for i in range(count)}, "merges": [["a", "b"]] * 2 * count}))
+    assert len(read_object(path, MOST_BYTES)["vocab"]) == count
+
+
+@given(st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), True, None, "1", [], 10**308]))
+def test_a_number_is_what_a_float_holds(value: Any) -> None:
+    holds = not isinstance(value, bool | str | list | None) and -sys.float_info.max <= value <= sys.float_info.max
+    assert is_number(value) == holds

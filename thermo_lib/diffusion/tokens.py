@@ -5,7 +5,6 @@ three fill the positions first that the model is surest of; and of LLaDA (arXiv 
 ``low_confidence`` predicts all masked tokens and masks those again that it gave the least probability.
 """
 
-import math
 from dataclasses import dataclass
 from numbers import Real
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from thermo_lib.diffusion.schedule import check_count
+from thermo_lib.files.reading import is_number
 from thermo_lib.models.checks import LateChecks
 
 SAMPLERS = ("origin", "maskgit_plus", "topk_margin", "entropy", "low_confidence")
@@ -171,7 +171,7 @@ class Sampling:
             object.__setattr__(self, "alg_temp", 0.0)  # frozen
         for name in ("temperature", "alg_temp"):
             found: float = getattr(self, name)
-            if not (isinstance(found, Real) and math.isfinite(found) and found >= 0):
+            if not (is_number(found) and found >= 0):
                 raise ValueError(f"{name}: found {found!r}, allowed is at least 0 and finite")
         if self.top_p is not None and not (isinstance(self.top_p, Real) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p: found {self.top_p!r}, allowed is above 0 and at most 1")

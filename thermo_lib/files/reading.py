@@ -3,57 +3,69 @@
 import json
 import math
 import re
+import sys
 from collections.abc import Iterator, Mapping
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
-_MOST_BYTES = 2**26  # a vocabulary of 256,000 tokens takes half of that
+MOST_BYTES = 2**26  # of a text, a report or a vocabulary; one of 256,000 tokens with its merges takes half of that
+MOST_SETTINGS = 2**24  # bytes of an object of settings; those of ten thousand tokens take a tenth
+_BYTES_OF_A_VALUE = 24  # at least, on average: in memory a value may take some hundred
 _MOST_LEVELS = 64  # published files have up to ten; Python copies and writes some hundreds
+_MOST_DIGITS = len(str(int(sys.float_info.max)))
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a pair that writes one character beyond U+FFFF
+_KEY = re.compile(r'"([^"\\]{1,80})"\s*:[\s\[]*\Z')
 
 
-def read_text(path: str | Path) -> str:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that a float holds: no truth value, NaN or infinity, and no larger whole number."""
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def read_text(path: str | Path, newline: str | None = None, most: int = MOST_BYTES) -> str:
     r"""The text of a UTF-8 file, its lines ended by ``\n``.
-
-    Raises:
-        ValueError: no such file, or not UTF-8 (the line is named).
-        OSError: no right to read it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{shown(path)}: found no such file")
-    content = path.read_bytes()
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        found = f"found the byte 0x{content[error.start]:02x}"
-        raise ValueError(f"{shown(path)}, line {line}: {found}, allowed is text in UTF-8") from None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def read_whole(path: Path, newline: str | None = None) -> str:
-    """The text of a file beside a model.
 
     Args:
         path: the file.
-        newline: see ``open``.
+        newline: "" to keep the ends of lines as they are.
+        most: bytes that the file may have.
 
     Raises:
-        ValueError: not UTF-8, or a file that would take much memory.
+        ValueError: no such file, one that is no regular file, a larger one, or not UTF-8 (the line is named).
+        OSError: no right to read it.
     """
-    _check_size(path)
+    path = Path(path)
+    check_file(path, most)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    _check_size(path, len(content), most)  # one of the system's, or one that grows, has another size than it says
     try:
-        with path.open(encoding="utf-8", newline=newline) as file:
-            return file.read()
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(path)}: found no UTF-8 ({error})") from error
+        raise _no_text(path, content.count(b"\n", 0, error.start) + 1, content[error.start]) from None
+    return text if newline == "" else text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _check_size(path: Path) -> None:
-    """Raise ValueError for a file that would take much memory."""
-    if (size := path.stat().st_size) > _MOST_BYTES:
-        raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {_MOST_BYTES} at most")
+def check_file(path: Path, most: int = MOST_BYTES) -> None:
+    """Refuse what can't be read whole.
+
+    Raises:
+        ValueError: no such file, one that is no regular file, such as a pipe or a device, or more bytes than ``most``.
+    """
+    if not path.is_file():
+        is_other = path.exists() and not path.is_dir()
+        raise ValueError(f"{shown(path)}: found no {'regular' if is_other else 'such'} file")
+    _check_size(path, path.stat().st_size, most)
+
+
+def _check_size(path: Path, size: int, most: int) -> None:
+    if size > most:
+        raise ValueError(f"{shown(path)}: found {size} bytes, allowed are {most} at most")
+
+
+def _no_text(path: str | Path, line: int, byte: int) -> ValueError:
+    return ValueError(f"{shown(path)}, line {line}: found the byte 0x{byte:02x}, allowed is text in UTF-8")
 
 
 def shown(path: str | Path) -> str:
@@ -66,7 +78,9 @@ def brief(name: object) -> str:
     return f"{shown(str(name)):.80}"
 
 
-def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool = False) -> Any:
+def parse_json(
+    text: str, where: str, *, is_line: bool = False, any_number: bool = False, most: int = MOST_BYTES
+) -> Any:
     """What JSON says.
 
     Args:
@@ -74,17 +88,20 @@ def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool
         where: file and perhaps line, for errors.
         is_line: ``where`` names the line already.
         any_number: take NaN and infinity, as Python writes them, for numbers: who reads the field refuses them by name.
+        most: bytes that the file may have, which decide how many values it may have.
 
     Raises:
         ValueError: not JSON (NaN isn't), a number that no float holds, a key twice in an object, half of a surrogate
-            pair, a number of thousands of digits, or nested too deep.
+            pair, more values than memory is for, or nested too deep.
     """
+    count, allowed = text.count(",") + text.count("[") + text.count("{"), most // _BYTES_OF_A_VALUE
+    if count > allowed:  # at least as many as there are values
+        raise ValueError(f"{where}: found {count} commas, lists and objects, allowed are {allowed} at most")
     try:
         finite: dict[str, Any] = {} if any_number else {"parse_float": _finite, "parse_constant": _no_constant}
-        content = json.loads(text, object_pairs_hook=_object, **finite)
+        content = json.loads(text, object_pairs_hook=_object, parse_int=_whole, **finite)
         if _HALF.search(text):
             json.dumps(content, ensure_ascii=False).encode()
-        return content
     except json.JSONDecodeError as error:
         place = "" if is_line else f", line {error.lineno}"
         reason = f"{error.msg} at character {error.colno}"
@@ -92,8 +109,15 @@ def parse_json(text: str, where: str, *, is_line: bool = False, any_number: bool
         place, reason = "", "half of a surrogate pair, which is no character"
     except RecursionError:
         place, reason = "", "nested too deep"
-    except ValueError as error:  # of this module, or a number of thousands of digits
-        place, reason = "", "a number of thousands of digits" if "digits" in str(error) else str(error)
+    except _NoNumberError as error:
+        before = text[: re.search(rf'(?<!["\w]){re.escape(error.written)}', text).start()]
+        place, key = "" if is_line else f", line {before.count(chr(10)) + 1}", _KEY.search(before[-200:])
+        reason = f"{f'{brief(key[1])}: ' if key else ''}{error}"
+    except ValueError as error:  # of this module
+        place, reason = "", str(error)
+    else:
+        _check_levels(content, where)
+        return content
     raise ValueError(f"{where}{place}: found invalid JSON ({reason})")
 
 
@@ -108,72 +132,95 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
+class _NoNumberError(ValueError):
+    """What is written in a number's place."""
+
+    def __init__(self, written: str, problem: str = "a number that no float holds"):
+        found = written if len(written) <= 80 else f"{written[:40]}... of {len(written)} characters"
+        super().__init__(f"{found}, {problem}")
+        self.written = written
+
+
+def _whole(digits: str) -> int:
+    if len(digits) < _MOST_DIGITS or (len(digits) <= _MOST_DIGITS + 1 and is_number(int(digits))):
+        return int(digits)
+    raise _NoNumberError(digits)
+
+
 def _finite(number: str) -> float:
     value = float(number)
     if math.isinf(value):
-        raise ValueError(f"{number:.80}, a number that no float holds")
+        raise _NoNumberError(number)
     return value
 
 
 def _no_constant(name: str) -> None:
-    raise ValueError(f"{name}, which is no number of JSON")
+    raise _NoNumberError(name, "which is no number of JSON")
+
+
+def _check_levels(content: Any, where: str) -> None:
+    """Raise ValueError for objects and lists that are nested deeper than what reads and writes them can follow."""
+    level = [content] if isinstance(content, dict | list) else []
+    depth = 0
+    while level:
+        if (depth := depth + 1) > _MOST_LEVELS:
+            raise ValueError(f"{where}: found objects and lists nested deeper than {_MOST_LEVELS}, allowed is less")
+        inside = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
+        level = [value for value in inside if isinstance(value, dict | list)]
 
 
 def read_json(path: str | Path) -> Any:
     """Read JSON.
 
     Raises:
-        ValueError: no such file (the text says what writes it), or what ``parse_json`` refuses.
+        ValueError: no such file (the text says what writes it), or what ``read_text`` and ``parse_json``
+            refuse.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
+        one = "`thermo benchmark` writes one, and `make repro` that of a checkout"
         stage = "an earlier stage of a checkout's pipeline writes it, run `make repro`"
-        how = (
-            "`thermo benchmark` writes one, and `make repro` that of a checkout"
-            if path.name == "report.json"
-            else stage
-        )
-        raise ValueError(f"found no {shown(path)}: {how}")
+        raise ValueError(f"found no {shown(path)}: {one if path.name == 'report.json' else stage}")
     return parse_json(read_text(path), shown(path))
 
 
-def read_object(path: str | Path) -> dict[str, Any]:
+def read_object(path: str | Path, most: int = MOST_SETTINGS, *, any_number: bool = True) -> dict[str, Any]:
     """The object in a JSON file, such as a model's settings; NaN and infinity are for its reader to refuse by name.
 
+    Args:
+        path: the file.
+        most: bytes that it may have.
+        any_number: False where nobody reads the fields, which are written again: then NaN and infinity are refused.
+
     Raises:
-        ValueError: no such file, a large one, what ``parse_json`` refuses, one that is nested too deep, or something
-            else than an object.
+        ValueError: what ``read_text`` and ``parse_json`` refuse, or something else than an object.
     """
-    path = Path(path)
-    if path.is_file():
-        _check_size(path)
-    content = parse_json(read_text(path), shown(path), any_number=True)
+    content = parse_json(read_text(path, most=most), shown(path), any_number=any_number, most=most)
     if not isinstance(content, dict):
         raise ValueError(f"{shown(path)}: found a {type(content).__name__}, expected an object")
-    level: list[dict[str, Any] | list[Any]] = [content]
-    depth = 0
-    while level:
-        if (depth := depth + 1) > _MOST_LEVELS:
-            raise ValueError(
-                f"{shown(path)}: found objects and lists nested deeper than {_MOST_LEVELS}, allowed is less"
-            )
-        inside = (value for each in level for value in (each.values() if isinstance(each, dict) else each))
-        level = [value for value in inside if isinstance(value, dict | list)]
     return content
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, Any]]:
     r"""JSON lines: of each that isn't empty, file and number for errors, and what it says.
 
-    Only ``\n`` ends a line, since JSON allows U+2028 and others inside a text.
+    Only ``\n`` and ``\r`` end a line, since JSON allows U+2028 and others inside a text.
 
     Raises:
-        ValueError: no such file, or a line that isn't JSON; names it.
+        ValueError: no such file, a large one, or a line that isn't JSON; names it.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            where = f"{shown(path)}, line {number}"
-            yield where, parse_json(line, where, is_line=True)
+    path = Path(path)
+    check_file(path)
+    # A byte that is no text becomes a lone surrogate, so that its line is known.
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                raise _no_text(path, number, ord(line[error.start]) & 0xFF) from None
+            if line.strip():
+                where = f"{shown(path)}, line {number}"
+                yield where, parse_json(line.removesuffix("\n"), where, is_line=True)
 
 
 _KINDS = {str: "a text", int: "a whole number", float: "a number", list: "a list", dict: "an object"}

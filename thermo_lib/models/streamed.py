@@ -112,7 +112,8 @@ class Checkpoint:
         if self.block_length is not None:
             found["block_length"] = self.block_length
         for name in ("config.json", *tokenizer_files(self.folder)):
-            found[name] = hashlib.sha256((self.folder / name).read_bytes()).hexdigest()
+            with (self.folder / name).open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
         for path in weight_files(self.folder):
             about = path.stat()
             with path.open("rb") as file:

@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from thermo_lib.files.outputs import TEMPLATES_NAME
-from thermo_lib.files.reading import read_object, read_whole
+from thermo_lib.files.reading import check_file, read_object, read_text
 from thermo_lib.models.rendering import render
 from thermo_lib.models.tokenizer_json import NAME as JSON_NAME
 from thermo_lib.models.tokenizer_json import errors_of_tokenizers, read_tokenizer_json
@@ -81,6 +81,8 @@ def _read_any(folder: Path) -> Tokenizer:
     if settings.get("tokenizer_class") not in QWEN2_CLASSES:
         found = f"found {settings.get('tokenizer_class')!r:.80}, allowed are {', '.join(QWEN2_CLASSES)}"
         raise ValueError(f"{folder / SETTINGS_NAME}: tokenizer_class: {found}; others need a tokenizer.json")
+    for path in (vocabulary, merges):
+        check_file(path)
     with errors_of_tokenizers(f"{vocabulary}, {merges.name}: not a BPE vocabulary"):
         tokenizer = Tokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     tokenizer.normalizer = normalizers.NFC()
@@ -199,8 +201,8 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
         ValueError: damaged JSON, a template that isn't text, or a special token that isn't.
     """
     path = folder / TEMPLATE_NAME
-    found = {_DEFAULT: read_whole(path)} if path.is_file() else {}
-    found |= {Path(name).stem: read_whole(folder / name) for name in _additional(folder)}
+    found = {_DEFAULT: read_text(path)} if path.is_file() else {}
+    found |= {Path(name).stem: read_text(folder / name) for name in _additional(folder)}
     for name in (SETTINGS_NAME, LEGACY_NAME):
         found = found or _named_templates(folder / name)
     if not found:
@@ -211,7 +213,8 @@ def read_chat_template(folder: Path) -> ChatTemplate | None:
 
 def _additional(folder: Path) -> list[str]:
     """The files of templates with names."""
-    return [f"{TEMPLATES_NAME}/{path.name}" for path in sorted((folder / TEMPLATES_NAME).glob("*.jinja"))]
+    found = sorted((folder / TEMPLATES_NAME).glob("*.jinja"))
+    return [f"{TEMPLATES_NAME}/{path.name}" for path in found if not path.is_dir()]
 
 
 def _named_templates(path: Path) -> dict[str, str]:
@@ -266,11 +269,11 @@ def read_carried(folder: Path) -> dict[str, str]:
     for name in (*CARRIED, *_additional(folder)):
         path = folder / name
         if path.suffix == ".json" and path.is_file():
-            content = read_object(path)
+            content = read_object(path, any_number=False)
             content.pop("auto_map", None)
             carried[name] = json.dumps(content, indent=2) + "\n"
         elif path.is_file():
-            carried[name] = read_whole(path)
+            carried[name] = read_text(path)
     return carried
 
 

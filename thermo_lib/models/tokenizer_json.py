@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tokenizers import Encoding, Tokenizer
 
-from thermo_lib.files.reading import brief, read_object
+from thermo_lib.files.reading import MOST_BYTES, brief, read_object
 
 NAME = "tokenizer.json"
 _PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -36,7 +36,7 @@ def read_tokenizer_json(path: Path) -> Tokenizer:
         ValueError: not a tokenizer, or one that would end the process, take any memory or have other ids than the file
             says.
     """
-    content = read_object(path)
+    content = read_object(path, MOST_BYTES)
     try:
         _check(content)
     except ValueError as error:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from thermo_lib.files.reading import read_whole
+from thermo_lib.files.reading import read_text
 
 NAME = "vocab.txt"
 
@@ -32,7 +32,7 @@ def build_from_list(kind: str, folder: Path, settings: Mapping[str, Any], specia
             than it must have.
     """
     path, (texts, make) = folder / NAME, LISTS[kind]
-    lines = read_whole(path, newline="").removesuffix("\n").split("\n")
+    lines = read_text(path, newline="").removesuffix("\n").split("\n")
     tokens = [line.rstrip("\r") for line in lines]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):

@@ -1,10 +1,11 @@
 """The types of single settings: a number is no text, and no truth value either."""
 
-import math
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
+
+from thermo_lib.files.reading import is_number
 
 KINDS = _WHOLE, _NUMBER, _FLAG = "a whole number", "a number", "True or False"
 
@@ -22,7 +23,7 @@ def _whole(value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+    if not is_number(value):
         raise ValueError(_NUMBER)
     return value
 
@@ -33,7 +34,7 @@ def _flag(value: Any) -> Any:
     return value
 
 
-Whole = Annotated[int, BeforeValidator(_whole)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(le=2**63 - 1)]
 Count = Annotated[Whole, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_number)]
 Rate = Annotated[Number, Field(gt=0)]
