@@ -10,8 +10,6 @@ import re
 
 import pytest
 
-from thermo_lib.notebooks import processor
-
 _NUMBER = re.compile(r"[-+]?\d+\.\d+")
 _STYLE = re.compile(r"<style.*?</style>", re.DOTALL)
 
@@ -41,6 +39,8 @@ class Roughly(str):
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Set how the outputs of a notebook's cell are compared."""
+    from thermo_lib.notebooks import processor  # takes seconds, and a process that hands cells to others needs it not
+
     notebook = item.parent
     if not hasattr(notebook, "skip_compare"):
         return

@@ -163,7 +163,7 @@ class TestEnumeration:
             assert np.abs(events @ difference).max() <= math.sqrt(expected_estimate(p, q, 2) / 2)
 
     def test_the_sampler_follows_the_enumerated_process(self) -> None:
-        lm, count = ToyLM.random(3), 20_000
+        lm, count = ToyLM.random(3), 10_000
         texts = generate(
             lm,
             torch.full((count, LENGTH), MASK),
