@@ -1,5 +1,5 @@
-"""nbval compares what a notebook printed and showed as text, Markdown and HTML, not its progress bars and warnings on
-stderr, nor its pictures.
+"""nbval compares what a notebook printed and showed as text, Markdown and HTML, not its progress bars, its remarks on
+how a run goes and its warnings on stderr, nor its pictures.
 
 On the model of processor that a notebook was executed on, every character counts. On another one numbers with a decimal
 point may differ by 0.1 or a tenth: the last bits of a sum are others there, so that GPTQ takes other codes. How a table
@@ -39,13 +39,18 @@ class Roughly(str):
 
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Set how the outputs of a notebook's cell are compared."""
-    from thermo_lib.notebooks import processor  # takes seconds, and a process that hands cells to others needs it not
+    from thermo_lib.notebooks import (
+        is_aside,
+        processor,
+    )  # takes seconds, and a process that hands cells to others needs it not
 
     notebook = item.parent
     if not hasattr(notebook, "skip_compare"):
         return
     if "stderr" not in notebook.skip_compare:
         notebook.skip_compare = (*notebook.skip_compare, "stderr")
+    compare = item.compare_outputs
+    item.compare_outputs = lambda new, *stored: compare([one for one in new if not is_aside(one)], *stored)
     if notebook.nb.metadata.get("processor") != processor():
         exactly = item.sanitize
         item.sanitize = lambda output: Roughly(exactly(output)) if isinstance(output, str) else output

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from thermo_lib import Calibration, ThermoConfig, evaluate, quantize
 from thermo_lib.evaluation import statistics
+from thermo_lib.evaluation.display import MOST_SENTENCES, sentences
 from thermo_lib.evaluation.scores import Evaluation, Suite, relative_accuracy_gain
 from thermo_lib.evaluation.smoothing import (
     CLAIMED,
     Targets,
+    answer,
     compare_smoothing,
     denoise_once,
     identity_target,
@@ -24,7 +26,7 @@ from thermo_lib.evaluation.smoothing import (
 from thermo_lib.evaluation.statistics import paired_ratio, verdict
 from thermo_lib.evaluation.summary import markov
 from thermo_lib.models.lm import DiffusionLM
-from thermo_lib.pipeline.activations import resmooth
+from thermo_lib.pipeline.activations import requantize_activations, resmooth
 from thermo_lib.pipeline.model import QuantizedLM
 
 TIMESTEPS = 6
@@ -58,6 +60,19 @@ class TestQuantizedModels:
         assert [t["target"] for t in targets] == [0.01, 0.3, 0.2] * 2
         assert {t["activation_bits"] for t in targets} == {4}
         assert {row["smoothing_window"] for row in rows} == {None, 1}  # at most half of a group
+
+    def test_one_time_group_is_measured_and_said_to_have_no_boundary(
+        self, unsmoothed: QuantizedLM, calibration: Calibration, suite: Suite
+    ) -> None:
+        one = requantize_activations(unsmoothed, calibration, num_time_groups=1)
+        rows, targets, _ = compare_smoothing(one, suite, [])
+        assert [row["name"] for row in rows] == ["W8A4 rtn, one group"]
+        assert targets == []
+        said = answer({4: rows}, targets, rows[0], rows[0], CLAIMED)
+        assert said.startswith("With one time group (`num_time_groups` is 1) there is no boundary to smooth")
+        assert 1 <= sentences(said) <= MOST_SENTENCES
+        with pytest.raises(ValueError, match="num_time_groups: found 1, allowed is at least 2"):
+            compare_smoothing(one, suite, ["linear"])
 
     def test_targets_are_measured_against_the_unsmoothed_model(
         self, unsmoothed: QuantizedLM, suite: Suite, baseline: Evaluation

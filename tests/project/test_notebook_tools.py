@@ -3,16 +3,30 @@
 import contextlib
 import json
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
 from nbformat import v4
 
 from thermo_lib import notebooks
-from thermo_lib.notebooks import THREADS, earlier, in_pipeline, processor, reproducible, results, tidy
+from thermo_lib.notebooks import (
+    THREADS,
+    among,
+    earlier,
+    in_pipeline,
+    is_aside,
+    processor,
+    reproducible,
+    results,
+    tidy,
+    whole,
+)
 
 TIMES = {"start_time": "2026-01-01T00:00:00", "duration": 1.5}
 
@@ -213,14 +227,14 @@ class TestWhereANotebookReadsAndWrites:
         assert earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path) == "rows"
         assert capsys.readouterr() == ("", "")
 
-    def test_what_is_missing_is_made_and_stderr_says_so(
+    def test_what_is_missing_is_made_and_a_line_says_so(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         monkeypatch.delenv("DVC_STAGE", raising=False)
         assert earlier("int2.json", Path.read_text, lambda: "made", "taken from x", root=tmp_path) == "made"
         out, err = capsys.readouterr()
-        assert out == ""
-        assert err == "artifacts/int2.json isn't there (`make repro` writes it): taken from x for this run.\n"
+        assert out == "`artifacts/int2.json` isn't there (`make repro` writes it): taken from x for this run.\n"
+        assert err == ""
         assert list(tmp_path.iterdir()) == []
 
     def test_what_an_own_run_left_is_read_before_it_is_made(
@@ -232,7 +246,7 @@ class TestWhereANotebookReadsAndWrites:
         own.write_text("own rows")
         assert earlier("int2.json", Path.read_text, lambda: "made", root=tmp_path) == "own rows"
         place = "artifacts/scratch/artifacts/int2.json"
-        assert capsys.readouterr().err == f"artifacts/int2.json isn't there: {place} of an earlier run is used.\n"
+        assert capsys.readouterr().out == f"`artifacts/int2.json` isn't there: `{place}` of an earlier run is used.\n"
 
     def test_what_is_missing_in_the_pipeline_is_an_error(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("DVC_STAGE", "report")
@@ -272,3 +286,72 @@ def test_reproducible_sets_threads_deterministic_kernels_and_portable_instructio
         torch.utils.deterministic.fill_uninitialized_memory = True
         for name in ("ATEN_CPU_CAPABILITY", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA"):
             os.environ.pop(name, None)
+
+
+READABLE = [
+    "from tqdm import tqdm\nfrom thermo_lib.notebooks import aside, readable\nreadable()",
+    "for _ in tqdm(range(3), desc='a bar', leave=False):\n    pass\naside('a remark')\nprint('a result')\n"
+    "import warnings\nwarnings.warn('take care')",
+    "def inner():\n    raise ValueError('bits: found 9, allowed is 2')\ninner()",
+    "from pathlib import Path\nPath('missing').read_text()",
+    "{}['x']",
+]
+
+
+@pytest.fixture(scope="module")
+def executed() -> nbformat.NotebookNode:
+    """The cells, run by a kernel as papermill runs them."""
+    made = v4.new_notebook(cells=[v4.new_code_cell(source) for source in READABLE])
+    return NotebookClient(made, allow_errors=True).execute()
+
+
+@pytest.mark.slow
+def test_an_error_of_a_value_or_a_file_is_one_line_and_one_of_the_code_keeps_its_traceback(
+    executed: nbformat.NotebookNode,
+) -> None:
+    shown = [cell.outputs[0] for cell in executed.cells[2:]]
+    assert [output.output_type for output in shown] == ["error"] * 3
+    assert [len(output.traceback) for output in shown[:2]] == [1, 1]
+    assert shown[0].traceback == ["ValueError: bits: found 9, allowed is 2"]
+    assert "missing" in shown[1].traceback[0]
+    assert len(shown[2].traceback) > 2
+
+
+@pytest.mark.slow
+def test_bars_and_remarks_are_no_stderr_and_stay_in_no_executed_copy(
+    executed: nbformat.NotebookNode, tmp_path: Path
+) -> None:
+    outputs = executed.cells[1].outputs
+    assert [output.get("name") for output in outputs] == [None, None, "stdout", None]
+    assert [is_aside(output) for output in outputs] == [True, True, False, True]
+    assert outputs[0].data["text/plain"] == ""  # the bar has gone
+    assert [output.data["text/markdown"] for output in (outputs[1], outputs[3])] == ["a remark", "Warning: take care"]
+    kept = v4.new_notebook(cells=executed.cells[:2])
+    path = write(tmp_path / "n.ipynb", kept)
+    tidy(path)
+    assert [output.text for output in nbformat.read(path, as_version=4).cells[1].outputs] == ["a result\n"]
+
+
+@pytest.mark.parametrize(
+    ("refuse", "message"),
+    [
+        (lambda: whole(2, timesteps=1), "timesteps: found 1, allowed are whole numbers from 2"),
+        (lambda: whole(1, 20, window=21), "window: found 21, allowed are whole numbers from 1 to 20"),
+        (lambda: whole(0, seed=True), "seed: found True, allowed are whole numbers from 0"),
+        (lambda: whole(0, seed=1.5), "seed: found 1.5, allowed are whole numbers from 0"),
+        (lambda: whole(1, tokens=[1, 0]), "tokens: found 0, allowed are whole numbers from 1"),
+        (lambda: whole(1, tokens=[]), "tokens: found none, allowed are whole numbers from 1"),
+        (lambda: among((2, 4), bits=3), "bits: found 3, allowed are 2, 4"),
+        (lambda: among((0, 1), seeds=[0, 9]), "seeds: found 9, allowed are 0, 1"),
+        (lambda: among((0, 1), seeds=[True]), "seeds: found True, allowed are 0, 1"),
+    ],
+    ids=str,
+)
+def test_a_parameter_that_cannot_be_is_named(refuse: Callable[[], None], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        refuse()
+
+
+def test_parameters_that_can_be_are_taken() -> None:
+    whole(1, 3, one=1, three=3, some=[1, 2, 3])
+    among(("a", 1), word="a", number=1, both=[1, "a"])

@@ -71,6 +71,19 @@ def test_standing_goes_on_with_the_rows_of_one_method(scored: dict[str, Any], ke
     assert "whole" in answers.ablation(field, names, "thermo_lib GPTQ: group 128")[1]
 
 
+@pytest.mark.parametrize("bits", [0.5, 1.99, 4.01, "x", True])
+def test_bits_that_no_two_bit_method_has_are_refused(scored: dict[str, Any], bits: float) -> None:
+    with pytest.raises(ValueError, match=rf"^bits: found {bits!r}, allowed are numbers from 2 to 4$"):
+        answers.Field.of(scored, bits)
+
+
+def test_standing_says_where_no_other_method_is_as_small(scored: dict[str, Any]) -> None:
+    said = "No other method that was measured stores at most 2 bits"
+    for bits, is_said in ((2, True), (2.6, False)):
+        field = answers.Field.of(scored, bits)
+        assert (said in answers.standing(field, field.goals(**BOUNDS)).more) == is_said
+
+
 def test_an_ablation_without_rows_is_all_missing(scored: dict[str, Any]) -> None:
     field = answers.Field.of({**scored, "rows": []}, 2.6)
     assert answers.ablation(field, {"a": "b: c"}, "x: y") == ([], ["x: y", "a"])

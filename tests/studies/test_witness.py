@@ -260,5 +260,6 @@ def test_both_models_are_compared_by_share() -> None:
         ("GPTQ", 0.25, 0.2),
         ("HQQ, group 64", 0.5, 0.5),
     ]
-    with pytest.raises(ValueError, match=r"^baseline: found 'AWQ', allowed are round-to-nearest, GPTQ, HQQ, group 64$"):
+    allowed = "'round-to-nearest', 'GPTQ', 'HQQ, group 64'"
+    with pytest.raises(ValueError, match=f"^baseline: found 'AWQ', allowed are {allowed}$"):
         second_model.both_models(peers, rows, "AWQ")

@@ -1,6 +1,6 @@
 """The earlier project's claims about boundary smoothing, measured on one quantized model, each with a verdict."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from thermo_lib.diffusion.states import Calibration
+from thermo_lib.evaluation.display import between, verdicts
 from thermo_lib.evaluation.scores import Evaluation, Suite, evaluate, relative_accuracy_gain
 from thermo_lib.evaluation.statistics import paired_ratio, verdict
 from thermo_lib.evaluation.summary import markov, summarize
@@ -16,6 +17,8 @@ from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations, resmooth
 from thermo_lib.pipeline.config import ThermoConfig
 from thermo_lib.pipeline.model import QuantizedLM
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,9 @@ def compare_smoothing(
     """Evaluate one quantized model without smoothing and with each method.
 
     Args:
-        unsmoothed: a model with time groups and smoothing off.
+        unsmoothed: a model with time groups and smoothing off; without time groups there is nothing to smooth.
         suite: the evaluation inputs.
-        methods: some of ``linear``, ``cubic``, ``sigmoid``.
+        methods: some of ``linear``, ``cubic``, ``sigmoid``; none without time groups.
         window: see ``resmooth``.
         claims: the bounds of the verdicts.
         measure: evaluates a model, as ``evaluate`` does.
@@ -73,11 +76,12 @@ def compare_smoothing(
         The configurations' rows, the targets with verdicts, and the models by method (``none`` for no smoothing).
 
     Raises:
-        ValueError: the model has a single time group.
+        ValueError: methods for a model with a single time group.
     """
     config = unsmoothed.config
-    check_comparable(config)
-    label = f"{config.precision} {config.quantizer}, time groups"
+    if methods:
+        check_comparable(config)
+    label = f"{config.precision} {config.quantizer}, {'one group' if config.time_groups is None else 'time groups'}"
     models = {"none": unsmoothed} | {method: resmooth(unsmoothed, method, window) for method in methods}
     scores = {
         method: measure(model, suite, progress=progress)
@@ -223,6 +227,46 @@ def smoothing_targets(
         cut = 1 - smooth.mean_jump / rough.mean_jump
         rows.append(target_row("cut of the mean parameter jump", config, method, claims.jump_cut, cut))
     return rows
+
+
+def answer(
+    rows: Mapping[int, Rows], targets: Rows, fixed: Mapping[str, Any], dynamic: Mapping[str, Any], claims: Targets
+) -> str:
+    """What there is to say of the claims, in at most three sentences.
+
+    Args:
+        rows: activation bits to what ``compare_smoothing`` returned of them, the row without smoothing first.
+        targets: the targets of all of them; none where there is one time group.
+        fixed, dynamic: the rows with one static range and with ranges of each token's own, at the fewest bits.
+        claims: the bounds of the verdicts.
+    """
+    low = min(rows)
+    if not targets:
+        return (
+            "With one time group (`num_time_groups` is 1) there is no boundary to smooth, so nothing is compared with "
+            f"the claims. At W2A{low} one range for all steps leaves {fixed['path_kl']:.1f} nats of path KL (the "
+            f"distance to full-precision denoising), and ranges of each token's own leave {dynamic['path_kl']:.1f}."
+        )
+    about = {row["name"]: [each for each in targets if each["name"] == row["name"]] for row in targets}
+    said = {name: verdicts(found) for name, found in about.items()}
+    gain, jumps = about["relative accuracy gain"], about.get("cut of the mean parameter jump", [])
+    moves = path_kl_moves(rows)
+    before = [found[0]["markov_score"] for found in rows.values()]
+    cut = between([row["value"] for row in jumps], "{:.1%}") if jumps else "nothing, for there are none"
+    return (
+        f"The claim on accuracy (at least {claims.accuracy_gain:+.1%}) is {said['relative accuracy gain']}: smoothing "
+        f"changes it by {between([row['value'] for row in gain], '{:+.1%}')}, and path KL (the distance to "
+        f"full-precision denoising) by {between(moves, '{:+.2f}', ' nats')}. The Markov score (at least "
+        f"{claims.markov_score}) is {said['Markov score']}, but it is {between(before, '{:.2f}')} without smoothing "
+        f"too; jumps are cut by {cut}, by construction. At W2A{low} time groups bring path KL from "
+        f"{fixed['path_kl']:.1f} (one range for all steps) to {rows[low][0]['path_kl']:.1f} nats, and ranges of each "
+        f"token's own bring it to {dynamic['path_kl']:.1f}."
+    )
+
+
+def path_kl_moves(rows: Mapping[int, Rows]) -> list[float]:
+    """By how many nats each smoothing changes path KL, see ``answer``."""
+    return [row["path_kl"] - found[0]["path_kl"] for found in rows.values() for row in found[1:]]
 
 
 @torch.no_grad()

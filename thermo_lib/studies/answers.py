@@ -208,7 +208,13 @@ class Field:
 
     @classmethod
     def of(cls, scored: Mapping[str, Any], bits: float) -> "Field":
-        """From what ``peers.score_all`` wrote."""
+        """From what ``peers.score_all`` wrote.
+
+        Raises:
+            ValueError: bits that no two-bit method has.
+        """
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 2 <= bits <= 4:
+            raise ValueError(f"bits: found {bits!r:.80}, allowed are numbers from 2 to 4")
         rows = sorted(scored["rows"], key=lambda row: row["path_kl"])
         is_ours = [row["method"].startswith("thermo_lib") for row in rows]
         ours = {f"{row['method']}: {row['setting']}": row for row, own in zip(rows, is_ours, strict=True) if own}
@@ -310,6 +316,8 @@ def _rivals(field: Field, whole: Mapping[str, Any]) -> str:
 def _beside(field: Field, whole: Mapping[str, Any]) -> Iterator[str]:
     """What else is worth a sentence: fewer bits, 4-bit activations, what training adds, puzzles."""
     best = next(iter(field.others), None)
+    if best and field.two_bit is None:
+        yield f"No other method that was measured stores at most {field.bits} bits, so none is compared at that size."
     small, low, untrained = (field.setting(name) for name in (SMALL, LOW, "spread bits"))
     if small:
         yield _against(f"At {small['bits_per_weight']:.2f} bits per weight", small, best)

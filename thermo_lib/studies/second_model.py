@@ -310,7 +310,7 @@ def both_models(
     names = _ON_REFERENCE | {", ".join(named): named for named in by_name}
     both = {m: (by_name[named], ours[m]) for m, named in names.items() if named in by_name and m in ours}
     if baseline not in both:
-        raise ValueError(f"baseline: found {baseline!r}, allowed are {', '.join(both)}")
+        raise ValueError(f"baseline: found {baseline!r}, allowed are {', '.join(map(repr, both))}")
     return [
         {
             "method": method,
