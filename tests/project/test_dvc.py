@@ -3,8 +3,11 @@
 import ast
 import contextlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import yaml
 from dvc.cli import main as dvc_main
 from dvc.repo import Repo
+from scmrepo.git import Git
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -212,6 +216,42 @@ def test_metrics_fit_into_a_terminal(
     assert len(lines) == 2
     assert "path_kl.gptq" in lines[0]
     assert max(map(len, lines)) <= COLUMNS
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project's pipeline in a repository of two commits: another window of smoothing, and other scores."""
+    folder = tmp_path_factory.mktemp("compared")
+    for name in ("dvc.yaml", "dvc.lock", "params.yaml", "reports/scores.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    with contextlib.chdir(folder):
+        git = Git.init(".")
+        Repo.init(".").close()
+        git.add([".dvc", "dvc.yaml", "dvc.lock", "params.yaml", "reports/scores.json"])
+        git.commit("First")
+        params, scores = Path("params.yaml"), Path("reports/scores.json")
+        params.write_text(re.sub(r"(smoothing_window:) \d+", r"\1 1", params.read_text()))
+        scores.write_text(scores.read_text().replace("0.3", "0.2"))
+        git.add(["params.yaml", "reports/scores.json"])
+        git.commit("Second")
+        git.close()
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words", [["metrics", "diff", "HEAD~1"], ["exp", "show", "--only-changed", "-n", "2"]], ids=str
+)
+def test_comparisons_fit_into_a_terminal(compared: Path, words: list[str]) -> None:
+    """In a process of its own, since the width of a terminal is asked once; what doesn't fit would end in dots."""
+    environment = {**os.environ, "COLUMNS": str(COLUMNS)}
+    command = [sys.executable, "-m", "dvc", *words, *(["--no-pager"] if words[0] == "exp" else [])]
+    run = subprocess.run(command, cwd=compared, env=environment, capture_output=True, text=True, check=True)
+    assert max(map(len, run.stdout.splitlines())) <= COLUMNS
+    assert "accuracy.W2A4" in run.stdout
+    assert ("quant.smoothing_window" in run.stdout) == (words[0] == "exp")
+    assert "\u2026" not in run.stdout
 
 
 @pytest.mark.slow
