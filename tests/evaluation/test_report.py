@@ -240,7 +240,7 @@ class TestFewNumbers:
         assert report.headline({"accuracy": 0.41}, rows, targets) == {
             "accuracy": {"full": 0.41, "gptq": 0.38, "W2A4": 0.37},
             "path_kl": {"gptq": 24.0, "W2A4": 31.0},
-            "targets": {"met_of_3": 2},
+            "targets": {"met/3": 2},
         }
 
     def test_what_the_stages_left_is_found_again_in_the_report(self, rows: list[dict[str, Any]]) -> None:

@@ -163,7 +163,7 @@ def headline(
     Returns:
         ``accuracy`` (0-1) of full precision (``full``), of GPTQ's weights alone (``gptq``) and, of the configurations
         with the fewest bits of activations, of that with the lowest path KL (e.g. ``W2A4``); ``path_kl`` (nats) of the
-        last two; and how many ``targets`` are met, under a name that says of how many: ``met_of_30``.
+        last two; and how many ``targets`` are met, under a name that says of how many: ``met/30``.
     """
     gptq = next(row for row in _weights_only(configurations) if row["quantizer"] == "gptq")
     fewest = min(row["activation_bits"] for row in configurations)
@@ -172,7 +172,7 @@ def headline(
     return {
         "accuracy": {"full": full_precision["accuracy"]} | {name: row["accuracy"] for name, row in found.items()},
         "path_kl": {name: row["path_kl"] for name, row in found.items()},
-        "targets": {f"met_of_{len(targets)}": sum(row["verdict"] == "met" for row in targets)},
+        "targets": {f"met/{len(targets)}": sum(row["verdict"] == "met" for row in targets)},
     }
 
 
