@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from thermo_lib import Calibration, calibrate, generate
+from thermo_lib import Calibration, ThermoConfig, calibrate, generate, quantize
 from thermo_lib.data import corpus
 from thermo_lib.data.puzzles import ANSWER, SUDOKU, TASK_LENGTH, held_out
 from thermo_lib.diffusion import states as states_module
@@ -215,6 +216,53 @@ class TestCalibration:
             path.write_text("text", encoding="utf-8")
         with pytest.raises(ValueError, match=r"states\.safetensors: not a complete calibration file"):
             Calibration.load(path)
+
+    @pytest.mark.parametrize(
+        ("changes", "said"),
+        [
+            ({"0.ids": torch.zeros(2, 5)}, r"ids: found torch\.float32, allowed is torch\.int64"),
+            ({"0.clean": torch.full((2, 5), torch.nan)}, r"clean: found torch\.float32, allowed is torch\.int64"),
+            (
+                {"0.is_masked": torch.zeros(2, 5, dtype=torch.uint8)},
+                r"is_masked: found torch\.uint8, allowed",
+            ),
+            (
+                {"0.timestep": torch.zeros(2, dtype=torch.float16)},
+                r"timestep: found torch\.float16, allowed",
+            ),
+            ({"0.timestep": torch.zeros(3, dtype=torch.int32)}, r"timestep: found shape \(3,\), expected \(2,\)"),
+            ({"0.timestep": torch.full((2,), 6)}, r"timestep: found 6\.\.6, allowed are 0\.\.5"),
+            ({"0.clean": torch.zeros(2, 4, dtype=torch.int32)}, r"clean: found shape \(2, 4\), expected \(2, 5\)"),
+            (
+                {"0.ids": torch.zeros(5, dtype=torch.int32)},
+                r"found states of shape \(5,\), allowed is",
+            ),
+            ({"0.ids": torch.full((2, 5), -1)}, r"ids: found -1, allowed are ids of tokens, 0 or above"),
+            ({"0.clean": None}, r"0\.clean: found none, allowed is one"),
+            ({"1.ids": torch.zeros(2, 5, dtype=torch.int32)}, r"1\.clean: found none, allowed is one"),
+            ({"0.more": torch.zeros(2)}, r"0\.more: found one, allowed is none"),
+            ({name: None for name in ("0.ids", "0.is_masked", "0.timestep", "0.clean")}, "found no states"),
+        ],
+    )
+    def test_a_wrong_field_is_named(self, tmp_path: Path, changes: dict[str, Tensor | None], said: str) -> None:
+        path = tmp_path / "states.safetensors"
+        Calibration((states(2, 5),), 6, "forward").save(path)
+        tensors = {name: tensor for name, tensor in (load_file(path) | changes).items() if tensor is not None}
+        save_file(tensors, path, {"calibration": '{"timesteps": 6, "source": "forward"}'})
+        with pytest.raises(ValueError, match=rf"^.*states\.safetensors: not a complete calibration file: .*{said}.*$"):
+            Calibration.load(path)
+
+    @pytest.mark.parametrize("name", ["ids", "clean"])
+    def test_ids_that_a_model_does_not_have_are_refused_before_it_runs(self, tiny: DiffusionLM, name: str) -> None:
+        size = tiny.model.config.vocab_size
+        of_another = replace(states(), **{name: torch.full_like(states().ids, size)})
+        for call in (
+            partial(run_states, tiny, names=[], consume=print),
+            partial(quantize, tiny, ThermoConfig(quantizer="gptq")),
+        ):
+            said = rf"calibration: {name}: found id {size} in part 0, allowed are 0\.\.{size - 1}, the model's"
+            with pytest.raises(ValueError, match=said):
+                call(calibration=Calibration((of_another,), 4, "forward"))
 
 
 class TestInputs:

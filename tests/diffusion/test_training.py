@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from killed import ended_by
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -22,6 +24,7 @@ from thermo_lib.data import corpus
 from thermo_lib.data.corpus import token_stream, train_tokenizer
 from thermo_lib.data.puzzles import ANSWER
 from thermo_lib.diffusion.training import Training, export, learning_rate_factor, prepare, stratified_ratios
+from thermo_lib.files.snapshots import digest
 
 SETTINGS = {
     "hidden_size": 16,
@@ -156,6 +159,52 @@ class TestResume:
             assert file.metadata()["step"] == "6"
 
 
+def signed(change: Callable[[dict[str, Tensor]], object]) -> Callable[..., None]:
+    """A change of a checkpoint whose digest is that of the changed content."""
+
+    def changed(state: dict[str, Tensor], about: dict[str, str]) -> None:
+        change(state)
+        about["digest"] = digest(state)
+
+    return changed
+
+
+class TestDamaged:
+    """A checkpoint that isn't what was written is refused in one line."""
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda state, about: state.pop("model.model.norm.weight"), "its content has changed"),
+            (lambda state, about: about.pop("digest"), "its content has changed"),
+            (lambda state, about: about.update(step="4"), "step: found '4', expected 6, the number of losses"),
+            (lambda state, about: about.pop("step"), "step: found None, expected 6"),
+            (signed(lambda state: state.pop("losses")), "step: found '6', expected 0"),
+            (signed(lambda state: state.pop("adamw.0.exp_avg")), "missing tensors adamw.0.exp_avg"),
+            (signed(lambda state: state["muon.0.momentum_buffer"].fill_(torch.nan)), "found NaN or infinity"),
+            (signed(lambda state: state.update(more=torch.zeros(1))), "unexpected tensors more"),
+            (signed(lambda state: state.update({"adamw.0.step": torch.zeros(2)})), "found shape (2,), expected ()"),
+        ],
+    )
+    def test_whatever_is_wrong_is_said(
+        self, whole: Training, tmp_path: Path, change: Callable[..., object], said: str
+    ) -> None:
+        path, state = tmp_path / "c.safetensors", load_file(whole.checkpoint)
+        with safe_open(whole.checkpoint, framework="pt") as file:
+            about = file.metadata()
+        change(state, about)
+        save_file(state, path, metadata=about)
+        with pytest.raises(ValueError, match=r"^.*c\.safetensors: .*; delete the checkpoint to start anew$") as error:
+            start_training(path)
+        assert said in str(error.value)
+
+    @pytest.mark.parametrize("content", [b"", b"half", bytes(2000)])
+    def test_half_a_file_is_said(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "c.safetensors").write_bytes(content)
+        with pytest.raises(ValueError, match=r"c\.safetensors: not a complete checkpoint \(.*\); delete the"):
+            start_training(tmp_path / "c.safetensors")
+
+
 class TestSchedules:
     """Learning rates and mask ratios."""
 
@@ -275,6 +324,32 @@ class TestPrepare:
         assert torch.equal(again, stream)
         assert isinstance(same_tokenizer, Tokenizer)
         assert same_tokenizer.to_str() == tokenizer.to_str()
+
+    @pytest.mark.parametrize("name", ["stream.safetensors", "tokenizer.json"])
+    @pytest.mark.parametrize("damage", [lambda content: b"", lambda content: content[:-9] + bytes(9)])
+    def test_what_is_damaged_is_made_anew_with_a_line(
+        self,
+        tmp_path: Path,
+        small_corpus: None,
+        capsys: pytest.CaptureFixture[str],
+        name: str,
+        damage: Callable[[bytes], bytes],
+    ) -> None:
+        prepare(tmp_path, {}, 270)
+        whole, path = (tmp_path / name).read_bytes(), tmp_path / name
+        path.write_bytes(damage(whole))
+        assert capsys.readouterr().err == ""
+        prepare(tmp_path, {}, 270)
+        assert path.read_bytes() == whole
+        said = capsys.readouterr().err
+        assert len(said.splitlines()) == 1
+        assert said.endswith("; both are made anew\n")
+
+    def test_a_stream_without_its_tokenizer_is_made_anew(self, tmp_path: Path, small_corpus: None) -> None:
+        stream, _ = prepare(tmp_path, {}, 270)
+        (tmp_path / "tokenizer.json").unlink()
+        assert prepare(tmp_path, {}, 270)[0].equal(stream)
+        assert (tmp_path / "tokenizer.json").is_file()
 
     def test_what_was_made_with_other_settings_is_not_taken(self, tmp_path: Path, small_corpus: None) -> None:
         prepare(tmp_path, {}, 270)

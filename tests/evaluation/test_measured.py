@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from thermo_lib.diffusion.states import States
 from thermo_lib.evaluation import measured as module
 from thermo_lib.evaluation.measured import Measured
 from thermo_lib.evaluation.scores import Evaluation, Suite, evaluate, solve_puzzles
+from thermo_lib.files.snapshots import Snapshot
 from thermo_lib.models.lm import DiffusionLM
 from thermo_lib.pipeline.activations import requantize_activations
 from thermo_lib.pipeline.model import QuantizedLM
@@ -145,3 +147,16 @@ def test_a_damaged_file_is_an_error(tmp_path: Path) -> None:
     path.write_bytes(b"{}")
     with pytest.raises(ValueError, match=r"measured.safetensors is not a complete snapshot .* delete it"):
         Measured(path)
+
+
+def test_an_evaluation_with_a_tensor_missing_is_an_error(
+    tmp_path: Path, suite: Suite, unsmoothed: QuantizedLM, count: list[str]
+) -> None:
+    path = tmp_path / "measured.safetensors"
+    first = Measured(path)
+    first.evaluate(unsmoothed, suite)
+    first.save()
+    Snapshot(path, module._FORMAT, is_sealed=False).save({k: v for k, v in load_file(path).items() if "nll" not in k})
+    with pytest.raises(ValueError, match=r"measured.safetensors: \w+.nll: found none, allowed is a tensor .*; delete"):
+        Measured(path).evaluate(unsmoothed, suite)
+    assert count == [unsmoothed.name]

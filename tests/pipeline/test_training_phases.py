@@ -381,7 +381,7 @@ class TestResume:
         self, tiny: DiffusionLM, calibration: Calibration, tmp_path: Path
     ) -> None:
         """Before its work, and what a killed one has left goes."""
-        (tmp_path / ".tmpAb3dEf").write_bytes(b"half")
+        (tmp_path / ".tmpAb3dEf").touch()
         with (
             locked(tmp_path / "snapshots"),
             pytest.raises(ValueError, match=r"resume: found another run keeping .*snapshots, allowed is one at a time"),

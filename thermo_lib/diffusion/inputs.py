@@ -76,12 +76,16 @@ def run_states(
         consume: called with ``(name, inputs (tokens, in_features), is_masked (tokens,), timestep)``.
         batch_size: states a forward pass.
         progress: label of a progress bar; None for none.
+
+    Raises:
+        ValueError: states with ids that the model doesn't have.
     """
     current: dict[str, Any] = {}
 
     def receive(name: str, x: Tensor) -> None:
         consume(name, x.reshape(-1, x.shape[-1]), current["is_masked"], current["timestep"])
 
+    calibration.check_vocabulary(lm.model.config.vocab_size)
     calibration = calibration.to(lm.device)
     work = list(calibration.batches(batch_size))
     with watch_inputs({name: lm.model.get_submodule(name) for name in names}, receive):

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,7 +22,7 @@ from thermo_lib.data.puzzles import TASK_LENGTH, TASKS, encode_puzzles, knows_ta
 from thermo_lib.data.texts import text_sequences
 from thermo_lib.diffusion.cut import cut_to_blocks
 from thermo_lib.diffusion.sampling import generate, mask_ratios, mask_tokens
-from thermo_lib.files.reading import field_of, parse_json, shown
+from thermo_lib.files.reading import brief, field_of, parse_json, shown
 from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM
@@ -30,6 +30,7 @@ from thermo_lib.models.loaded import as_lm
 
 Source = Literal["forward", "trajectory"]
 SOURCES: tuple[Source, ...] = ("forward", "trajectory")
+_FIELDS = {"ids": torch.int64, "is_masked": torch.bool, "timestep": torch.int64, "clean": torch.int64}
 _BLOCKS = 4  # of a block-causal model's texts that are denoised: as many lengths of states
 
 
@@ -62,6 +63,9 @@ class States:
             raise ValueError(
                 f"calibration: timestep: found shape {tuple(self.timestep.shape)}, expected ({len(self.ids)},)"
             )
+        for name, dtype in _FIELDS.items():
+            if (found_type := getattr(self, name).dtype) != dtype:
+                raise ValueError(f"calibration: {name}: found {found_type}, allowed is {dtype}")
 
     def to(self, device: torch.device | str) -> "States":
         """The states on a device."""
@@ -100,6 +104,9 @@ class Calibration:
             low, high = int(part.timestep.min()), int(part.timestep.max())
             if low < 0 or high >= self.timesteps:
                 raise ValueError(f"calibration: timestep: found {low}..{high}, allowed are 0..{self.timesteps - 1}")
+            for name in ("ids", "clean"):
+                if (least := int(getattr(part, name).min())) < 0:
+                    raise ValueError(f"calibration: {name}: found {least}, allowed are ids of tokens, 0 or above")
 
     def __len__(self) -> int:
         return sum(len(part.ids) for part in self.parts)
@@ -113,6 +120,14 @@ class Calibration:
     def to(self, device: torch.device | str) -> "Calibration":
         """The states on a device."""
         return Calibration(tuple(part.to(device) for part in self.parts), self.timesteps, self.source)
+
+    def check_vocabulary(self, size: int) -> None:
+        """Raise ValueError where the states are of a model with more tokens than so many."""
+        for number, part in enumerate(self.parts):
+            for name in ("ids", "clean"):
+                if (most := int(getattr(part, name).max())) >= size:
+                    found = f"found id {most} in part {number}"
+                    raise ValueError(f"calibration: {name}: {found}, allowed are 0..{size - 1}, the model's")
 
     def thinned(self, count: int) -> "Calibration":
         """So many states of each part, spread evenly over it and so over its timesteps.
@@ -143,7 +158,7 @@ class Calibration:
         """Read what ``save`` wrote.
 
         Raises:
-            ValueError: no such file, or not a complete calibration file.
+            ValueError: no such file, or not a complete calibration file; names the field.
         """
         if not Path(path).is_file():
             raise ValueError(f"calibration: found no file {shown(path)}")
@@ -152,14 +167,20 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 about = parse_json((file.metadata() or {})["calibration"], damaged, is_line=True)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            parts = []
-            for index in range(len({key.split(".")[0] for key in tensors})):
-                values = {name: tensors[f"{index}.{name}"] for name in ("ids", "is_masked", "timestep", "clean")}
-                parts.append(States(**{k: v.long() if v.dtype == torch.int32 else v for k, v in values.items()}))
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, OSError, KeyError) as error:
             raise ValueError(f"{damaged} ({error!s:.200})") from error
         timesteps, source = field_of(about, "timesteps", int, damaged), field_of(about, "source", str, damaged)
-        return cls(tuple(parts), timesteps, source)
+        numbers = range(len({key.partition(".")[0] for key in tensors}))
+        expected = {f"{number}.{name}" for number in numbers for name in _FIELDS}
+        for name in sorted(expected ^ tensors.keys()):
+            found, allowed = ("none", "one") if name in expected else ("one", "none")
+            raise ValueError(f"{damaged}: {brief(name)}: found {found}, allowed is {allowed}")
+        tensors = {key: tensor.long() if tensor.dtype == torch.int32 else tensor for key, tensor in tensors.items()}
+        try:
+            parts = (States(**{name: tensors[f"{number}.{name}"] for name in _FIELDS}) for number in numbers)
+            return cls(tuple(parts), timesteps, cast(Source, source))  # which checks it
+        except ValueError as error:
+            raise ValueError(f"{damaged}: {error}") from error
 
 
 def forward_states(ids: Tensor, allowed: Tensor | None, timesteps: int, mask_token_id: int, seed: int) -> States:

@@ -10,13 +10,14 @@ masked positions, mask ratios stratified over the batch.
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -26,6 +27,9 @@ from thermo_lib.data import corpus
 from thermo_lib.data.corpus import token_stream, train_tokenizer
 from thermo_lib.data.puzzles import MASK, TASKS, encode_puzzles, make_puzzles, token_id
 from thermo_lib.diffusion.sampling import mask_tokens
+from thermo_lib.files.snapshots import digest
+from thermo_lib.files.tensors import check_tensors
+from thermo_lib.files.text import write_text
 from thermo_lib.files.whole import replacing
 from thermo_lib.models.architectures import MaskPredictor
 from thermo_lib.models.lm import DiffusionLM, build_reference, save_model
@@ -55,7 +59,7 @@ class Training:
         checkpoint: file of the resumable state; read if it exists.
 
     Raises:
-        ValueError: ``steps`` isn't a whole number of steps for each of ``cycles``, or the checkpoint is of
+        ValueError: ``steps`` isn't a whole number of steps for each of ``cycles``, or the checkpoint is damaged or of
             another run. A run may get another schedule as long as its finished steps have the same rates.
     """
 
@@ -92,7 +96,9 @@ class Training:
     def save(self) -> None:
         """Write the checkpoint; the earlier one stays whole until the new one is complete."""
         with replacing(self.checkpoint, "an earlier checkpoint is as it was") as new:
-            save_file(self._state(), new, metadata={"step": str(self.step), "params": self._fingerprint()})
+            state = self._state()
+            about = {"step": str(self.step), "params": self._fingerprint(), "digest": digest(state)}
+            save_file(state, new, metadata=about)
 
     def _factor(self, step: int) -> float:
         p = self.params
@@ -106,16 +112,42 @@ class Training:
         digest = hashlib.sha256(rates.encode()).hexdigest()[:16]
         return json.dumps({"seed": self.seed, "rates": digest, **fixed}, sort_keys=True)
 
+    def _read(self) -> tuple[str, dict[str, Tensor]]:
+        """The settings of the checkpoint and its state; raises ValueError where it isn't what ``save`` wrote."""
+        try:
+            with safe_open(self.checkpoint, framework="pt") as file:
+                about = file.metadata() or {}
+                state = {k: file.get_tensor(k) for k in file.keys()}
+            if about.get("digest") != digest(state):
+                raise ValueError("its content has changed since it was written")
+            done = len(state.get("losses", ()))
+            if not done or about.get("step") != str(done):
+                raise ValueError(f"step: found {about.get('step')!r:.80}, expected {done}, the number of losses")
+            check_tensors(state, self._expected(done), self.checkpoint)
+        except (SafetensorError, OSError, ValueError) as error:
+            problem = f"{self.checkpoint}: not a complete checkpoint ({error})"
+            raise ValueError(f"{problem}; delete the checkpoint to start anew") from error
+        self.step = done
+        return about.get("params", ""), state
+
+    def _expected(self, steps: int) -> dict[str, Tensor]:
+        """What ``_state`` is like after so many steps."""
+        expected = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        for owner, slots in {"muon": ["momentum_buffer"], "adamw": ["exp_avg", "exp_avg_sq"]}.items():
+            trained = [p for group in self.optimizers[owner].param_groups for p in group["params"]]
+            for index, parameter in enumerate(trained):
+                expected |= {f"{owner}.{index}.{slot}": parameter for slot in slots}
+                if owner == "adamw":
+                    expected[f"{owner}.{index}.step"] = torch.empty(())
+        return expected | {"losses": torch.empty(steps, 2)}
+
     def _resume(self) -> None:
-        with safe_open(self.checkpoint, framework="pt") as file:
-            metadata = file.metadata()
-            self.step = int(metadata["step"])
-            if metadata["params"] != self._fingerprint():
-                raise ValueError(
-                    f"{self.checkpoint}: found a checkpoint of {metadata['params']}, "
-                    f"this run is {self._fingerprint()}; delete the checkpoint to start anew"
-                )
-            state = {k: file.get_tensor(k) for k in file.keys()}
+        params, state = self._read()
+        if params != self._fingerprint():
+            raise ValueError(
+                f"{self.checkpoint}: found a checkpoint of {params}, "
+                f"this run is {self._fingerprint()}; delete the checkpoint to start anew"
+            )
         self.losses = state.pop("losses").tolist()
         self.model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
         for name, optimizer in self.optimizers.items():
@@ -180,25 +212,33 @@ class Training:
 def prepare(workdir: Path, packages: Mapping[str, str], vocab_size: int) -> tuple[Tensor, Tokenizer]:
     """The training stream and the tokenizer, made once and kept in ``workdir`` for a run that goes on.
 
+    Where they aren't what was written they are made anew, and a line on stderr says so.
+
     Args:
         workdir: folder of the run.
         packages, vocab_size: see ``data``.
     """
     stream_file, tokenizer_file = workdir / "stream.safetensors", workdir / "tokenizer.json"
-    made_of = {"data": json.dumps([sorted(packages.items()), vocab_size])}
-    made = False
+    made_of = json.dumps([sorted(packages.items()), vocab_size])
     if stream_file.is_file():
-        with safe_open(stream_file, framework="pt") as file:
-            made = file.metadata() == made_of
-    if not made:
-        files = corpus.load_corpus("train", packages)
-        tokenizer = train_tokenizer(iter(files.values()), vocab_size)
-        with replacing(tokenizer_file) as new:
-            tokenizer.save(str(new))
-        with replacing(stream_file) as new:
-            save_file({"stream": token_stream(files, tokenizer)}, new, metadata=made_of)
-    with safe_open(stream_file, framework="pt") as file:
-        return file.get_tensor("stream"), Tokenizer.from_file(str(tokenizer_file))
+        try:
+            with safe_open(stream_file, framework="pt") as file:
+                about, stream = file.metadata() or {}, file.get_tensor("stream")
+            text = tokenizer_file.read_text(encoding="utf-8")
+            if about.get("digest") != digest({"stream": stream}, text):
+                raise ValueError("its content has changed since it was written")
+            if about.get("data") == made_of:
+                return stream, Tokenizer.from_str(text)
+        except (SafetensorError, OSError, ValueError) as error:
+            print(f"{stream_file} or {tokenizer_file.name}: {error}; both are made anew", file=sys.stderr)
+    files = corpus.load_corpus("train", packages)
+    tokenizer = train_tokenizer(iter(files.values()), vocab_size)
+    text, stream = tokenizer.to_str(pretty=True), token_stream(files, tokenizer)
+    write_text(tokenizer_file, text)
+    with replacing(stream_file) as new:
+        about = {"data": made_of, "digest": digest({"stream": stream}, text)}
+        save_file({"stream": stream}, new, metadata=about)
+    return stream, tokenizer
 
 
 def export(training: Training, folder: Path, every: int = 50) -> dict[str, Any]:

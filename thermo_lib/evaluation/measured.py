@@ -50,11 +50,20 @@ class Measured:
         self._found = self._snapshot.load()
         self._used: dict[str, Tensor] = {}
 
+    def _kept(self, key: str, *names: str) -> dict[str, Tensor]:
+        """What is known of an evaluation, if anything is; raises ValueError where a tensor of it is missing."""
+        kept = part_of(self._found, key)
+        missing = [name for name in names if name not in kept]
+        if kept and missing:
+            where = f"{self._snapshot.path}: {key}.{missing[0]}"
+            raise ValueError(f"{where}: found none, allowed is a tensor beside the others; delete the file")
+        return kept
+
     def evaluate(self, lm: DiffusionLM, suite: Suite, *, progress: bool = False) -> Evaluation:
         """What ``scores.evaluate`` returns."""
         inputs = [_states(suite), [vars(puzzle) for puzzle in suite.puzzles], suite.timesteps, suite.sampler]
         key = digest(*_decided_by(lm), *_decided_by(suite.reference), *inputs, suite.temperature)
-        kept = part_of(self._found, key)
+        kept = self._kept(key, "correct", "masked", "nll", "per_sequence", "cosine")
         if not kept:
             kept = _tensors(evaluate(lm, suite, progress=progress))
         self._used |= named(key, kept)
@@ -79,7 +88,7 @@ class Measured:
     ) -> PuzzleResult:
         """What ``scores.solve_puzzles`` returns with its defaults."""
         key = digest(*_decided_by(lm), [vars(puzzle) for puzzle in puzzles], timesteps, task_length)
-        kept = part_of(self._found, key)
+        kept = self._kept(key, "puzzles")
         if not kept:
             found = solve_puzzles(lm, puzzles, timesteps, task_length=task_length, progress=progress)
             kept = {"puzzles": _as_bytes(found)}
@@ -90,7 +99,7 @@ class Measured:
         """What ``scores.puzzles_under_bound`` returns."""
         inputs = [[vars(puzzle) for puzzle in paths.puzzles], paths.timesteps, paths.seed, paths.task_length]
         key = digest("under bound", *_decided_by(lm), *_decided_by(paths.reference), *inputs)
-        kept = part_of(self._found, key)
+        kept = self._kept(key, *_BOUND)
         if not kept:
             found = puzzles_under_bound(paths, lm)
             kept = {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
@@ -100,7 +109,7 @@ class Measured:
     def token_counts(self, files: Mapping[str, str], tokenizer: Tokenizer) -> Tensor:
         """How often each token is in some files, with the token after each file; int64 ``(vocabulary,)``."""
         key = digest("token counts", dict(files), tokenizer.to_str(), _code())
-        kept = part_of(self._found, key)
+        kept = self._kept(key, "counts")
         if not kept:
             tokens = token_stream(files, tokenizer).long()
             kept = {"counts": torch.bincount(tokens, minlength=tokenizer.get_vocab_size())}

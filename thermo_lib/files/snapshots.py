@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from thermo_lib.files.tensors import check_tensors
 from thermo_lib.files.whole import replacing
 
 
@@ -62,30 +64,53 @@ class Snapshot:
         if not self.path.is_file():
             return {}
         try:
-            about, state = _read(self.path)
+            about, state = _read(self.path, is_sealed=self.is_sealed)
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"resume: {self.path} is not a complete snapshot ({error}); delete it") from error
+            raise self._damaged(error) from error
         if about != self.run:
             found = f"found a run of other weights, states or settings in {self.path}"
             raise ValueError(f"resume: {found}, allowed is the same run; delete it or name another folder")
         return state
+
+    @contextmanager
+    def checked(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[None]:
+        """Compare a state with what it should be, then say of any error while it is put back where it is from.
+
+        Args:
+            found: the state, or a part of it.
+            expected: tensors of the same names, shapes and types.
+
+        Raises:
+            ValueError: a tensor is missing, extra, of another shape or type, or holds NaN or infinity.
+        """
+        try:
+            check_tensors(found, expected, self.path)
+            for name, tensor in found.items():
+                if tensor.dtype != expected[name].dtype:
+                    raise ValueError(f"{name}: found {tensor.dtype}, expected {expected[name].dtype}")
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> ValueError:
+        return ValueError(f"resume: {self.path} is not a complete snapshot ({error}); delete it")
 
 
 def remove_damaged(folder: Path) -> None:
     """Remove the snapshots in a folder that aren't complete."""
     for path in folder.glob("*.safetensors"):
         try:
-            _read(path)
+            _read(path, is_sealed=True)
         except (SafetensorError, OSError, ValueError):
             path.unlink()
 
 
-def _read(path: Path) -> tuple[str, dict[str, Tensor]]:
+def _read(path: Path, *, is_sealed: bool) -> tuple[str, dict[str, Tensor]]:
     """The run of a snapshot and its state; raises ValueError where the state isn't what was saved."""
     with safe_open(path, framework="pt") as file:
         run, _, seal = (file.metadata() or {}).get("run", "").partition("|")
         state = {key: file.get_tensor(key) for key in file.keys()}
-    if seal and seal != digest(state):
+    if (seal or is_sealed) and seal != digest(state):
         raise ValueError("its content has changed since it was written")
     return run, state
 

@@ -11,7 +11,6 @@ ones only, that predict the tokens at masked positions. ``families.ARCHITECTURES
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -288,7 +287,11 @@ class MaskPredictor(BlockByBlock, nn.Module):
             raise ValueError(f"state_dict: found one for a quantized model, {allowed}; {instead}")
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", Path(save_directory).name)
-        save = partial(super().save_pretrained, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        write = super().save_pretrained
+
+        def save(folder: str | Path) -> None:
+            write(folder, is_main_process, state_dict, **kwargs)
+
         if is_main_process and not kwargs.get("distributed_checkpoint"):  # of which each process writes a part
             save_into(save_directory, save, self.folder)
         else:

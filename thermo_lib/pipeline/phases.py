@@ -109,6 +109,8 @@ class PhaseRun(Generic[AnyPhase]):
         for lm in (reference, start):
             if lm is not None:
                 check_trainable(lm)
+        if calibration is not None:
+            calibration.check_vocabulary(reference.model.config.vocab_size)
         is_fresh = phase.states == "fresh"
         if is_fresh and prompts is not None:
             source: Calibration | Sequence[Prompts] = prompts

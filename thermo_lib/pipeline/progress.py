@@ -1,14 +1,15 @@
 """Snapshots of a model whose blocks are quantized or trained one after the other: one of each finished block."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from thermo_lib.files.snapshots import Snapshot, named, part_of
 from thermo_lib.pipeline.model import QuantizedLM, install_layer, install_weights
 from thermo_lib.pipeline.quantizers import quantizer_of
-from thermo_lib.pipeline.storage import time_group_params, weight_tensors
+from thermo_lib.pipeline.storage import stored_type, time_group_params, weight_tensors
 from thermo_lib.quant.layers import QuantizedLinear
 
 
@@ -46,9 +47,18 @@ class BlockSnapshots:
         Raises:
             ValueError: what ``Snapshot.load`` raises.
         """
-        state = {} if self.of_all is None else _of_block(self.of_all, block).load()
+        if self.of_all is None:
+            return False
+        snapshot = _of_block(self.of_all, block)
+        state = snapshot.load()
         if not state:
             return False
+        with snapshot.checked(state, _expected(lm, block, state)):
+            self._restore(lm, state)
+        return True
+
+    def _restore(self, lm: QuantizedLM, state: Mapping[str, Tensor]) -> None:
+        """Put back what ``save`` has kept."""
         device, config, quantizer = lm.device, lm.config, quantizer_of(lm.config)
         stored = {name: tensor.to(device) for name, tensor in part_of(state, "stored").items()}
         for name in sorted({name.rpartition(".")[0] for name in stored}):
@@ -66,7 +76,24 @@ class BlockSnapshots:
         rest = {name: tensor.to(device) for name, tensor in part_of(state, "rest").items()}
         lm.model.load_state_dict(rest, strict=False)
         lm.losses |= {name: values.tolist() for name, values in part_of(state, "losses").items()}
-        return True
+
+
+def _expected(lm: QuantizedLM, block: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as ``save`` keeps them of a block; how many losses there are, the snapshot says."""
+    quantizer, stored, aside = quantizer_of(lm.config), dict[str, Tensor](), set[str]()
+    for name, linear in lm.model.get_submodule(block).named_modules(prefix=block):
+        if not isinstance(linear, nn.Linear | QuantizedLinear):
+            continue
+        read = lambda key, name=name: state.get(f"stored.{name}.{key}")  # noqa: E731
+        stored |= named(name, quantizer.expected(linear.out_features, linear.in_features, read))
+        aside |= {f"{name}.{key}" for key in (_held(linear) if isinstance(linear, QuantizedLinear) else ("weight",))}
+    stored = {name: tensor.to(stored_type(name) or tensor.dtype) for name, tensor in stored.items()}
+    rest = named(block, lm.model.get_submodule(block).state_dict())
+    losses = {
+        name: torch.empty(values.numel(), dtype=torch.float64) for name, values in part_of(state, "losses").items()
+    }
+    kept = {name: tensor for name, tensor in rest.items() if name not in aside}
+    return named("stored", stored) | named("rest", kept) | named("losses", losses)
 
 
 def _of_block(of_all: Snapshot, block: str) -> Snapshot:

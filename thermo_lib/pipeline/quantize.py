@@ -115,3 +115,5 @@ def _check(lm: DiffusionLM, config: ThermoConfig, calibration: Calibration | Non
             f"calibration: found None, required by {config.needs_calibration}; calibrate(lm) makes it, and the "
             "preset 'fast' needs none"
         )
+    if calibration is not None:
+        calibration.check_vocabulary(lm.model.config.vocab_size)

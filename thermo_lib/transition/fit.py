@@ -65,7 +65,8 @@ def descend(
     losses: list[float] = []
     if state:
         assert draws is not None  # what was drawn from is kept too
-        losses = _restore(state, optimizer, schedule, list(rates), draws)
+        assert snapshot is not None
+        losses = _restore(state, snapshot, optimizer, schedule, list(rates), draws, steps)
     new: list[Tensor] = []  # read in one go: a number that is read from a GPU is waited for
     left = range(len(losses), steps)
     with torch.enable_grad():
@@ -201,22 +202,33 @@ def _training_state(
 
 def _restore(
     state: Mapping[str, Tensor],
+    snapshot: Snapshot,
     optimizer: torch.optim.Optimizer,
     schedule: torch.optim.lr_scheduler.LRScheduler,
     parameters: Sequence[nn.Parameter],
     draws: Draws,
+    steps: int,
 ) -> list[float]:
     """Put back what ``_training_state`` returned; the losses so far."""
+    done = state["losses"].numel() if "losses" in state else 0
+    expected = _training_state(optimizer, parameters, draws, [0.0] * done)
     for number, parameter in enumerate(parameters):
-        with torch.no_grad():
-            parameter.copy_(state[f"parameter.{number}"])
-        moments = part_of(state, f"moment.{number}")
-        optimizer.state[parameter] = {
-            name: value.to(parameter.device) if value.ndim else value for name, value in moments.items()
-        }
-    for group, lr in zip(optimizer.param_groups, state["lr"].tolist(), strict=True):
-        group["lr"] = lr
-    losses = state["losses"].tolist()
-    schedule.load_state_dict({"last_epoch": len(losses)})
-    draws.restore(part_of(state, "draws"))
-    return losses
+        if part_of(state, f"moment.{number}"):  # or it has had no gradient
+            moments = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+            expected |= named(f"moment.{number}", moments)
+    with snapshot.checked(state, expected):
+        taken = {int(tensor) for name, tensor in state.items() if name.endswith(".step")}
+        if not 0 < done <= steps or taken - {done}:
+            raise ValueError(f"found {done} losses and {max(taken, default=0)} steps, allowed are 1..{steps} of both")
+        for number, parameter in enumerate(parameters):
+            with torch.no_grad():
+                parameter.copy_(state[f"parameter.{number}"])
+            moments = part_of(state, f"moment.{number}")
+            optimizer.state[parameter] = {
+                name: value.to(parameter.device) if value.ndim else value for name, value in moments.items()
+            }
+        for group, lr in zip(optimizer.param_groups, state["lr"].tolist(), strict=True):
+            group["lr"] = lr
+        schedule.load_state_dict({"last_epoch": done})
+        draws.restore(part_of(state, "draws"))
+    return state["losses"].tolist()
