@@ -172,7 +172,8 @@ class TestAutoModelOnly:
     def test_settings_are_checked_as_load_model_checks_them(self, folder: Path, key: str, value: object) -> None:
         path = folder / "config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-        with pytest.raises(ValueError, match=rf"^{key}: found {re.escape(repr(value))}, allowed are [^\n]*$"):
+        expected = re.escape(f"{path}: {key}: found {value!r}, allowed are ")
+        with pytest.raises(ValueError, match=rf"^{expected}[^\n]*$"):
             AutoModel.from_pretrained(folder)
 
     def test_codes_without_a_configuration_are_said(self, folder: Path) -> None:

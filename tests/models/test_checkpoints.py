@@ -249,7 +249,6 @@ class TestConfiguration:
             ({"rope_theta": 0}, "rope_theta: found 0, allowed are numbers above 0"),
             ({"rope_theta": 10**30}, "rope_theta: found 1000000000000000000000000000000, allowed are"),
             ({"rope_theta": float("inf")}, "rope_theta: found inf, allowed are numbers above 0"),
-            ({"rope_theta": 10**400}, "rope_theta: found 1000"),
             ({"rms_norm_eps": "small"}, "rms_norm_eps: found 'small', allowed are numbers above 0"),
             ({"n_layers": None, "weight_tying": None}, "missing n_layers, weight_tying"),
         ],
@@ -293,10 +292,10 @@ class TestConfiguration:
         with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
             read_config(folder)
 
-    @pytest.mark.parametrize("text", ["[" * 100_000, '{"vocab_size": 1' + "0" * 5000 + "}"], ids=["deep", "long"])
+    @pytest.mark.parametrize("text", ["[" * 100_000, f'{{"vocab_size": {10**400}}}'], ids=["deep", "long"])
     def test_what_python_cannot_read_is_no_json(self, tmp_path: Path, text: str) -> None:
         (tmp_path / "config.json").write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"config\.json: found invalid JSON"):
+        with pytest.raises(ValueError, match=r"config\.json(, line 1)?: found invalid JSON"):
             read_config(tmp_path)
 
     @pytest.mark.parametrize("levels", [65, 900])
@@ -310,7 +309,7 @@ class TestConfiguration:
     def test_a_large_file_is_refused_before_it_is_read(self, tmp_path: Path) -> None:
         with (tmp_path / "config.json").open("wb") as file:
             file.truncate(2**40)
-        with pytest.raises(ValueError, match=r"config\.json: found 1099511627776 bytes, allowed are 67108864 at most"):
+        with pytest.raises(ValueError, match=r"config\.json: found 1099511627776 bytes, allowed are 16777216 at most"):
             read_config(tmp_path)
 
     def test_what_transformers_refuses_is_one_line(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ class TestChat:
 
     def test_a_template_file_that_is_no_text_is_named(self, folder: Path) -> None:
         (folder / "chat_template.jinja").write_bytes(b"\xff")
-        with pytest.raises(ValueError, match=r"chat_template\.jinja: found no UTF-8"):
+        with pytest.raises(ValueError, match=r"chat_template\.jinja, line 1: found the byte 0xff"):
             read_chat_template(folder)
 
     def test_a_model_without_a_template_says_so(self, tiny: DiffusionLM) -> None:

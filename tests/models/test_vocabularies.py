@@ -129,7 +129,7 @@ class TestBert:
         ({"mask_token": 5}, None, "mask_token: found 5, expected its text or"),
         ({"mask_token": "<mask>"}, None, "vocab.txt: found no '<mask>', expected every special token of BertTokenizer"),
         ({}, b"[PAD]\nthe\nthe\n", "vocab.txt: found 'the' twice, allowed is each token once"),
-        ({}, b"\xff\n", "vocab.txt: found no UTF-8"),
+        ({}, b"\xff\n", "vocab.txt, line 1: found the byte 0xff, allowed is text in UTF-8"),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from thermo_lib.files.reading import brief, read_object
+from thermo_lib.files.reading import MOST_BYTES, brief, read_object
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -46,14 +46,18 @@ CONVERT = (
 )
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """A folder's safetensors file or else the shards that its index names.
+
+    Args:
+        folder: of a model.
+        variant: a word that ``transformers`` has in the names of other weights of the same model, e.g. ``fp16``.
 
     Raises:
         ValueError: no weights, pickled weights only, a file beside an index, shards without an index, a damaged index,
             or shards that hold something else than it says.
     """
-    whole, index = folder / WEIGHTS_NAME, folder / INDEX_NAME
+    whole, index = (folder / _of_variant(name, variant) for name in (WEIGHTS_NAME, INDEX_NAME))
     if whole.is_file() and index.is_file():  # of two models, perhaps; transformers would take the file without a word
         found = f"found both {whole.name} and {index.name} in {folder}"
         raise ValueError(f"model: {found}, allowed is one of them; move away the one that isn't this model's")
@@ -63,28 +67,31 @@ def weight_files(folder: Path) -> list[Path]:
         return _shards(index)
     if shards := sorted(path.name for path in folder.glob("*.safetensors")):
         found = f"found {shards[0]} ({len(shards)} safetensors files in all) in {folder}"
-        expected = f"expected {WEIGHTS_NAME}, or the {index.name} that names them; copy it from where they are from"
+        expected = f"expected {whole.name}, or the {index.name} that names them; copy it from where they are from"
         raise ValueError(f"model: {found}, but no index; {expected}")
     pickled = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     hint = f"{pickled[0]} is a pickle, convert it: " if pickled else ""  # of a hub id, pickles aren't downloaded
-    raise ValueError(f"model: found no {WEIGHTS_NAME} in {folder}; {hint}{CONVERT}")
+    raise ValueError(f"model: found no {whole.name} in {folder}; {hint}{CONVERT}")
 
 
-def check_for_transformers(folder: Path) -> None:
-    """Raise ValueError for a folder that ``weight_files`` refuses, or whose other files ``transformers`` fails at."""
-    files, index = weight_files(folder), folder / INDEX_NAME
+def _of_variant(name: str, variant: str | None) -> str:
+    start, dot, end = name.rpartition(".")
+    return name if variant is None else f"{start}.{variant}{dot}{end}"
+
+
+def check_for_transformers(folder: Path, variant: str | None = None) -> None:
+    """Raise ValueError for a folder that ``weight_files`` refuses, or whose index ``transformers`` fails at."""
+    files, index = weight_files(folder, variant), folder / _of_variant(INDEX_NAME, variant)
     for path in files:
         with open_safetensors(path):  # which is smaller than the memory
             pass
-    if index.is_file() and not isinstance(found := read_object(index).get("metadata"), dict):
+    if index.is_file() and not isinstance(found := read_object(index, MOST_BYTES).get("metadata"), dict):
         raise ValueError(f"{index}: metadata: found {found!r:.80}, expected an object")
-    if (path := folder / "generation_config.json").is_file():
-        read_object(path)
 
 
 def _shards(index: Path) -> list[Path]:
     """The files that an index names, no tensor in another or in more than it says."""
-    weight_map = read_object(index).get("weight_map")
+    weight_map = read_object(index, MOST_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         found = "an empty object" if weight_map == {} else type(weight_map).__name__
         raise ValueError(f"{index}: weight_map: found {found}, expected an object from tensors to files")
@@ -213,6 +220,13 @@ def check_full_precision(dtype: torch.dtype, name: str, where: Path) -> None:
     if dtype not in FULL_PRECISION:
         allowed = ", ".join(str(dtype) for dtype in FULL_PRECISION)
         raise ValueError(f"{where}: tensor {name}: found {dtype}, allowed are {allowed}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise ValueError for a type that a model's weights can't have in memory."""
+    if dtype not in FULL_PRECISION:
+        allowed = ", ".join(str(each) for each in FULL_PRECISION)
+        raise ValueError(f"dtype: found {dtype!r:.80}, allowed are {allowed}")
 
 
 def check_finite(tensor: Tensor, name: str, where: Path) -> None:

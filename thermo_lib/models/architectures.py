@@ -30,9 +30,7 @@ from transformers import (
 from transformers.modeling_outputs import MaskedLMOutput
 
 from thermo_lib.files.tensors import (
-    CONVERT,
     check_finite,
-    check_for_transformers,
     check_full_precision,
     check_inside,
     check_shapes,
@@ -40,14 +38,13 @@ from thermo_lib.files.tensors import (
     read_headers,
 )
 from thermo_lib.models.families import ARCHITECTURES, stored_names, tensor_name, used
+from thermo_lib.models.for_transformers import check_request
 from thermo_lib.models.key_values import BlockByBlock
 from thermo_lib.models.passes import BLOCK_CAUSAL, PASSES, DecoderPass, Norm, hiding
 from thermo_lib.models.saved import save_into
 from thermo_lib.models.settings import Architecture, Parts
 from thermo_lib.quant.calls import CurrentStep, denoising
 from thermo_lib.quant.time_norms import check_plain_norms
-
-_DISTRIBUTED = "shard-*-model-*-of-*.safetensors"  # parts of tensors, which transformers prefers to whole ones
 
 
 class MaskPredictor(BlockByBlock, nn.Module):
@@ -230,18 +227,12 @@ class MaskPredictor(BlockByBlock, nn.Module):
         """What ``transformers`` loads from safetensors files that hold the model's tensors and nothing else.
 
         Raises:
-            ValueError: what ``load_model`` raises of weights: none, pickled, not complete, missing, unexpected, or of
-                another shape or type than full precision has, NaN or infinity.
+            ValueError: what ``load_model`` raises of settings and weights: none, pickled, not complete, missing,
+                unexpected, or of another shape or type than full precision has, NaN or infinity.
         """
-        if kwargs.get("use_safetensors") is False:
-            raise ValueError(f"use_safetensors: found False, allowed is True; {CONVERT}")
+        check_request(pretrained_model_name_or_path, kwargs)
         kwargs["use_safetensors"] = True
-        name, subfolder = pretrained_model_name_or_path, kwargs.get("subfolder") or ""
-        if name is not None and kwargs.get("variant") is None and Path(name, subfolder).is_dir():
-            check_for_transformers(Path(name, subfolder))
-            if found := sorted(path.name for path in Path(name, subfolder).glob(_DISTRIBUTED)):
-                raise ValueError(f"model: found {found[0]} in {name}, allowed are files that hold whole tensors")
-        return super().from_pretrained(name, *args, **kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     @classmethod
     def _load_pretrained_model(

@@ -9,26 +9,27 @@ from typing import Any
 
 from transformers import BertConfig, EsmConfig, ModernBertConfig, RobertaConfig
 
+from thermo_lib.models.published import Checked
 from thermo_lib.models.settings import TOKEN_IDS, Architecture, Parts, flat_rope, same
 
 
-class MaskedBertConfig(BertConfig):
+class MaskedBertConfig(Checked, BertConfig):
     """BERT's configuration with a mask token."""
 
     mask_token_id: int | None = None
 
 
-class MaskedRobertaConfig(RobertaConfig):
+class MaskedRobertaConfig(Checked, RobertaConfig):
     """RoBERTa's configuration with a mask token."""
 
     mask_token_id: int | None = None
 
 
-class MaskedEsmConfig(EsmConfig):
+class MaskedEsmConfig(Checked, EsmConfig):
     """ESM's configuration, which has a mask token."""
 
 
-class MaskedModernBertConfig(ModernBertConfig):
+class MaskedModernBertConfig(Checked, ModernBertConfig):
     """ModernBERT's configuration with a mask token and the settings that its published files have."""
 
     mask_token_id: int | None = None

@@ -22,6 +22,7 @@ from thermo_lib.models.published import (
     A2DLlamaConfig,
     A2DQwen2Config,
     A2DQwen3Config,
+    Checked,
     DreamConfig,
     FastDLLMConfig,
     LLaDAConfig,
@@ -320,6 +321,11 @@ def _family(content: dict[str, Any], asked: str | None) -> str:
     return fitting[0] if asked is None else asked
 
 
+def _values_of(family: str, content: dict[str, Any], folder: str | Path | None, revision: str | None) -> dict[str, Any]:
+    """``_values`` of a family whose class was asked for, once ``config.json`` is found to be of it."""
+    return _values(_family(content, family), content, folder, revision)
+
+
 def read_config(folder: Path, family: str | None = None, block_length: int | None = None) -> PreTrainedConfig:
     """The configuration in ``folder/config.json``; keys that ask for remote code are not obeyed.
 
@@ -372,4 +378,4 @@ def config_json(config: PreTrainedConfig, **more: Any) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-Published.values, Published.written = staticmethod(_values), staticmethod(config_json)
+Checked.values, Published.written = staticmethod(_values_of), staticmethod(config_json)

@@ -23,6 +23,7 @@ from thermo_lib.files.reading import read_object
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
     cast,
+    check_dtype,
     check_full_precision,
     check_tensors,
     read_headers,
@@ -322,6 +323,7 @@ def load_model(
         ValueError: unknown model, a quantized one, unsupported type, a family or a block length that is missing or
             doesn't fit, damaged weights, or more of them than memory; the message says which and why.
     """
+    check_dtype(dtype)
     folder = model_folder(name)
     config = read_config(folder, family, block_length)
     check_unquantized(folder)
@@ -390,6 +392,7 @@ def save_model(
         ValueError: time-aware norms, or what ``output_folder`` raises.
     """
     check_plain_norms(lm.model)
+    check_dtype(dtype)
 
     def write(target: Path) -> None:
         config = lm.model.config

@@ -10,23 +10,14 @@ from thermo_lib.files.reading import read_object
 from thermo_lib.models.settings import ConfigBase, in_one_line
 
 
-class Published(ConfigBase):
-    """A configuration that ``transformers`` reads from a published ``config.json``, and writes as one.
+class Checked(ConfigBase):
+    """A configuration that ``transformers`` reads from a ``config.json`` only as ``read_config`` does.
 
     Attributes:
-        on_use: called before one is made, see ``integrations.auto``.
         values: gives the attributes of a family's configuration, see ``families``, which sets it.
-        written: gives the published ``config.json`` of a configuration; as ``values``.
     """
 
-    on_use: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
     values: ClassVar[Callable[..., dict[str, Any]]]
-    written: ClassVar[Callable[..., str]]
-
-    def __new__(cls, *_: Any, **__: Any) -> Self:
-        """Make one, once what builds its model is known to ``transformers``."""
-        Published.on_use()
-        return super().__new__(cls)
 
     @classmethod
     def get_config_dict(
@@ -38,10 +29,12 @@ class Published(ConfigBase):
             ValueError: what ``read_object`` raises of a folder's ``config.json``.
         """
         path = Path(str(pretrained_model_name_or_path), kwargs.get("subfolder") or "", "config.json")
-        if path.is_file():
+        is_here = path.is_file()
+        if is_here:
             read_object(path)  # which refuses what transformers would fail at
         content, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return content | {"_name_or_path": str(pretrained_model_name_or_path)}, kwargs
+        here = {_FOLDER: str(path.parent)} if is_here else {}
+        return content | {"_name_or_path": str(pretrained_model_name_or_path)} | here, kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -50,14 +43,36 @@ class Published(ConfigBase):
         Raises:
             ValueError: what ``read_config`` raises, or a hub id whose tokenizer is needed and can't be read.
         """
-        found = config_dict.get("quantization_config")
-        if found is not None and not isinstance(found, dict):
-            raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
-        kept = {key: config_dict[key] for key in _OF_TRANSFORMERS if key in config_dict}
-        name = kwargs.get("name_or_path") or config_dict.get("_name_or_path")
-        values = Published.values(cls.model_type, config_dict, name, config_dict.get("_commit_hash"))
-        with in_one_line():
-            return super().from_dict(values | kept, **kwargs)
+        content = dict(config_dict)
+        name = content.pop(_FOLDER, None) or kwargs.get("name_or_path") or content.get("_name_or_path")
+        path = Path(str(name or ""), "config.json")
+        try:
+            found = content.get("quantization_config")
+            if found is not None and not isinstance(found, dict):
+                raise ValueError(f"quantization_config: found {found!r:.80}, expected an object")
+            values = Checked.values(cls.model_type, content, name, content.get("_commit_hash"))
+            kept = {key: content[key] for key in _OF_TRANSFORMERS if content.get(key) is not None}
+            with in_one_line():
+                return super().from_dict(values | kept, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}" if name and path.is_file() else str(error)) from error
+
+
+class Published(Checked):
+    """A configuration that is also written in the layout of the published ``config.json``.
+
+    Attributes:
+        on_use: called before one is made, see ``integrations.auto``.
+        written: gives the published ``config.json`` of a configuration; as ``values``.
+    """
+
+    on_use: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
+    written: ClassVar[Callable[..., str]]
+
+    def __new__(cls, *_: Any, **__: Any) -> Self:
+        """Make one, once what builds its model is known to ``transformers``."""
+        Published.on_use()
+        return super().__new__(cls)
 
     def to_json_string(self, use_diff: bool = True) -> str:
         """``config.json`` in the published layout, with what ``transformers`` adds to it."""
@@ -67,6 +82,7 @@ class Published(ConfigBase):
         )
 
 
+_FOLDER = "_folder"  # of what ``get_config_dict`` has read, until ``from_dict`` has checked it
 _OF_TRANSFORMERS = ("dtype", "torch_dtype", "quantization_config", "transformers_version")
 
 

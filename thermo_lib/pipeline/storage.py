@@ -15,6 +15,7 @@ from thermo_lib.files.snapshots import named
 from thermo_lib.files.tensors import (
     WEIGHTS_NAME,
     cast,
+    check_dtype,
     check_full_precision,
     check_shapes,
     open_safetensors,
@@ -167,14 +168,16 @@ def load_quantized(path: str | Path, *, dtype: torch.dtype = torch.float32, prog
     Raises:
         ValueError: not a folder of a quantized model, or damaged; the message says where and why.
     """
+    check_dtype(dtype)
     folder = model_folder(str(path))
     config = read_config(folder)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
     thermo = read_quantization(folder)
     found = read_tensors(folder, progress=progress)
     model = skeleton(config)
     lm = QuantizedLM(
         model,
-        read_tokenizer(folder),
+        tokenizer,
         config.mask_token_id,
         str(path),
         thermo,
@@ -203,7 +206,7 @@ def read_quantization(folder: Path) -> ThermoConfig:
 def is_quantized(name: str) -> bool:
     """Whether a model is quantized, by its ``config.json``; without that file it isn't."""
     path = model_folder(name) / "config.json"
-    return path.is_file() and "quantization_config" in read_object(path)
+    return path.is_file() and read_object(path).get("quantization_config") is not None
 
 
 def load_any(
