@@ -108,3 +108,16 @@ def test_a_damaged_snapshot_is_made_anew(
     quantize_checkpoint(source, output, config, calibration)
     assert files(output) == files(tmp_path / "whole")
     assert not unfinished(output).exists()
+
+
+def test_an_unfinished_folder_shows_no_more_than_the_output_it_replaces(
+    write: Callable[..., Path], output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output.chmod(0o700)
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_stored", _stop_at_second(streaming._stored))
+        with pytest.raises(KeyboardInterrupt):
+            quantize_checkpoint(source := write(), output, configured())
+    assert unfinished(output).stat().st_mode & 0o777 == 0o700
+    quantize_checkpoint(source, output, configured())
+    assert output.stat().st_mode & 0o777 == 0o700
