@@ -352,17 +352,19 @@ def labelled_points(
     figure, (ax,) = new_axes(width=6.8, height=4.6)
     head(figure, title)
     own, ends = [name for name in points if name in ours], {}
-    for name, (x, y) in points.items():
-        style = {"s": 44, "marker": "Ds^"[own.index(name) % 3], "zorder": 3} if name in own else {"s": 24, "zorder": 2}
-        ax.scatter(x, y, color=OURS if name in own else OTHERS, **style)
-        low = min(range(len(y)), key=y.__getitem__)
-        ends[name] = x[low], y[low]
+    for name, (xs, ys) in points.items():
+        marks: dict[str, Any] = {"s": 24, "zorder": 2}
+        if name in own:
+            marks = {"s": 44, "marker": "Ds^"[own.index(name) % 3], "zorder": 3}
+        ax.scatter(xs, ys, color=OURS if name in own else OTHERS, **marks)
+        low = min(range(len(ys)), key=ys.__getitem__)
+        ends[name] = xs[low], ys[low]
     placed: list[tuple[float, float]] = []
     for name, (x, y) in sorted(ends.items(), key=lambda end: end[1][1]):
         height = max([y, *(1.22 * other for at, other in placed if abs(at - x) < 0.3)])  # none lies on another
         placed.append((x, height))
-        style = {"color": OURS, "weight": "bold"} if name in own else {"color": "#444444"}
-        ax.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center", fontsize=10, **style)
+        text: dict[str, Any] = {"color": OURS, "weight": "bold"} if name in own else {"color": "#444444"}
+        ax.annotate(name, (x, height), (7, 0), textcoords="offset points", va="center", fontsize=10, **text)
     ax.set(yscale="log", yticks=[3, 5, 10, 20, 50, 100])
     ax.set_xlabel(xlabel, fontsize=11)
     ax.set_ylabel(ylabel, fontsize=11)
