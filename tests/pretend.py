@@ -7,13 +7,13 @@ the CPU. What moves from one device to the other is counted, and so are the byte
 
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 DEVICE = torch.device("lazy")
 torch._register_device_module("lazy", ModuleType("torch.lazy"))  # torch.utils.checkpoint asks for one
@@ -97,9 +97,26 @@ class OnDevice(Tensor):
         return compute(func, args, kwargs or {}, Counter())
 
 
+def of_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """What a function makes of the tensors in lists, tuples and dictionaries; torch's own takes most of the time."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)([of_tensors(function, x) for x in value])
+    if isinstance(value, dict):
+        return {name: of_tensors(function, x) for name, x in value.items()}
+    return value
+
+
 def compute(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str]) -> Any:
     """Run an operation where its tensors are."""
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    tensors: list[Tensor] = []
+
+    def plain(x: Tensor) -> Tensor:
+        tensors.append(x)
+        return x.held if isinstance(x, OnDevice) else x
+
+    held = of_tensors(plain, (args, kwargs))
     here = [x for x in tensors if isinstance(x, OnDevice)]
     target = kwargs.get("device")
     onto = target is not None and torch.device(target).type == DEVICE.type
@@ -119,15 +136,11 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str]) -
         count["read"] += 1
     if func in _SIZED and here:
         count["size"] += 1
-    held = tree_map(lambda x: x.held if isinstance(x, OnDevice) else x, (args, kwargs))
     options = held[1] | ({"device": torch.device("cpu")} if onto else {})
     result = func(*held[0], **options)
     given = {id(x.held): x for x in here}
 
-    def wrapped(x: Any) -> Any:
-        return (given[id(x)] if id(x) in given else OnDevice(x)) if isinstance(x, Tensor) else x
-
-    return tree_map(wrapped, result)
+    return of_tensors(lambda x: given[id(x)] if id(x) in given else OnDevice(x), result)
 
 
 def _move(func: Any, args: Any, kwargs: dict[str, Any], count: Counter[str], onto: bool, target: Any) -> Any:
