@@ -10,6 +10,7 @@ one line; and the same command succeeds afterwards, with the new output and noth
 import argparse
 import ctypes
 import errno
+import gc
 import json
 import os
 import random
@@ -308,6 +309,7 @@ def main() -> int:
             return subprocess.run([sys.executable, *sys.argv], env=environment, check=False).returncode
     with tempfile.TemporaryDirectory() as folder:
         faults = Faults(Path(os.path.realpath(folder)))
+        gc.freeze()  # or each of the processes would look through all that was imported
         for fault in _drawn(faults, arguments.commands or list(faults.commands), arguments.some, arguments.seed):
             faults.one(*fault)
         os.chdir("/")
