@@ -111,7 +111,8 @@ class Parser(argparse.ArgumentParser):
         said = message.removeprefix("argument ").removeprefix("--")
         missing = "the following arguments are required: "
         if said.startswith(missing):
-            said = f"{said.removeprefix(missing)}: found none, allowed is a value, which must be given"
+            names = said.removeprefix(missing)
+            said = f"{names} {'are' if ', ' in names else 'is'} missing"
         line = " ".join(said.splitlines())
         self.exit(2, f"error: {line} (see {self.prog} --help)\n")
 
