@@ -23,7 +23,8 @@ from thermo_lib.diffusion.states import Calibration, calibrate, text_batches
 from thermo_lib.diffusion.tokens import Sampling, chosen_sampler
 from thermo_lib.evaluation import report
 from thermo_lib.evaluation.comparison import per_sequence
-from thermo_lib.evaluation.page import BEGINS, CONFIGURATION_FIELDS, TARGET_FIELDS, report_page
+from thermo_lib.evaluation.page import BEGINS, report_page
+from thermo_lib.evaluation.results import read_report_json
 from thermo_lib.evaluation.scores import Suite, build_suite, evaluate
 from thermo_lib.evaluation.smoothing import (
     check_comparable,
@@ -35,7 +36,6 @@ from thermo_lib.evaluation.smoothing import (
 )
 from thermo_lib.evaluation.summary import summarize
 from thermo_lib.files.outputs import alone_in, alone_in_folder, output_file
-from thermo_lib.files.reading import read_report
 from thermo_lib.files.tensors import weight_files
 from thermo_lib.files.text import as_json, write_json, write_text
 from thermo_lib.files.whole import replacing_together, sweep_together
@@ -391,8 +391,7 @@ def run_point(arguments: argparse.Namespace) -> None:
 def run_report(arguments: argparse.Namespace) -> None:
     """Make one HTML page of what ``benchmark`` or the pipeline wrote."""
     with alone_in(arguments.output, begins=BEGINS):
-        read = read_report(arguments.report, configurations=CONFIGURATION_FIELDS, targets=TARGET_FIELDS)
-        write_text(arguments.output, report_page(read))
+        write_text(arguments.output, report_page(read_report_json(arguments.report)))
     if arguments.json:
         tell(arguments, "", {"report": str(arguments.report), "output": str(arguments.output)})
 

@@ -22,6 +22,9 @@ from thermo_lib.data.corpus import train_tokenizer
 from thermo_lib.data.puzzles import Puzzle, is_solution, read_jsonl
 from thermo_lib.data.texts import read_texts
 from thermo_lib.diffusion.states import Calibration, calibrate
+from thermo_lib.evaluation.comparison import differences
+from thermo_lib.evaluation.page import report_page
+from thermo_lib.evaluation.results import read_report_json, read_results
 from thermo_lib.evaluation.smoothing import Targets
 from thermo_lib.models.tokenization import read_tokenizer
 from thermo_lib.notebooks import tidy
@@ -307,6 +310,15 @@ def _check_texts(path: Path) -> None:
         text.encode()
 
 
+def _check_report(path: Path) -> None:
+    assert report_page(read_report_json(path)).startswith("<!DOCTYPE html>")
+
+
+def _check_results(path: Path) -> None:
+    for row in read_results(path).rows.values():
+        assert not any(found["difference"] for found in differences(row, row))
+
+
 TASKS = {
     "countdown": [{"input": "2,3,4,14", "output": "3*4=12,12+2=14"}, {"input": "1,2,3", "output": "1+2=3"}],
     "sudoku": [{"input": "1000\n0000\n0000\n0000", "output": "1234\n3412\n2143\n4321"}],
@@ -338,6 +350,12 @@ def build(root: Path) -> None:
         "rows": [row | {"point": point(3, num_time_groups=2, method="cubic").to_dict()}],
     }
     (root / "points.json").write_text(json.dumps(content), encoding="utf-8")
+    report = json.loads((params.PARAMS_FILE.parent / "reports/report.json").read_text(encoding="utf-8"))
+    report |= {name: report[name][:2] for name in ("configurations", "targets")}
+    (root / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    numbers = {"name": "m", "accuracy": 0.5, "accuracy_ci": [0.4, 0.6], "nelbo": 3, "bits_per_weight": 2.25}
+    pairs = {"inputs": "x", "accuracy": [0.4, 0.6], "nelbo": [2.5, 3.5]}
+    (root / "scores.json").write_text(json.dumps(numbers | {"sequences": pairs}), encoding="utf-8")
     cell = v4.new_code_cell("1", outputs=[v4.new_output("stream", name="stdout", text="1\n")])
     with (root / "notebook.ipynb").open("w", encoding="utf-8") as file:
         write(v4.new_notebook(cells=[cell, v4.new_markdown_cell("text")]), file)
@@ -403,11 +421,14 @@ def targets(root: Path) -> dict[str, Target]:
         "words": Words(),
         "fields": Fields(),
         "reports": _OneOf(
-            File(root / "points.json", lambda path: _read_rows(path)), File(root / "notebook.ipynb", tidy)
+            File(root / "points.json", lambda path: _read_rows(path)),
+            *(File(root / f"{name}.json", _check_results) for name in ("points", "scores", "report")),
+            File(root / "notebook.ipynb", tidy),
         ),
+        "report": File(root / "report.json", _check_report),
     }
 
 
 KINDS: Sequence[str] = (
-    *("config", "index", "header", "tokenizer", "template", "params", "tasks", "words", "fields", "reports"),
+    *("config", "index", "header", "tokenizer", "template", "params", "tasks", "words", "fields", "reports", "report"),
 )

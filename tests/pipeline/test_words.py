@@ -84,6 +84,8 @@ def test_the_whole_fields_are_those_of_the_configuration() -> None:
         ({"timesteps": 1e300}, r"timesteps: found 1e\+300, allowed is a whole number"),
         ({"weights.damping": True}, "weights.damping: found True, allowed is a number"),
         ({"weights.damping": float("nan")}, "weights.damping: found nan, allowed is a number"),
+        ({"weights.damping": 10**400}, "weights.damping: found 1000"),
+        ({"weights.group_size": 10**400}, "weights.group_size: found 1000"),
         ({"quantizer": "trellis", "weights.bits": float("nan")}, "found nan, allowed is a number"),
         ({"quantizer": "trellis", "weights.spread": "yes"}, "weights.spread: found 'yes', allowed is True or False"),
         ({"quantizer": "trellis", "weights.spread": 1}, "weights.spread: found 1, allowed is True or False"),

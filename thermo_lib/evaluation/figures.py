@@ -157,9 +157,9 @@ def intervals(
     figure, (ax,) = new_axes(width=7.5, height=1.2 + 0.34 * len(rows))
     head(figure, title)
     some = any(name in ours for name in rows)
-    for number, (name, (value, (low, high))) in enumerate(rows.items()):
+    for line, (name, (value, (low, high))) in enumerate(rows.items()):
         color = OTHERS if some and name not in ours else OURS
-        ax.errorbar(value, number, xerr=[[value - low], [high - value]], fmt="o", color=color, capsize=3)
+        ax.errorbar(value, line, xerr=[[max(0, value - low)], [max(0, high - value)]], fmt="o", color=color, capsize=3)
     ax.set(xlabel=xlabel, yticks=range(len(rows)), yticklabels=list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.5)
     for label, name in zip(ax.get_yticklabels(), rows, strict=True):

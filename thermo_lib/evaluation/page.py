@@ -11,18 +11,6 @@ import jinja2
 
 from thermo_lib.extras import needs
 
-# What the page needs of each row, and its kind; the rest may be missing.
-CONFIGURATION_FIELDS = {
-    "name": str,
-    "bits_per_weight": float,
-    "activation_bits": int,
-    "accuracy": float,
-    "accuracy_ci": list,
-    "path_kl": float,
-    "path_kl_ci": list,
-    "path_kl_per_timestep": list,
-}
-TARGET_FIELDS = {"name": str, "verdict": str, "value": float, "ci": list, "target": float}
 _KINDS = {"met": "met", "not met": "not", "inconclusive": "open"}
 _CONFIGURATIONS = {  # heading to key, how to print it, and the key of its interval
     "configuration": ("name", "{}", None),
@@ -50,7 +38,7 @@ def report_page(report: Mapping[str, Any]) -> str:
     """The page of a ``report.json``.
 
     Args:
-        report: what ``evaluation.report.build_report`` returned, or the file read again.
+        report: what ``evaluation.report.build_report`` returned, or ``results.read_report_json``.
 
     Returns:
         HTML with all it needs inside; its tables can be sorted where scripts run.

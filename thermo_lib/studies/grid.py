@@ -5,7 +5,6 @@ can be compared sequence by sequence.
 """
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from thermo_lib.diffusion.states import Calibration, calibrate, calibration_batc
 from thermo_lib.evaluation.scores import Suite, accuracy_per_sequence, build_suite, masked_token_scores
 from thermo_lib.evaluation.summary import markov, stored_bits
 from thermo_lib.files.locks import locked
-from thermo_lib.files.reading import brief, field_of, read_report, shown
+from thermo_lib.files.reading import brief, field_of, is_number, read_report, shown
 from thermo_lib.files.snapshots import digest
 from thermo_lib.files.text import write_json
 from thermo_lib.models.lm import DiffusionLM
@@ -221,7 +220,7 @@ def _read_rows(path: Path) -> tuple[Any, dict[str, PointRow]]:
             if row.get(name) is not None:
                 field_of(row, name, float, where)
         for name in _LISTS:
-            if not all(type(value) in (int, float) and math.isfinite(value) for value in row[name]):
+            if not all(map(is_number, row[name])):
                 raise ValueError(f"{where}: {name}: found {row[name]!r:.80}, allowed is a list of numbers")
         if found := sorted(row.keys() ^ PointRow.__annotations__.keys()):
             problem = "unknown" if found[0] in row else "missing"

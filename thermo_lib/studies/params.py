@@ -12,9 +12,10 @@ from typing import Any
 
 from thermo_lib.extras import needs
 from thermo_lib.files.reading import read_text, shown
+from thermo_lib.files.schema import Where
 from thermo_lib.pipeline.words import NUMBER
 from thermo_lib.studies.grid import Inputs
-from thermo_lib.studies.schema import Where, problems
+from thermo_lib.studies.schema import problems
 
 PARAMS_FILE = Path(__file__).resolve().parents[2] / "params.yaml"
 _MOST_CHARACTERS = 2**16  # ten times the file

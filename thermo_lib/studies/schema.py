@@ -4,9 +4,11 @@ import typing
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 
 from thermo_lib.diffusion.tokens import SAMPLERS
+from thermo_lib.files.reading import brief
+from thermo_lib.files.schema import Section, Where, errors, in_words, place_of
 from thermo_lib.pipeline.flat import is_single, nearest
 from thermo_lib.pipeline.parts import SmoothingMethod
 from thermo_lib.studies.grid import MixName
@@ -51,11 +53,7 @@ Settings = dict[Annotated[str, AfterValidator(_setting)], Annotated[Any, AfterVa
 Text = Annotated[str, Field(min_length=1)]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Data(_Section):
+class Data(Section):
     """``data``: of the reference model's training."""
 
     packages: dict[Text, Text] = Field(min_length=1)
@@ -64,7 +62,7 @@ class Data(_Section):
     task_length: Length
 
 
-class Train(_Section):
+class Train(Section):
     """``train``: the reference model and its training."""
 
     hidden_size: Length
@@ -93,7 +91,7 @@ class Train(_Section):
         return self
 
 
-class Quant(_Section):
+class Quant(Section):
     """``quant``: the configuration of the notebooks."""
 
     bit_width: Annotated[Literal[2, 4, 8], BeforeValidator(_whole)]
@@ -110,7 +108,7 @@ class Quant(_Section):
         return self
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """``calibration``: see ``calibration_batches``."""
 
     source: Literal["forward", "trajectory"]
@@ -118,7 +116,7 @@ class Calibration(_Section):
     puzzles: Count
 
 
-class Evaluation(_Section):
+class Evaluation(Section):
     """``evaluation``: see ``build_suite``."""
 
     sequences: Count
@@ -129,21 +127,21 @@ class Evaluation(_Section):
     resamples: Count
 
 
-class Reference(_Section):
+class Reference(Section):
     """``reference``: puzzles that the reference model is scored on."""
 
     sudoku: Count
     countdown: Count
 
 
-class Overhead(_Section):
+class Overhead(Section):
     """``overhead``: see ``smoothing_overhead``."""
 
     rounds: Annotated[int, Field(ge=2, le=10_000)]
     sequences: Count
 
 
-class Targets(_Section):
+class Targets(Section):
     """``targets``: see ``evaluation.smoothing.Targets``."""
 
     accuracy_gain: Finite
@@ -152,7 +150,7 @@ class Targets(_Section):
     overhead: Finite
 
 
-class Peers(_Section):
+class Peers(Section):
     """``peers``: the goals of the comparison with other methods."""
 
     bits: Positive
@@ -162,7 +160,7 @@ class Peers(_Section):
     seconds: Positive
 
 
-class Smoothing(_Section):
+class Smoothing(Section):
     """``smoothing``: what its notebook compares."""
 
     activation_bits: list[Annotated[InputBits, BeforeValidator(_whole)]] = Field(min_length=1)
@@ -170,28 +168,28 @@ class Smoothing(_Section):
     methods: list[SmoothingMethod] = Field(min_length=1)
 
 
-class Steps(_Section):
+class Steps(Section):
     """An entry of ``study.*.timesteps``."""
 
     steps: Length
     seeds: list[Seed] = Field(min_length=1)
 
 
-class Objectives(_Section):
+class Objectives(Section):
     """``study.*.objectives``."""
 
     output: list[Settings]
     path_kl: list[Settings]
 
 
-class Markov(_Section):
+class Markov(Section):
     """``study.*.markov``."""
 
     num_time_groups: list[Length]
     weights: list[Annotated[Finite, Field(ge=0)]]
 
 
-class Axes(_Section):
+class Axes(Section):
     """``study.full`` and ``study.reduced``: see ``studies.smoothing.slices``."""
 
     seeds: list[Seed] = Field(min_length=1)
@@ -215,14 +213,14 @@ class Axes(_Section):
     markov: Markov
 
 
-class Study(_Section):
+class Study(Section):
     """``study``: what the pipeline measures again, and what is measured once."""
 
     reduced: Axes
     full: Axes
 
 
-class Params(_Section):
+class Params(Section):
     """The whole file."""
 
     seed: Seed
@@ -239,47 +237,17 @@ class Params(_Section):
     study: Study
 
 
-_KINDS = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a number",
-    "string_type": "a text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "model_attributes_type": "a mapping",
-}
-Where = tuple[str | int, ...]
-
-
 def problems(content: Mapping[str, Any]) -> list[tuple[Where, str]]:
     """What is wrong with the file's content: the place of each wrong value, and a message on one line."""
-    try:
-        Params.model_validate(content)
-    except ValidationError as error:
-        found = error.errors(include_url=False)
-        found.sort(key=lambda each: each["type"] != "extra_forbidden")  # what is missing may only be misspelt
-        return [_in_words(each) for each in found]
-    return []
+    return [(place_of(each), _in_words(each)) for each in errors(Params, content)]
 
 
-def _in_words(error: Mapping[str, Any]) -> tuple[Where, str]:
-    place = tuple(part for part in error["loc"] if part != "[key]")
-    field, kind = ".".join(map(str, place)), error["type"]
-    if kind == "missing":
-        return place, f"{field}: found none, it must be there"
-    found = f"found {error['input']!r:.80}"
-    if kind == "extra_forbidden":
-        allowed = _keys(place[:-1])
-        return place, f"{field}: found it, allowed are {', '.join(allowed)}{nearest(str(place[-1]), allowed)}"
-    if kind == "value_error":
-        reason = str(error["ctx"]["error"])
-        if ": found" in reason:  # of a section, which names the key
-            return place, f"{field}.{reason}"
-        return place, f"{field}: {found}, allowed is {reason}"
-    if kind in _KINDS:
-        return place, f"{field}: {found}, allowed is {_KINDS[kind]}"
-    return place, f"{field}: {found}, {error['msg'].replace('Input should be', 'allowed is')}"
+def _in_words(error: Mapping[str, Any]) -> str:
+    if error["type"] != "extra_forbidden":
+        return in_words(error)
+    place = place_of(error)
+    field, allowed = brief(".".join(map(str, place))), _keys(place[:-1])
+    return f"{field}: found it, allowed are {', '.join(allowed)}{nearest(str(place[-1]), allowed)}"
 
 
 def _keys(place: Where) -> list[str]:
