@@ -20,7 +20,8 @@ _KEY = re.compile(r'"([^"\\]{1,80})"\s*:[\s\[]*\Z')
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number that a float holds: no truth value, NaN or infinity, and no larger whole number."""
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    is_real = isinstance(value, Real) and not isinstance(value, bool)
+    return is_real and abs(value) <= sys.float_info.max
 
 
 def read_text(path: str | Path, newline: str | None = None, most: int = MOST_BYTES) -> str:
@@ -110,7 +111,8 @@ def parse_json(
     except RecursionError:
         place, reason = "", "nested too deep"
     except _NoNumberError as error:
-        before = text[: re.search(rf'(?<!["\w]){re.escape(error.written)}', text).start()]
+        at = re.search(rf'(?<!["\w]){re.escape(error.written)}', text)
+        before = text[: at.start()] if at else ""
         place, key = "" if is_line else f", line {before.count(chr(10)) + 1}", _KEY.search(before[-200:])
         reason = f"{f'{brief(key[1])}: ' if key else ''}{error}"
     except ValueError as error:  # of this module
