@@ -39,10 +39,30 @@ def test_a_puzzle_is_solved_where_no_cell_is_wrong(lm: DiffusionLM) -> None:
     assert row == {"model": "a", "bits_per_weight": None, "puzzles": 2, "solved": sum(not e["wrong"] for e in ends)}
 
 
-def test_a_continuation_is_on_one_line_and_changes_nothing_that_was_given(lm: DiffusionLM) -> None:
-    rows = demo.continuations({"a": lm}, ["def f(", "x = "], tokens=3, timesteps=2)
-    assert [row["prompt"] for row in rows] == ["'def f('", "'x = '"]
-    assert all("\n" not in row["text"] for row in rows)
+def test_a_continuation_has_the_tokens_that_were_written(lm: DiffusionLM) -> None:
+    rows = demo.continuations({"full precision": lm, "a": lm}, ["def f(", "x = "], tokens=3, timesteps=2)
+    assert [row["prompt"] for row in rows[::2]] == ["def f(", "x = "]
+    assert [row["model"] for row in rows[:2]] == ["full precision", "a"]
+    assert all(len(row["words"]) == 3 for row in rows)
+    assert demo.agreement(rows, "a") == 1
+    rows[1] = {**rows[1], "words": ["?", *rows[0]["words"][1:]]}
+    assert demo.agreement(rows, "a") == pytest.approx(5 / 6)
+    with pytest.raises(ValueError, match=r"^prompts: found '', allowed are texts that aren't empty$"):
+        demo.continuations({"a": lm}, [""], tokens=1, timesteps=1)
+
+
+def test_beginnings_are_those_whose_files_go_on_as_the_model_expects(lm: DiffusionLM) -> None:
+    copied = "from sympy.core.mul import Mul\n" * 40
+    odd = "".join(f"{first}q {second}!z@ " for first in "abcdefghij" for second in "ABCDEFGHIJKLMNOP")
+    files = {"odd": odd, "copied": copied, "numbers": "1, 2, 3, " * 200}
+    size = {"given": 20, "tokens": 6, "drawn": 40}
+    found = demo.beginnings(lm, files, 3, **size)
+    assert len(found) == 3
+    assert all(start + rest in copied for start, rest in found)
+    every = demo.beginnings(lm, files, 40, **size)
+    assert every[:3] == found
+    assert every[-1][1] in odd
+    assert not any(digit in start + rest for start, rest in every for digit in "123")
 
 
 def test_a_model_without_puzzles_says_so_in_one_line(lm: DiffusionLM) -> None:

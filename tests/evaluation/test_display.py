@@ -185,3 +185,23 @@ def test_verdicts_in_words(found: list[str], words: str) -> None:
     assert verdicts([{"verdict": verdict} for verdict in found]) == words
     with pytest.raises(ValueError, match="targets: found none"):
         verdicts([])
+
+
+def test_texts_mark_the_tokens_that_differ_from_full_precision() -> None:
+    rows = [
+        {"prompt": "if a < b:", "model": "the file", "words": [" pass\n"]},
+        {"prompt": "if a < b:", "model": "full precision", "words": [" re", "turn"]},
+        {"prompt": "if a < b:", "model": "two bits", "words": [" re", "peat"]},
+    ]
+    shown = display.texts_html(rows, title="2 < 3")
+    spans = re.findall(r'<span style="background:(#\w+)">(.*?)</span>', shown, re.DOTALL)
+    same, marked = display.SAME, display.MARKED
+    assert spans == [(same, " pass\n"), (same, " re"), (same, "turn"), (same, " re"), (marked, "peat")]
+    assert shown.count("if a &lt; b:") == 3
+    text = display.texts_text(rows, title="2 < 3")
+    assert text.startswith("2 < 3\n\n=== beginning\nif a < b:\n\n--- the file\n pass\n")
+    assert text.endswith("--- two bits\n repeat")
+    with capture_output() as captured:
+        InteractiveShell.instance()
+        display.texts(rows, title="2 < 3")
+    assert captured.outputs[0].data == {"text/html": shown, "text/plain": text}

@@ -1,16 +1,19 @@
 """Something to see: models denoise the same puzzle, and continue the same code, side by side.
 
 The reference model is good at 4x4 Sudoku, and too small to write code that runs: what to see in its code is whether
-two bits say the same as full precision.
+two bits say the same as full precision, after beginnings that full precision knows how to go on with.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from thermo_lib.data.corpus import held_out_sequences
 from thermo_lib.data.puzzles import Puzzle, decode_answers, encode_puzzles, is_solution
 from thermo_lib.diffusion.sampling import generate
+from thermo_lib.evaluation.display import FULL_PRECISION
 from thermo_lib.models.lm import DiffusionLM
 
 LENGTH = 42  # tokens of a puzzle, as in training
@@ -28,7 +31,6 @@ SOLVED_COLUMNS = {
     "puzzles": ("puzzles", "{}"),
     "solved": ("solved", "{}"),
 }
-CODE_COLUMNS = {"prompt": ("prompt", "{}"), "model": ("model", "{}"), "continuation": ("text", "{}")}
 
 
 def denoising(lm: DiffusionLM, start: torch.Tensor, timesteps: int) -> list[torch.Tensor]:
@@ -109,6 +111,43 @@ def sudoku_solved(
     return rows
 
 
+def beginnings(
+    lm: DiffusionLM, files: Mapping[str, str], count: int, *, given: int = 40, tokens: int = 8, drawn: int = 400
+) -> list[tuple[str, str]]:
+    """Beginnings of code that a model knows how to go on with, by a measure and not by taste.
+
+    Of some drawn from files, those without digits (tables of numbers are easy) are ordered by the mean log probability
+    that the model gives to the tokens that follow, all of them masked.
+
+    Args:
+        lm: the model.
+        files: name to content; the model hasn't been trained on them.
+        count: number of beginnings.
+        given: number of tokens of one.
+        tokens: number of tokens that follow.
+        drawn: number of beginnings that are compared.
+
+    Returns:
+        At most ``count`` pairs: a beginning, and what follows in its file; the likeliest first.
+    """
+    every = held_out_sequences(files, lm.tokenizer, drawn, given + tokens, 0)
+    texts = [[lm.tokenizer.decode(part) for part in (ids[:given], ids[given:])] for ids in every.tolist()]
+    kept = [
+        number
+        for number, (start, rest) in enumerate(texts)
+        if not re.search(r"\d", start + rest) and lm.tokenizer.encode(start).ids == every[number, :given].tolist()
+    ]
+    ids = every[kept]
+    masked = ids.clone()
+    masked[:, given:] = lm.mask_token_id
+    lm.set_timestep(0, 1)
+    with torch.no_grad():
+        logits = torch.cat([lm.model.predict(lm.model.hidden(rows)[:, given:]) for rows in masked.split(64)])
+    likely = logits.log_softmax(-1).gather(-1, ids[:, given:, None]).mean((1, 2))
+    order = likely.argsort(descending=True)[:count].tolist()
+    return [(start, rest) for start, rest in (texts[kept[number]] for number in order)]
+
+
 def continuations(
     models: Mapping[str, DiffusionLM], prompts: Sequence[str], *, tokens: int, timesteps: int
 ) -> list[dict[str, Any]]:
@@ -121,17 +160,28 @@ def continuations(
         timesteps: number of denoising steps.
 
     Returns:
-        Rows with ``prompt``, ``model`` and ``text``, what was written; both texts as Python literals, on one line.
+        Rows with ``prompt``, ``model`` and ``words``, the tokens that were written; see ``display.texts``.
+
+    Raises:
+        ValueError: an empty prompt.
     """
     rows = []
     for prompt in prompts:
         for name, lm in models.items():
             given = lm.tokenizer.encode(prompt).ids
+            if not given:
+                raise ValueError(f"prompts: found {prompt!r:.80}, allowed are texts that aren't empty")
             ids = torch.tensor([[*given, *[lm.mask_token_id] * tokens]])
-            written = generate(lm, ids, timesteps=timesteps)[0, len(given) :].tolist()
-            text = lm.tokenizer.decode(written, skip_special_tokens=False)
-            rows.append({"prompt": repr(prompt), "model": name, "text": repr(text)})
+            written = generate(lm, ids, timesteps=timesteps)[0, len(given) :]
+            rows.append({"prompt": prompt, "model": name, "words": [_token(lm, token) for token in written]})
     return rows
+
+
+def agreement(rows: Sequence[Mapping[str, Any]], model: str, against: str = FULL_PRECISION) -> float:
+    """The share of the tokens that a model writes as another one does, see ``continuations``."""
+    words = {name: [word for row in rows if row["model"] == name for word in row["words"]] for name in (model, against)}
+    pairs = list(zip(words[model], words[against], strict=True))
+    return sum(one == other for one, other in pairs) / len(pairs)
 
 
 def _token(lm: DiffusionLM, token: torch.Tensor) -> str:

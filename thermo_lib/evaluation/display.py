@@ -16,6 +16,7 @@ from thermo_lib.extras import needs
 Columns = Mapping[str, tuple[str, str]]
 
 OURS, OTHERS = "#0072B2", "#8a8a8a"
+MARKED, SAME = "#F5C9A8", "#DCEAF5"  # behind tokens that differ, and those that don't
 MOST_SENTENCES = 3
 FULL_PRECISION = "full precision"  # the name of the row that everything is compared with
 SCORES: Columns = {  # heading with its unit: key of a row, and how to print it
@@ -108,6 +109,51 @@ def verdicts(targets: Sequence[Mapping[str, Any]]) -> str:
     return f"{first} of {len(found)} cases" + "".join(
         f"{' and' if number == len(more) else ','} {part}" for number, part in enumerate(more, 1)
     )
+
+
+def texts(rows: Sequence[Mapping[str, Any]], *, title: str, against: str = FULL_PRECISION) -> None:
+    """Show how models continue the same beginnings, a column a model; tokens that differ from one model's are marked.
+
+    Args:
+        rows: with ``prompt``, ``model`` and ``words``, the tokens that were written; see ``demo.continuations``.
+        title: what to see.
+        against: the model whose tokens the others' are compared with; without it nothing is marked.
+    """
+    needs("IPython.display").display(
+        {"text/html": texts_html(rows, title=title, against=against), "text/plain": texts_text(rows, title=title)},
+        raw=True,
+    )
+
+
+def texts_text(rows: Sequence[Mapping[str, Any]], *, title: str) -> str:
+    """The text form of ``texts``, whose arguments it takes."""
+    parts = [title]
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        parts.append(f"=== beginning\n{prompt}")
+        parts += [f"--- {row['model']}\n{''.join(row['words'])}" for row in rows if row["prompt"] == prompt]
+    return "\n\n".join(parts)
+
+
+def texts_html(rows: Sequence[Mapping[str, Any]], *, title: str, against: str = FULL_PRECISION) -> str:
+    """The HTML form of ``texts``, whose arguments it takes; it loads nothing."""
+    found = [f"<p><b>{html.escape(title)}</b></p>"]
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        alike = [row for row in rows if row["prompt"] == prompt]
+        right = next((row["words"] for row in alike if row["model"] == against), None)
+        cells = []
+        for row in alike:
+            words = row["words"]
+            others = words if right is None or len(right) != len(words) else right
+            spans = [
+                f'<span style="background:{SAME if word == other else MARKED}">{html.escape(word)}</span>'
+                for word, other in zip(words, others, strict=True)
+            ]
+            start = f'<span style="color:{OTHERS}">{html.escape(prompt)}</span>'
+            text = f'<pre style="white-space:pre-wrap">{start}{"".join(spans)}</pre>'
+            style = "padding-right:24px;vertical-align:top;text-align:left"
+            cells.append(f'<td style="{style}"><b>{html.escape(row["model"])}</b>{text}</td>')
+        found.append(f"<table><tr>{''.join(cells)}</tr></table>")
+    return "".join(found)
 
 
 def table(
