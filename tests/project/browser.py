@@ -79,6 +79,24 @@ class Page:
         until(lambda: what() or self.outputs("error"), said, seconds)
         assert not self.outputs("error")
 
+    def click(self, selector: str) -> None:
+        """Click on the first element of a page, as a person does."""
+        place = self.js(
+            f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.scrollIntoView();"
+            " const box = one.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2] })()"
+        )
+        where = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
+        for kind in ("mousePressed", "mouseReleased"):
+            self.send("Input.dispatchMouseEvent", type=kind, **where)
+
+    def choose(self, label: str, option: str) -> None:
+        """Choose an option of a widget."""
+        found = f"[...document.querySelectorAll('.widget-label')].find(one => one.innerText == {json.dumps(label)})"
+        self.js(
+            f"(() => {{ const list = {found}.parentElement.querySelector('select'); list.value = {json.dumps(option)};"
+            " list.dispatchEvent(new Event('change', {bubbles: true})) })()"
+        )
+
     def outputs(self, kind: str) -> list[str]:
         """The outputs of a kind (``error``, ``stderr``) in the opened notebook, those that can't be seen too."""
         cells = f"{self.opened}.content.widgets.flatMap(cell => cell.model.outputs?.toJSON() ?? [])"

@@ -1,5 +1,7 @@
 """The workbench shows what a choice does, says what has no effect, and gives the lines that make the same model."""
 
+import html
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,7 +19,7 @@ from thermo_lib.pipeline.storage import load_quantized
 from thermo_lib.workbench.choices import Choice
 from thermo_lib.workbench.job import Job, Progress
 from thermo_lib.workbench.session import MASKED, Session, differences
-from thermo_lib.workbench.widgets import Workbench, summary, tokens_html
+from thermo_lib.workbench.widgets import Workbench, figure, summary, tokens_html
 
 STEPS = 4
 SLOW = Choice(weights="GPTQ", activation_bits=16)
@@ -36,6 +38,8 @@ def test_what_is_shown_is_what_the_library_measures(session: Session) -> None:
     assert view.path_kl == pytest.approx(found.per_timestep.tolist())
     assert view.total == pytest.approx(found.total)
     assert view.total_ci[0] <= view.total <= view.total_ci[1]
+    each = found.per_sequence.T.tolist()  # two sequences, so that the interval of a step reaches from one to the other
+    assert view.path_kl_ci == [pytest.approx((min(step), max(step))) for step in each]
     assert view.bits_per_weight == lm.bits_per_weight
     assert view.smoothness.score < 1
     raw, smoothed = lm.time_params[view.layer], lm.smoothed_params()[view.layer]
@@ -51,6 +55,11 @@ def test_a_change_is_against_the_choice_before(session: Session) -> None:
     assert same.change == 0
     assert other.change == pytest.approx(other.total - first.total)
     assert other.change_ci[0] <= other.change <= other.change_ci[1]
+    assert other.changes == pytest.approx([new - old for new, old in zip(other.path_kl, same.path_kl, strict=True)])
+    assert all(low <= step <= high for step, (low, high) in zip(other.changes, other.changes_ci, strict=True))
+    assert [len(figure(view, last).axes) for view, last in ((same, None), (other, same))] == [2, 3]
+    bands = [len(ax.collections) for ax in figure(other, same).axes]
+    assert bands == [0, 2, 1]
 
 
 def test_the_denoising_goes_from_masks_to_text_step_by_step(session: Session) -> None:
@@ -65,6 +74,21 @@ def test_the_denoising_goes_from_masks_to_text_step_by_step(session: Session) ->
     assert differences(texts, 0) == [False] * len(texts["quantized"][0])
     changed = {**texts, "quantized": [*texts["quantized"][:-1], ["x", *texts["quantized"][-1][1:]]]}
     assert differences(changed, STEPS)[0]
+
+
+def test_clues_are_seen_from_the_start_and_told_from_what_is_filled(session: Session) -> None:
+    session.ask_puzzle()
+    view = session.show(PLAIN)
+    clues = [cell for cell in session.prompt if cell in "1234"]
+    assert [clue for clue in view.given if clue] == clues
+    shown = re.findall(r'<span style="([^"]*)">(.*?)</span>', tokens_html(view, 0))
+    assert [word for _, word in shown if word != MASKED] == 2 * clues
+    copied = re.findall(r'<span style="([^"]*)">(.*?)</span>', tokens_html(view, STEPS))[: len(view.given)]
+    styles = {bool(clue): style for (style, _), clue in zip(copied, view.given, strict=True)}
+    assert styles[True] != styles[False]
+    session.ask("class A:", 5)
+    assert tokens_html(session.show(PLAIN), 0).count("class A:") == 2
+    session.ask_puzzle()
 
 
 def test_another_prompt_is_continued_and_the_puzzle_comes_back(session: Session) -> None:
@@ -90,6 +114,7 @@ def test_another_prompt_is_continued_and_the_puzzle_comes_back(session: Session)
 )
 def test_the_lines_of_code_make_the_same_model(session: Session, choice: Choice) -> None:
     found: dict[str, Any] = {}
+    assert len(session.code(choice).split("\n")) <= 13
     exec(session.code(choice), found)
     shown = session.build(choice)
     assert found["quantized"].config.digest() == shown.config.digest()
@@ -246,6 +271,12 @@ class TestWidgets:
     def test_buttons_give_code_and_a_folder(self, bench: Workbench) -> None:
         bench.code.click()
         assert bench.lines.value == bench.session.code(bench.choice)
+        assert f'data-code="{html.escape(bench.lines.value)}"' in bench.copy.value
+        bench.groups.value = 1
+        assert bench.lines.value == bench.session.code(bench.choice)
+        bench.weight_bits.value = 5
+        assert bench.copy.value == ""
+        bench.weight_bits.value = 2
         bench.name.value = "mine"
         bench.save.click()
         assert "saved/mine; load_quantized reads it" in bench.message.value

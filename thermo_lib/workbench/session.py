@@ -48,12 +48,16 @@ class View:
         before, after: the scale of the layer's input at each timestep, before and after smoothing; empty where none
             depends on the timestep.
         smoothness: the Markov score with its boundaries; None where nothing depends on the timestep.
-        path_kl: path KL to full precision at each timestep, nats a sequence.
+        path_kl, path_kl_ci: path KL to full precision at each timestep, nats a sequence, and its 95 % intervals over
+            sequences.
         total, total_ci: its sum over the timesteps, and a 95 % interval over sequences.
         change, change_ci: of the total, against the view before; None for the first.
+        changes, changes_ci: the same at each timestep; empty for the first.
         sequences: number of trajectories that path KL is measured on.
         bits_per_weight: everything stored for the quantized layers.
         megabytes: of all that is stored of the model.
+        prompt: a text that both continue; empty for a puzzle.
+        given: the digit of a puzzle at each token that is written, empty where none is given.
         texts: ``full precision`` and ``quantized`` to the tokens at each step of denoising the prompt.
         notes: what else should be known of it, a line each.
         seconds: that it took.
@@ -66,13 +70,18 @@ class View:
     after: list[float]
     smoothness: MarkovReport | None
     path_kl: list[float]
+    path_kl_ci: list[tuple[float, float]]
     total: float
     total_ci: tuple[float, float]
     change: float | None
     change_ci: tuple[float, float] | None
+    changes: list[float]
+    changes_ci: list[tuple[float, float]]
     sequences: int
     bits_per_weight: float
     megabytes: float
+    prompt: str
+    given: list[str]
     texts: dict[str, list[list[str]]]
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -111,7 +120,7 @@ class Session:
         self._made_of = digest(self.lm.identity(), self.calibration.tensors())
         size: dict[str, Any] = {"sequences": 1, "trajectories": trajectories, "sudoku": 0}
         self.suite: Suite = build_suite(self.lm, timesteps=timesteps, seed=seed, **size)
-        self.prompt, self.start = "", torch.empty(0)
+        self.prompt, self.start, self.given = "", torch.empty(0), [""]
         self._weights: dict[str, QuantizedLM] = {}
         self._samples: dict[str, Samples] = {}
         self._ranges: dict[tuple[str, str, int], QuantizedLM] = {}
@@ -137,6 +146,8 @@ class Session:
         (puzzle,) = make_puzzles("sudoku", 1, self.seed, test=True)
         ids, is_answer = encode_puzzles([puzzle], self.lm.tokenizer, TASK_LENGTH)
         self.prompt, self.start = puzzle.input, ids.masked_fill(is_answer, self.lm.mask_token_id)
+        clues = [clue if clue in "1234" else "" for clue in puzzle.input]
+        self.given = clues + [""] * (int(is_answer.sum()) - len(clues))
         self._full = None
 
     def ask(self, prompt: str, tokens: int = 24) -> None:
@@ -151,7 +162,7 @@ class Session:
         if tokens < 1:
             raise ValueError(f"tokens: found {tokens}, allowed are whole numbers from 1")
         self.prompt = prompt
-        self.start = torch.tensor([[*given, *[self.lm.mask_token_id] * tokens]])
+        self.start, self.given = torch.tensor([[*given, *[self.lm.mask_token_id] * tokens]]), [""] * tokens
         self._full = None
 
     def is_ready(self, choice: Choice) -> bool:
@@ -231,11 +242,8 @@ class Session:
         with keeping_weights(lm.quantized_layers().values()):
             found = path_kl(self.lm, lm, states, self.timesteps, reference_outputs=outputs)
             texts = self._texts(lm)
-        each = found.per_sequence.sum(1).numpy()
-        change = change_ci = None
-        if self._last is not None:
-            difference = each - self._last
-            change, change_ci = float(difference.mean()), _interval(difference)
+        each = found.per_sequence.numpy()  # (sequences, timesteps)
+        difference = None if self._last is None else each - self._last
         self._last = each
         raw, smoothed = lm.time_params.get(layer, []), lm.smoothed_params([layer]).get(layer, [])
         grouped = [float(p.scale.mean()) for p in raw]
@@ -247,13 +255,18 @@ class Session:
             after=[float(p.scale.mean()) for p in smoothed],
             smoothness=markov(lm),
             path_kl=found.per_timestep.tolist(),
+            path_kl_ci=[_interval(step) for step in each.T],
             total=found.total,
-            total_ci=_interval(each),
-            change=change,
-            change_ci=change_ci,
+            total_ci=_interval(each.sum(1)),
+            change=None if difference is None else float(difference.sum(1).mean()),
+            change_ci=None if difference is None else _interval(difference.sum(1)),
+            changes=[] if difference is None else difference.mean(0).tolist(),
+            changes_ci=[] if difference is None else [_interval(step) for step in difference.T],
             sequences=len(each),
             bits_per_weight=lm.bits_per_weight,
             megabytes=sum(tensor.nbytes for tensor in lm.model.state_dict().values()) / 1e6,
+            prompt="" if any(self.given) else self.prompt,
+            given=self.given,
             texts=texts,
             notes=choice.notes(self.timesteps),
             seconds=time.perf_counter() - start,
@@ -289,35 +302,36 @@ class Session:
 
     def code(self, choice: Choice) -> str:
         """Lines of Python that make the model of a choice."""
-        weights = choice.weights_fields()
+        weights, changes = choice.weights_fields(), choice.activation_fields(self.timesteps, self.tokens)
+        config, states = f"timesteps={self.timesteps})", ""
         if weights is None:
-            config = f"thermo.ThermoConfig.preset({NAMED[choice.weights]!r}, timesteps={self.timesteps})"
+            config = f"thermo.ThermoConfig.preset({NAMED[choice.weights]!r}, {config}"
         else:
-            config = f"thermo.ThermoConfig(\n    weights={weights!r},\n    timesteps={self.timesteps},\n)"
-        changes = choice.activation_fields(self.timesteps, self.tokens)
+            config = f"thermo.ThermoConfig(weights={weights!r}, {config}"
+        if choice.weights_config(self.timesteps).needs_calibration:
+            states = f", {self._states_code(*self.sizes)}"
         needed = ["requantize_activations"] * bool(changes) + ["shared_input_samples"] * choice.is_static
-        lines = [
-            "import thermo_lib as thermo",
-            "from thermo_lib.diffusion.states import calibration_batches",
-            *([f"from thermo_lib.pipeline.activations import {', '.join(needed)}"] * bool(needed)),
-            "",
-            f"lm = thermo.load_model({self.model!r})",
-            self._states_code("calibration", *self.sizes),
-            f"config = {config}",
-            "quantized = thermo.quantize(lm, config, calibration)",
-        ]
+        lines = ["import thermo_lib as thermo"]
+        if states or choice.is_static:
+            lines.append("from thermo_lib.diffusion.states import calibration_batches")
+        if needed:
+            lines.append(f"from thermo_lib.pipeline.activations import {', '.join(needed)}")
+        lines += ["", f"lm = thermo.load_model({self.model!r})", f"config = {config}"]
+        lines.append(f"quantized = thermo.quantize(lm, config{states})")
         if changes:
-            fields = "".join(f"    {name}={value!r},\n" for name, value in changes.items())
+            lines += [f"{name} = {value!r}" for name, value in changes.items()]
+            samples = ""
             if choice.is_static:
-                lines.append(self._states_code("few", *RANGE_SIZES))
+                lines.append(f"few = {self._states_code(*RANGE_SIZES)}")
                 lines.append(f"samples = shared_input_samples(quantized, few, {self.tokens}, decisive=False)")
-                fields = f"    samples=samples,\n{fields}"
-            lines.append(f"quantized = requantize_activations(\n    quantized,\n{fields})")
+                samples = "samples=samples, "
+            fields = ", ".join(f"{name}={name}" for name in changes)
+            lines.append(f"quantized = requantize_activations(quantized, {samples}{fields})")
         return "\n".join([*lines, ""])
 
-    def _states_code(self, name: str, code_sequences: int, puzzles: int) -> str:
+    def _states_code(self, code_sequences: int, puzzles: int) -> str:
         batches = f"calibration_batches(lm, {self.seed}, sequences={code_sequences}, puzzles={puzzles})"
-        return f"{name} = thermo.calibrate(lm, {batches}, timesteps={self.timesteps}, seed={self.seed})"
+        return f"thermo.calibrate(lm, {batches}, timesteps={self.timesteps}, seed={self.seed})"
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

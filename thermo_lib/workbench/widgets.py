@@ -3,11 +3,11 @@
 import asyncio
 import html
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from thermo_lib.evaluation.demo import MASKED
-from thermo_lib.evaluation.display import OTHERS
+from thermo_lib.evaluation.display import MARKED, OTHERS, OURS
 from thermo_lib.evaluation.figures import lines, parameter_over_time
 from thermo_lib.evaluation.statistics import side_of_zero
 from thermo_lib.extras import needs
@@ -16,6 +16,8 @@ from thermo_lib.workbench.job import Job
 from thermo_lib.workbench.session import Session, View, differences
 
 _WIDE = {"description_width": "130px"}
+_GIVEN, _MASKED = "color:#777777", "color:#c0c0c0"  # a clue or a prompt; what isn't filled yet
+_FILLED, _MARKED = "font-weight:bold", f"background:{MARKED};font-weight:bold"  # by a model; where both differ
 _SECONDS = 0.5  # between two looks at a job
 
 
@@ -42,41 +44,69 @@ def summary(view: View) -> str:
 
 
 def tokens_html(view: View, step: int) -> str:
-    """Both models' texts at one step of the denoising; tokens that differ are marked."""
+    """Both models' texts at one step of the denoising: what is given is grey, tokens that differ are marked."""
     marks = differences(view.texts, step)
     lines = []
     for name, steps in view.texts.items():
-        words = []
-        for word, differs in zip(steps[step], marks, strict=True):
-            shown = html.escape(word).replace("\n", "⏎<br>")
+        words = [f'<span style="{_GIVEN}">{html.escape(view.prompt)}</span>'] if view.prompt else []
+        for word, clue, differs in zip(steps[step], view.given, marks, strict=True):
+            is_masked = word == MASKED
+            shown = html.escape(clue if is_masked and clue else word).replace("\n", "⏎<br>")
             is_marked = differs and name == "quantized"
-            style = "background:#F5C9A8;font-weight:bold" if is_marked else f"color:{OTHERS}" if word == MASKED else ""
+            style = _MARKED if is_marked else _MASKED if is_masked else _GIVEN if clue else _FILLED
             words.append(f'<span style="{style}">{shown}</span>')
         text = "".join(words)
         lines.append(f'<td style="padding-right:40px;vertical-align:top"><b>{name}</b><pre>{text}</pre></td>')
     count = sum(marks)
     said = f"step {step} of {len(view.texts['quantized']) - 1}: {count} token{' differs' if count == 1 else 's differ'}"
-    return f"<table><tr>{''.join(lines)}</tr></table><p>{said}</p>"
+    given = "clues are grey, pale until the model has copied them" if any(view.given) else "the prompt is grey"
+    return f"<table><tr>{''.join(lines)}</tr></table><p>{said}; {given}, what the model fills is bold</p>"
+
+
+def copy_html(code: str) -> str:
+    """A button that copies lines to the clipboard, by the browser itself; it says whether it could."""
+    return (
+        f'<button class="jupyter-button widget-button" style="width:148px" data-code="{html.escape(code)}" '
+        'onclick="const say = text => { this.textContent = text }; navigator.clipboard ? '
+        "navigator.clipboard.writeText(this.dataset.code).then(() => say('Copied'), () => say('Not allowed here')) : "
+        "say('Not allowed here')\">Copy as code</button>"
+    )
 
 
 def figure(view: View, last: View | None) -> Any:
     """Parameters over the timesteps before and after smoothing, and path KL of each step against the view before."""
     plt = needs("matplotlib.pyplot")
-    drawn, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    count = 3 if last is not None and view.changes else 2
+    drawn, axes = plt.subplots(1, count, figsize=(5 * count, 3.6), layout="constrained")
+    left, middle = axes[:2]
     if view.before:
         label, after = "scale of the layer's input", {"smoothed": view.after}
         parameter_over_time(view.layer, view.before, after, ylabel=label, ours=("smoothed",), ax=left)
     else:
         left.text(0.5, 0.5, "nothing depends on the timestep", ha="center", transform=left.transAxes)
-    both = ({} if last is None else {"before": last.path_kl}) | {"this choice": view.path_kl}
+    shown = ({} if last is None else {"before": last}) | {"this choice": view}
     title = "How far from full precision at each step"
-    lines(both, ylabel="path KL (nats a sequence)", title=title, ours=("this choice",), ax=right)
-    right.set(ylim=(0, None))
-    for ax in (left, right):
+    values = {name: one.path_kl for name, one in shown.items()}
+    lines(values, ylabel="path KL (nats a sequence), 95 %", title=title, ours=("this choice",), ax=middle)
+    for one in shown.values():
+        _band(middle, one.path_kl_ci, OURS if one is view else OTHERS)
+    middle.set(ylim=(0, None))
+    if count == 3:
+        title, label = "This choice minus the one before", "change (nats a sequence), 95 %"
+        lines({"change": view.changes}, ylabel=label, title=title, ours=("change",), ax=axes[2])
+        _band(axes[2], view.changes_ci, OURS)
+        axes[2].axhline(0, color="black", linewidth=1, linestyle="--")
+    for ax in axes:
         ax.grid(alpha=0.3)
         ax.spines[["top", "right"]].set_visible(False)
     plt.close(drawn)
     return drawn
+
+
+def _band(ax: Any, intervals: Sequence[tuple[float, float]], color: str) -> None:
+    """The intervals of a line, in its colour."""
+    low, high = zip(*intervals, strict=True)
+    ax.fill_between(range(len(low)), low, high, color=color, alpha=0.2, linewidth=0)
 
 
 def _activation_bits(is_preset: bool) -> tuple[tuple[str, int | None], ...]:
@@ -131,7 +161,8 @@ class Workbench:
         self.numbers, self.texts, self.chart = widgets.HTML(), widgets.HTML(), widgets.Image(format="png")
         self.make, self.stop = widgets.Button(description="Make"), widgets.Button(description="Stop")
         self.progress = widgets.FloatProgress(0, min=0, max=1, layout={"width": "200px"})
-        self.code, self.save = widgets.Button(description="Copy as code"), widgets.Button(description="Save as")
+        self.copy, self.code = widgets.HTML(), widgets.Button(description="Show the code")
+        self.save = widgets.Button(description="Save as")
         self.name = widgets.Text(value="model", layout={"width": "120px"})
         self.lines = widgets.Textarea(layout={"width": "100%", "height": "260px", "display": "none"})
         activations = (self.bits, self.dynamic, self.groups, self.smoothing, self.window)
@@ -148,7 +179,8 @@ class Workbench:
         self.save.on_click(lambda _: self._said(self._save))
         self._buttons(False)
         making = widgets.HBox([self.make, self.stop, self.progress])
-        chosen = widgets.VBox([*choosers, making, widgets.HBox([self.code, self.save, self.name]), self.message])
+        taking = [widgets.HBox([self.copy, self.code]), widgets.HBox([self.save, self.name])]
+        chosen = widgets.VBox([*choosers, making, *taking, self.message])
         shown = widgets.VBox([self.numbers])
         below = widgets.VBox([self.prompt, self.step, self.texts])
         self.panel = widgets.VBox([widgets.HBox([chosen, shown]), self.chart, below, self.lines])
@@ -187,8 +219,19 @@ class Workbench:
         if not self._is_choosing:
             self._said(self._update)
 
+    def _offer_code(self, choice: Choice) -> None:
+        try:
+            code = self.session.code(choice)
+        except ValueError:
+            self.copy.value = ""  # not the lines of another choice
+            raise
+        self.copy.value = copy_html(code)
+        if self.lines.value:
+            self.lines.value = code
+
     def _update(self) -> str:
         choice = self.choice
+        self._offer_code(choice)
         if not self.session.is_ready(choice):
             self._buttons(True)
             seconds = self.session.seconds_of(choice)
