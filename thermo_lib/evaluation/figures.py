@@ -343,7 +343,7 @@ def labelled_points(
     *,
     xlabel: str,
     ylabel: str,
-    title: str = "Lower is nearer to full precision: path KL against size",
+    title: str,
 ) -> "Figure":
     """Points with one label a series, at its lowest; ``ours`` in one colour, a marker each, all else in grey.
 

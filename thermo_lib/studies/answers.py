@@ -279,34 +279,25 @@ def standing(field: Field, goals: Rows) -> Found:
         return Found("No row of this project has been measured.", "")
     kept = next(goal for goal in goals if ": accuracy kept at W2A16" in goal["goal"])
     low, high = kept["ci"]
-    first = (
+    said = [
         f"At {whole['bits_per_weight']:.2f} bits per weight `{whole['setting']}` keeps {kept['value']:.1%} of the "
-        f"full-precision accuracy ({low:.1%} to {high:.1%})"
-    )
-    if rivals := _rivals(field, whole):
-        first += f", with a path KL (the distance to full-precision denoising) of {whole['path_kl']:.1f} nats: {rivals}"
-    shares = [goal for goal in goals if "share of" in goal["goal"]]
-    said = [f"to keep {goal['bound']:.0%} of the accuracy ({_where(goal)}): {goal['verdict']}" for goal in _kept(goals)]
-    if shares:
-        share = f"{shares[0]['bound']:.2f} of their path KL and of their loss of accuracy"
-        said = [f"to stay below {share}: {verdicts(shares)}", *said]
-    return Found(f"{first}. The goals: {'; '.join(said)}.", listed(list(_beside(field, whole))))
-
-
-def _where(goal: Mapping[str, Any]) -> str:
-    return goal["goal"].rpartition(" at ")[2]
-
-
-def _kept(goals: Rows) -> Rows:
-    return [goal for goal in goals if ": accuracy kept" in goal["goal"]]
+        f"full-precision accuracy ({low:.1%} to {high:.1%}; {kept['bound']:.0%} is the goal: {kept['verdict']})."
+    ]
+    path_kl = f"Path KL, the distance to full-precision denoising, is {whole['path_kl']:.1f} nats"
+    rivals = _rivals(field, whole)
+    said.append(f"{path_kl}: {rivals}." if rivals else f"{path_kl}.")
+    if shares := [goal for goal in goals if "share of" in goal["goal"]]:
+        share = f"{shares[0]['bound']:.2f} of their path KL and loss of accuracy"
+        said.append(f"The goal to stay below {share} is {verdicts(shares)}.")
+    return Found(" ".join(said), listed(list(_beside(field, whole))))
 
 
 def _rivals(field: Field, whole: Mapping[str, Any]) -> str:
     """What share of the best others' path KL a row has."""
-    described = {"of any size here": next(iter(field.others), None), f"of at most {field.bits} bits": field.two_bit}
+    described = {"": next(iter(field.others), None), f" of at most {field.bits} bits": field.two_bit}
     parts = [
-        f"{whole['path_kl'] / row['path_kl']:.2f} of that of the best other method {which} ({row['method']}, "
-        f"{row['path_kl']:.1f} nats at {row['bits_per_weight']:.2f} bits)"
+        f"{whole['path_kl'] / row['path_kl']:.2f} of that of the best other method{which} ({row['method']}, "
+        f"{row['path_kl']:.1f} nats)"
         for which, row in reversed(described.items())
         if row is not None
     ]
