@@ -48,9 +48,10 @@ class TableLM:
     def logit_parts(
         self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None, *, late: LateChecks | None = None
     ) -> Iterator[Tensor]:
-        """As ``DiffusionLM.logit_parts``: some rows at a time."""
+        """As ``DiffusionLM.logit_parts``: some rows at a time, of many a quarter."""
         is_asked = at if at.dtype == torch.bool else torch.zeros(ids.numel()).index_fill(0, at, 1).bool().view_as(ids)
-        yield from self.logits(ids, is_asked, attention_mask).split(5)
+        logits = self.logits(ids, is_asked, attention_mask)
+        yield from logits.split(max(5, len(logits) // 4))
 
 
 def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:

@@ -65,9 +65,10 @@ class ToyLM:
         return VOCABULARY
 
     def logit_parts(self, ids: Tensor, at: Tensor, attention_mask: None = None, **_: object) -> Iterator[Tensor]:
-        """As ``DiffusionLM.logit_parts``."""
+        """As ``DiffusionLM.logit_parts``; of many rows a quarter is a part."""
         is_asked = at if at.dtype == torch.bool else torch.zeros(ids.numel()).index_fill(0, at, 1).bool().view_as(ids)
-        yield from self.logits(ids, is_asked).split(self.rows_at_a_time)
+        logits = self.logits(ids, is_asked)
+        yield from logits.split(max(self.rows_at_a_time, len(logits) // 4))
 
     def probability(self, state: State, position: int, token: int) -> float:
         """Of a token at a masked position, computed without torch's softmax."""
@@ -163,7 +164,7 @@ class TestEnumeration:
             assert np.abs(events @ difference).max() <= math.sqrt(expected_estimate(p, q, 2) / 2)
 
     def test_the_sampler_follows_the_enumerated_process(self) -> None:
-        lm, count = ToyLM.random(3), 10_000
+        lm, count = ToyLM.random(3), 20_000
         texts = generate(
             lm,
             torch.full((count, LENGTH), MASK),
