@@ -25,6 +25,7 @@ class TableLM:
     mask_token_id: int = MASK
     device = torch.device("cpu")
     end_token_ids = ()
+    rows_at_a_time = 0  # 0 for a quarter of them, at least five
 
     @property
     def vocab_size(self) -> int:
@@ -48,10 +49,10 @@ class TableLM:
     def logit_parts(
         self, ids: Tensor, at: Tensor, attention_mask: Tensor | None = None, *, late: LateChecks | None = None
     ) -> Iterator[Tensor]:
-        """As ``DiffusionLM.logit_parts``: some rows at a time, of many a quarter."""
+        """As ``DiffusionLM.logit_parts``: some rows at a time."""
         is_asked = at if at.dtype == torch.bool else torch.zeros(ids.numel()).index_fill(0, at, 1).bool().view_as(ids)
         logits = self.logits(ids, is_asked, attention_mask)
-        yield from logits.split(max(5, len(logits) // 4))
+        yield from logits.split(self.rows_at_a_time or max(5, len(logits) // 4))
 
 
 def run_states(lm: TableLM | DiffusionLM, start: Tensor, **arguments: object) -> list[Tensor]:

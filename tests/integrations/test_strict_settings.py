@@ -98,7 +98,7 @@ def test_a_quantized_folder_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
 def test_no_quantization_is_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = DREAM.write(tmp_path / "model", tokenizer)
     change(folder, quantization_config=None)
-    assert about(str(folder))["quantized"] == "no"
+    assert about(str(folder))["quantized"] is None
     expected = load_any(str(folder)).model.state_dict()
     found = AutoModel.from_pretrained(folder, dtype=torch.float32).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -16,7 +16,7 @@ from torch import nn
 from thermo_lib import load_model, load_quantized, quantize, save_quantized
 from thermo_lib.files import folders
 from thermo_lib.files.folders import only_writer, write_folder
-from thermo_lib.files.outputs import MARKER_NAME
+from thermo_lib.files.outputs import MARKER_NAME, RUN_NAME
 from thermo_lib.models.architectures import build_model
 from thermo_lib.models.families import read_config
 from thermo_lib.pipeline.streaming import quantize_checkpoint
@@ -172,14 +172,16 @@ class TestOutput:
     def test_what_a_killed_writer_left_is_no_obstacle(
         self, write: Callable[..., Path], tmp_path: Path, output: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Files and folders with anything in them, under every name that is used beside an output."""
+        """Folders as they are at any moment, under every name that is used beside an output."""
         source = write()
         quantize_checkpoint(source, tmp_path / "whole", configured())
         monkeypatch.setattr(folders, "_exchange", lambda *_: False)
-        for is_folder in (True, False):
+        for run in (None, b"", b"{}\0\0"):  # nothing yet, or what a power cut leaves of the first file
             for name in ("partial", "partial.old"):
                 path = output.with_name(f".{output.name}.{name}")
-                path.joinpath("in").mkdir(parents=True) if is_folder else path.write_text("left", encoding="utf-8")
+                path.mkdir()
+                if run is not None:
+                    path.joinpath(RUN_NAME).write_bytes(run)
             output.with_name(f".{output.name}.lock").touch()
             write_folder(output, lambda folder: (folder / "config.json").write_text("later", encoding="utf-8"))
             assert files(output).keys() == {"config.json", MARKER_NAME}
