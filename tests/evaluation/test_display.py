@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from typing import Any
 
@@ -19,6 +20,14 @@ ROWS = [
     {"name": "gptq, no path KL", "accuracy": 0.3821},
 ]
 KL = {"path KL (nats)": min}
+
+
+@pytest.fixture
+def shell() -> Iterator[None]:
+    """As in a notebook; other tests of this process are in none again."""
+    InteractiveShell.instance()
+    yield
+    InteractiveShell.clear_instance()
 
 
 class Cells(HTMLParser):
@@ -143,8 +152,8 @@ def test_a_cell_shows_both_forms_of_a_table(shown: list[dict[str, str]]) -> None
     ]
 
 
+@pytest.mark.usefixtures("shell")
 def test_ipython_shows_what_is_given_to_it() -> None:
-    InteractiveShell.instance()
     with capture_output() as found:
         answer("It is 0.5.")
     assert found.outputs[0].data["text/markdown"] == "**Answer.** It is 0.5."
@@ -187,6 +196,7 @@ def test_verdicts_in_words(found: list[str], words: str) -> None:
         verdicts([])
 
 
+@pytest.mark.usefixtures("shell")
 def test_texts_mark_the_tokens_that_differ_from_full_precision() -> None:
     rows = [
         {"prompt": "if a < b:", "model": "the file", "words": [" pass\n"]},
@@ -202,6 +212,5 @@ def test_texts_mark_the_tokens_that_differ_from_full_precision() -> None:
     assert text.startswith("2 < 3\n\n=== beginning\nif a < b:\n\n--- the file\n pass\n")
     assert text.endswith("--- two bits\n repeat")
     with capture_output() as captured:
-        InteractiveShell.instance()
         display.texts(rows, title="2 < 3")
     assert captured.outputs[0].data == {"text/html": shown, "text/plain": text}
